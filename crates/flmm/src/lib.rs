@@ -1,0 +1,9 @@
+//! Grounded answers from frozen multimodal models: image and conversation in, answer, phrases and masks out.
+
+pub mod error;
+pub mod geometry;
+pub mod nn;
+pub mod weights;
+
+pub use error::{Error, Result};
+pub use geometry::Geometry;

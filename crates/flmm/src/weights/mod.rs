@@ -1,0 +1,5 @@
+//! Checkpoint files in, named tensors out.
+
+mod params;
+
+pub use params::Params;

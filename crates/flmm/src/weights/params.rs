@@ -1,0 +1,97 @@
+//! Named tensors handed to a module while it is built, with all problems gathered into one error.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{Error, Result};
+
+/// Hands out tensors by name and records which were used, missing or misshapen.
+///
+/// The tensors may be frozen (mmapped files) or trainable (`Var::as_tensor`): modules do not know which.
+/// A module calls [`Params::get`] for every tensor it needs; the owner calls [`Params::finish`] once at the
+/// end, which reports *every* problem in one [`Error::Weights`].
+#[derive(Clone)]
+pub struct Params {
+    prefix: String,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    file: PathBuf,
+    tensors: HashMap<String, Tensor>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    used: BTreeSet<String>,
+    problems: Vec<String>,
+}
+
+impl Params {
+    /// Tensors by full name; `file` is what error messages call their origin.
+    pub fn new(file: impl AsRef<Path>, tensors: HashMap<String, Tensor>) -> Self {
+        let shared = Shared { file: file.as_ref().to_owned(), tensors, state: Mutex::default() };
+        Self { prefix: String::new(), shared: Arc::new(shared) }
+    }
+
+    /// The same tensors seen below `name.`.
+    pub fn pp(&self, name: impl std::fmt::Display) -> Self {
+        Self { prefix: format!("{}{name}.", self.prefix), shared: self.shared.clone() }
+    }
+
+    /// Whether `name` exists below the prefix.
+    pub fn has(&self, name: &str) -> bool {
+        self.shared.tensors.contains_key(&self.full(name))
+    }
+
+    /// The shape of `name`, for sizes that only the tensors tell.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.shared.tensors.get(&self.full(name)).map(|t| t.dims().to_vec())
+    }
+
+    /// The tensor `name` of exactly `shape`.
+    ///
+    /// A missing or misshapen tensor is recorded and replaced by zeros, so that one pass over the model finds
+    /// every problem; [`Params::finish`] turns the record into an error.
+    pub fn get(&self, shape: &[usize], name: &str) -> Result<Tensor> {
+        let full = self.full(name);
+        let mut state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        match self.shared.tensors.get(&full) {
+            Some(tensor) if tensor.dims() == shape => {
+                state.used.insert(full);
+                return Ok(tensor.clone());
+            }
+            Some(tensor) => {
+                let found = tensor.dims();
+                state.problems.push(format!("tensor `{full}`: expected shape {shape:?}, found {found:?}"));
+                state.used.insert(full);
+            }
+            None => state.problems.push(format!("tensor `{full}` is missing: expected shape {shape:?}")),
+        }
+        Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
+    }
+
+    /// Names that were never asked for, sorted.
+    pub fn unused(&self) -> Vec<String> {
+        let state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let all: BTreeMap<_, _> = self.shared.tensors.iter().collect();
+        all.into_keys().filter(|name| !state.used.contains(*name)).cloned().collect()
+    }
+
+    /// Fails with every missing and misshapen tensor in one error.
+    pub fn finish(&self, hint: &str) -> Result<()> {
+        let state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if state.problems.is_empty() {
+            return Ok(());
+        }
+        Err(Error::weights(&self.shared.file, state.problems.join("\n"), hint))
+    }
+
+    fn full(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+}
