@@ -100,15 +100,15 @@ pub struct Scene {
 /// Makes scene number `index` of a split.
 ///
 /// The same arguments give the same bytes on every machine. The picture does not depend on the text settings.
-/// An empty `config.sizes` means 240 x 240.
+/// An empty `config.sizes` means 240 x 240; sides below 32 pixels are raised to 32.
 pub fn generate(config: &WorldConfig, split: Split, seed: u64, index: u64) -> Scene {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
     key[8..16].copy_from_slice(&index.to_le_bytes());
     key[16..19].copy_from_slice(&[split as u8, config.level.number(), WORLD_VERSION]);
     let mut dice = Dice::new(key, 0);
-    let size = if config.sizes.is_empty() { (240, 240) } else { *dice.pick(&config.sizes) };
-    let painted = paint::paint(&mut dice, config.level, size);
+    let (width, height) = if config.sizes.is_empty() { (240, 240) } else { *dice.pick(&config.sizes) };
+    let painted = paint::paint(&mut dice, config.level, (width.max(32), height.max(32)));
 
     let facts = Facts::new(&painted, config.level);
     let mut dice = Dice::new(key, 1);

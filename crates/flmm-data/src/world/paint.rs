@@ -299,3 +299,55 @@ fn stamp(raster: &Raster, place: &Place, width: usize, height: usize, mut put: i
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn visible_masks_equal_the_painters_order() {
+        for seed in 0..30 {
+            let mut dice = Dice::new([seed; 32], 0);
+            let (width, height) = (160, 120);
+            let background = texture::background(&mut dice, width as usize, height as usize);
+            let kinds = choose_kinds(&mut dice, Level::Two, 4, 0.5);
+            // Places at random, overlapping freely.
+            let places: Vec<Place> = (0..4)
+                .map(|_| Place {
+                    x: dice.range(20.0, 140.0),
+                    y: dice.range(20.0, 100.0),
+                    side: dice.range(30.0, 70.0),
+                    angle: dice.range(-20.0, 20.0),
+                    flipped: dice.chance(0.5),
+                })
+                .collect();
+            let together = render(&background, &kinds, &places, width, height);
+            let alone: Vec<Mask> = (0..4)
+                .map(|i| {
+                    render(&background, &kinds[i..=i], &places[i..=i], width, height).objects[0].mask.clone()
+                })
+                .collect();
+            for (i, object) in together.objects.iter().enumerate() {
+                let expected: Vec<bool> = (0..(width * height) as usize)
+                    .map(|at| alone[i].data[at] && !alone[i + 1..].iter().any(|front| front.data[at]))
+                    .collect();
+                assert!(object.mask.data == expected, "object {i} of seed {seed}");
+                assert_eq!(object.full_area, alone[i].area());
+                for (j, front) in alone.iter().enumerate().skip(i + 1) {
+                    let both = alone[i].data.iter().zip(&front.data).filter(|(a, b)| **a && **b).count();
+                    assert_eq!(together.covered[i][j] as usize, both);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_mask_knows_its_box() {
+        let mut mask = Mask { width: 4, height: 3, data: vec![false; 12] };
+        assert_eq!((mask.area(), mask.bbox()), (0, [0; 4]));
+        mask.data[4 + 1] = true;
+        mask.data[8 + 3] = true;
+        assert_eq!((mask.area(), mask.bbox()), (2, [1, 1, 3, 2]));
+        assert!(mask.get(3, 2) && !mask.get(4, 2) && !mask.get(0, 0));
+    }
+}

@@ -200,8 +200,8 @@ fn relations(facts: &Facts, dice: &mut Dice) -> Vec<Question> {
                 // Nothing there: true in every scene, so it is asked rarely.
                 [] if dice.chance(0.06) => Text::new().say("Nothing"),
                 [a] => {
-                    let name = facts.name(a);
-                    Text::new().article(&name).link(&name, objects(&[a]), true)
+                    let (name, new) = (facts.name(a), facts.noun(a) != facts.noun(landmark));
+                    Text::new().article(&name).link(&name, objects(&[a]), new)
                 }
                 _ => continue,
             };
@@ -354,8 +354,8 @@ fn behind(facts: &Facts, dice: &mut Dice) -> Vec<Question> {
         let hiding = facts.only(facts.others(landmark), |a| facts.behind(landmark, a));
         for (found, relation) in [(hidden, "behind"), (hiding, "in front of")] {
             let Some(a) = found else { continue };
-            let name = facts.name(a);
-            let answer = Text::new().article(&name).link(&name, objects(&[a]), true);
+            let (name, new) = (facts.name(a), facts.noun(a) != facts.noun(landmark));
+            let answer = Text::new().article(&name).link(&name, objects(&[a]), new);
             let answer = answer.say(&format!(" is {relation} the "));
             let answer = answer.link(&words, objects(&[landmark]), false).say(".");
             out.push(answer.answer(Kind::Behind, format!("What is {relation} the {words}?"), true));
