@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use candle_core::Tensor;
-use flmm::nn::{LayerNorm, Linear, softmax_last_dim};
+use flmm::nn::{LayerNorm, Linear, gelu, quick_gelu, softmax_last_dim};
 use flmm::weights::Params;
 
 use crate::config::{LAYER_NORM_EPS, LmmSizes};
@@ -143,11 +143,6 @@ impl Tower {
     }
 }
 
-/// `x · σ(1.702 x)`, as CLIP.
-fn quick_gelu(x: &Tensor) -> Result<Tensor> {
-    Ok(flmm::nn::silu_mul(&(x * 1.702)?, &x.ones_like()?)?.affine(1.0 / 1.702, 0.0)?)
-}
-
 /// LLaVA's projector: linear, exact GELU, linear.
 pub struct Projector {
     linear_1: Linear,
@@ -166,7 +161,7 @@ impl Projector {
 
     /// `[.., tower width]` → `[.., decoder width]`.
     pub fn forward(&self, features: &Tensor) -> Result<Tensor> {
-        Ok(self.linear_2.forward(&self.linear_1.forward(features)?.gelu_erf()?)?)
+        Ok(self.linear_2.forward(&gelu(&self.linear_1.forward(features)?)?)?)
     }
 }
 

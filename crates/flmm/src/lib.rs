@@ -1,8 +1,10 @@
 //! Grounded answers from frozen multimodal models: image and conversation in, answer, phrases and masks out.
 
+pub mod atomic;
 pub mod error;
 pub mod geometry;
 pub mod nn;
+pub mod sam;
 pub mod weights;
 
 pub use error::{Error, Result};
