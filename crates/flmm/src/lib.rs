@@ -3,8 +3,11 @@
 pub mod atomic;
 pub mod error;
 pub mod geometry;
+pub mod image_input;
 pub mod nn;
 pub mod sam;
+pub mod text;
+pub mod vision;
 pub mod weights;
 
 pub use error::{Error, Result};
