@@ -16,7 +16,7 @@ fn config() -> SamConfig {
         mlp_ratio: 2.0,
         decoder_num_heads: 2,
         decoder_depth: 2,
-        mask_in_chans: 4,
+        mask_in_chans: 8,
         embed_dim: 8,
         depth: 2,
         num_heads: 2,
@@ -116,8 +116,9 @@ fn every_trained_tensor_gets_a_gradient_and_no_other() -> Result<()> {
             if name.ends_with("k_proj.bias") {
                 assert!(size < 1e-6, "{name}: gradient of norm {size}");
             } else if trained {
-                let layer1 = name.contains(".mlp.lin") || name.contains("hypernetworks");
-                assert!(size > 1e-9 || (layer1 && options.multimask), "{name} gets no gradient with {options:?}");
+                // Which alternatives are chosen decides which of their hyper-networks learn.
+                let chance = options.multimask && name.contains("hypernetworks");
+                assert!(size > 1e-7 || chance, "{name}: gradient of norm {size} with {options:?}");
             } else {
                 assert_eq!(size, 0.0, "{name} gets a gradient with {options:?}");
             }
@@ -142,7 +143,7 @@ fn gradients_equal_finite_differences() -> Result<()> {
         if name.ends_with("k_proj.bias") || size < 1e-4 {
             continue;
         }
-        let step = (2e-3 / f64::from(size)).clamp(1e-3, 0.1);
+        let step = (2e-5 / f64::from(size)).clamp(1e-3, 1e-2);
         let along = |sign: f64| {
             let mut moved = tensors.clone();
             let shift = (grad * (sign * step / f64::from(size)))?;
@@ -165,28 +166,30 @@ fn the_mask_prompt_carries_gradient_to_the_cnn_logits_and_the_text_prompt_to_the
     let cnn = Var::from_tensor(&x.cnn_logits)?;
     let texts = x.texts.iter().map(|t| Ok(Var::from_tensor(t)?)).collect::<Result<Vec<_>>>()?;
     let tracked: Vec<Tensor> = texts.iter().map(|t| t.as_tensor().clone()).collect();
-    let run = |cnn: &Tensor, texts: &[Tensor]| {
-        let logits = sam.refiner().refine(&embedding, cnn, texts, &x.geometry, &PromptOptions::default())?;
+    let run = |cnn: &Tensor, texts: &[Tensor], options: PromptOptions| {
+        let logits = sam.refiner().refine(&embedding, cnn, texts, &x.geometry, &options)?;
         Ok::<_, Error>((&logits * noise(&[3, 14, 21], 6)?)?.mean_all()?)
     };
-    let grads = run(cnn.as_tensor(), &tracked)?.backward()?;
+    let all = PromptOptions::default();
+    let grads = run(cnn.as_tensor(), &tracked, all)?.backward()?;
     for text in &texts {
         assert!(grads.get(text).map(norm).transpose()?.unwrap_or(0.0) > 1e-6);
     }
-    let grad = grads.get(&cnn).cloned().ok_or_else(|| Error::request("no gradient", ""))?;
-    let size = f64::from(norm(&grad)?);
-    // Small enough that no thresholded pixel changes and the box stays.
-    let step = 2e-3;
+    // The box and the padding value are constants.
+    let grads = run(cnn.as_tensor(), &tracked, PromptOptions { mask_prompt: false, ..all })?.backward()?;
+    assert!(grads.get(&cnn).is_none());
+
+    // Without the box, which jumps, the loss follows the gradient.
+    let no_box = PromptOptions { box_prompt: false, ..all };
+    let grads = run(cnn.as_tensor(), &tracked, no_box)?.backward()?;
+    let grad = grads.get(&cnn).ok_or_else(|| Error::request("no gradient", ""))?;
+    let (size, step) = (f64::from(norm(grad)?), 5e-3);
     let along = |sign: f64| {
-        let moved = (&x.cnn_logits + (&grad * (sign * step / size))?)?;
-        assert_eq!(
-            sam.refiner().boxes_in_image(&moved, &x.geometry)?,
-            sam.refiner().boxes_in_image(&x.cnn_logits, &x.geometry)?
-        );
-        Ok::<_, Error>(f64::from(run(&moved, &x.texts)?.to_scalar::<f32>()?))
+        let moved = (&x.cnn_logits + (grad * (sign * step / size))?)?;
+        Ok::<_, Error>(f64::from(run(&moved, &x.texts, no_box)?.to_scalar::<f32>()?))
     };
     let slope = (along(1.0)? - along(-1.0)?) / (2.0 * step);
-    assert!((slope - size).abs() < 0.05 * size, "slope {slope}, gradient {size}");
+    assert!((slope - size).abs() < 0.03 * size, "slope {slope}, gradient {size}");
     Ok(())
 }
 
