@@ -1,1 +1,3 @@
-//! placeholder
+//! Losses, optimiser, schedule and training loop of the grounding head.
+
+pub mod optim;
