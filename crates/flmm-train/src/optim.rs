@@ -221,8 +221,9 @@ impl Schedule {
             }
             return self.base * (START + (1.0 - START) * k as f64 / (self.warmup - 1) as f64);
         }
-        let progress = (k - self.warmup) as f64 / self.total.saturating_sub(self.warmup).max(1) as f64;
-        self.base * 0.5 * (1.0 + (std::f64::consts::PI * progress.min(1.0)).cos())
+        // ½ (1 + cos π·p) as sin²(½ π (1 − p)), which loses no digits at the end of the cosine.
+        let rest = self.total.saturating_sub(k) as f64 / self.total.saturating_sub(self.warmup).max(1) as f64;
+        self.base * (std::f64::consts::FRAC_PI_2 * rest).sin().powi(2)
     }
 }
 
