@@ -3,6 +3,7 @@
 pub mod atomic;
 pub mod error;
 pub mod geometry;
+pub mod mask_head;
 pub mod nn;
 pub mod sam;
 pub mod weights;
