@@ -4,6 +4,7 @@ pub mod atomic;
 pub mod error;
 pub mod geometry;
 pub mod image_input;
+pub mod mask_head;
 pub mod nn;
 pub mod sam;
 pub mod text;

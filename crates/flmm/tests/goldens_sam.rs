@@ -97,6 +97,10 @@ fn channels_first(map: &Tensor) -> TestResult<Tensor> {
     Ok(map.t()?.contiguous()?.reshape((width, grid, grid))?)
 }
 
+fn rows(boxes: &[[f64; 4]]) -> TestResult<Tensor> {
+    Ok(Tensor::from_vec(boxes.concat(), (boxes.len(), 4), &Device::Cpu)?)
+}
+
 fn every(x: &Tensor, dim: usize, step: usize) -> TestResult<Tensor> {
     let rows: Vec<u32> = (0..x.dim(dim)? as u32).step_by(step).collect();
     Ok(x.index_select(&Tensor::new(rows, &Device::Cpu)?, dim)?)
@@ -148,8 +152,8 @@ fn goldens_prompts_and_decoder() -> TestResult {
         golden.check("prompt_masks", &prompts, 1e-5)?;
         let boxes = refiner.boxes_in_image(&case.cnn_logits, &case.geometry)?;
         let scaled: Vec<[f64; 4]> = boxes.iter().map(|b| case.geometry.sam_from_image(*b)).collect();
-        golden.check("boxes_original", &Tensor::new(boxes, &Device::Cpu)?, 0.0)?;
-        golden.check("boxes_1024", &Tensor::new(scaled.clone(), &Device::Cpu)?, 1e-9)?;
+        golden.check("boxes_original", &rows(&boxes)?, 0.0)?;
+        golden.check("boxes_1024", &rows(&scaled)?, 1e-9)?;
 
         let corners = encoder.boxes(&scaled)?;
         let dense = encoder.masks(&prompts)?;
@@ -189,9 +193,13 @@ fn goldens_refined_logits_and_variants() -> TestResult {
     ];
     for mut case in setup.cases()? {
         let embedding = case.embedding(&sam)?;
-        for (name, options) in variants.iter().filter(|(name, _)| case.golden.has(name)) {
+        for (name, options) in &variants {
+            if !case.golden.has(name) {
+                continue;
+            }
             let refiner = sam.refiner();
-            let logits = refiner.refine(&embedding, &case.cnn_logits, &case.texts, &case.geometry, options)?;
+            let logits =
+                refiner.refine(&embedding, &case.cnn_logits, &case.texts, &case.geometry, options)?;
             case.golden.check(name, &logits, 2e-4)?;
         }
         case.golden.finish()?;
@@ -234,7 +242,8 @@ fn goldens_gradients() -> TestResult {
         let tracked: Vec<Tensor> = texts.iter().map(|t| t.as_tensor().clone()).collect();
         let options = PromptOptions::default();
         let embedding = case.embedding(&frozen)?;
-        let logits = refiner.refine(&embedding, cnn_logits.as_tensor(), &tracked, &case.geometry, &options)?;
+        let logits =
+            refiner.refine(&embedding, cnn_logits.as_tensor(), &tracked, &case.geometry, &options)?;
         case.golden.check("refined_logits", &logits, 2e-4)?;
         let (bce, dice) = losses(&logits, case.golden.get("grad.target")?)?;
         for (name, loss) in [("bce", &bce), ("dice", &dice)] {
@@ -270,11 +279,15 @@ fn goldens_gradients() -> TestResult {
                 assert!(norm < 1e-6, "{name}: gradient of norm {norm}, expected rounding noise");
                 continue;
             }
-            let probe = formula(&format!("probe.{name}"), setup.seed, grad.dims(), 0.0, 2.0)?.to_dtype(DType::F64)?;
+            let probe =
+                formula(&format!("probe.{name}"), setup.seed, grad.dims(), 0.0, 2.0)?.to_dtype(DType::F64)?;
             let dot = (&grad * &probe)?.sum_all()?.to_scalar::<f64>()?;
             let expected_dot = entry["probe_dot"].as_f64().unwrap_or(0.0);
             let error = (norm - expected).abs().max((dot - expected_dot).abs()) / expected.max(1e-12);
-            assert!(error < 1e-3 || norm == expected, "{name}: norm {norm} ({expected}), probe {dot} ({expected_dot})");
+            assert!(
+                error < 1e-3 || norm == expected,
+                "{name}: norm {norm} ({expected}), probe {dot} ({expected_dot})"
+            );
             worst = worst.max(if norm == expected { 0.0 } else { error });
             checked += 1;
         }

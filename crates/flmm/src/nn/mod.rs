@@ -12,7 +12,7 @@ mod cross_entropy;
 mod gated;
 #[cfg(test)]
 pub(crate) mod gradcheck;
-mod host;
+pub mod host;
 mod linear;
 mod norm;
 mod pool;

@@ -4,7 +4,7 @@
 //! Frozen when a grounding head is trained; every operation has a gradient all the same, so that a small SAM can
 //! be trained from scratch. Feature maps are channels-last, `[B, rows, columns, width]`, until the neck.
 
-use candle_core::{DType, Tensor};
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::config::SamConfig;
@@ -82,9 +82,17 @@ impl ImageEncoder {
     /// Transformer block `index`, `[B, e, e, D]` → same.
     pub fn block(&self, index: usize, x: &Tensor) -> Result<Tensor> {
         let block = self.blocks.get(index).ok_or_else(|| {
-            Error::request(format!("SAM has no block {index}"), format!("it has {} blocks", self.blocks.len()))
+            Error::request(
+                format!("SAM has no block {index}"),
+                format!("it has {} blocks", self.blocks.len()),
+            )
         })?;
         block.forward(x)
+    }
+
+    /// Where the tensors live.
+    pub fn device(&self) -> &Device {
+        self.pos_embed.device()
     }
 
     /// Number of transformer blocks.
@@ -214,7 +222,8 @@ impl Attention {
         let qkv_weight = params.get(&[3 * width, width], "qkv.weight")?;
         let device = qkv_weight.device();
         let position = |i: usize| i % side;
-        let offsets: Vec<u32> = (0..side * side).map(|i| (i / side + side - 1 - position(i)) as u32).collect();
+        let offsets: Vec<u32> =
+            (0..side * side).map(|i| (i / side + side - 1 - position(i)) as u32).collect();
         let key_position = (0..side * side).flat_map(|key| {
             let (row, column) = (key / side, position(key));
             (0..2 * side).map(move |i| f32::from(u8::from(i == row || i == side + column)))
@@ -330,8 +339,7 @@ pub fn pixel_values(resized: &image::RgbImage, image_size: usize) -> Result<Tens
             values[at] = (f32::from(pixel.0[channel]) - MEAN[channel]) / STD[channel];
         }
     }
-    let values = Tensor::from_vec(values, (3, image_size, image_size), &candle_core::Device::Cpu)?;
-    Ok(values.to_dtype(DType::F32)?)
+    Ok(Tensor::from_vec(values, (3, image_size, image_size), &Device::Cpu)?)
 }
 
 #[cfg(test)]
@@ -340,7 +348,8 @@ mod tests {
     use candle_core::{Device, Var};
 
     fn ramp(shape: &[usize], step: usize) -> Result<Tensor> {
-        let values: Vec<f32> = (0..shape.iter().product()).map(|i| ((i * step) % 97) as f32 / 48.0 - 1.0).collect();
+        let values: Vec<f32> =
+            (0..shape.iter().product()).map(|i| ((i * step) % 97) as f32 / 48.0 - 1.0).collect();
         Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
