@@ -221,9 +221,10 @@ impl Schedule {
             }
             return self.base * (START + (1.0 - START) * k as f64 / (self.warmup - 1) as f64);
         }
-        // ½ (1 + cos π·p) as sin²(½ π (1 − p)), which loses no digits at the end of the cosine.
-        let rest = self.total.saturating_sub(k) as f64 / self.total.saturating_sub(self.warmup).max(1) as f64;
-        self.base * (std::f64::consts::FRAC_PI_2 * rest).sin().powi(2)
+        // In the spec's order of operations: near the end 1 + cos amplifies every rounding.
+        let (done, length) = (k - self.warmup, self.total.saturating_sub(self.warmup).max(1));
+        let angle = std::f64::consts::PI * done.min(length) as f64 / length as f64;
+        self.base * 0.5 * (1.0 + angle.cos())
     }
 }
 
