@@ -1,5 +1,6 @@
 //! Grounded answers from frozen multimodal models: image and conversation in, answer, phrases and masks out.
 
+pub mod atomic;
 pub mod error;
 pub mod geometry;
 pub mod nn;
