@@ -4,6 +4,7 @@ pub mod atomic;
 pub mod error;
 pub mod geometry;
 pub mod nn;
+pub mod sam;
 pub mod weights;
 
 pub use error::{Error, Result};
