@@ -10,7 +10,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::layout::ImageLayout;
 use crate::lmm::{ImageInput, Lmm, LmmSpec, Turn};
-use crate::nn::Linear;
+use crate::nn::{Linear, gelu};
 use crate::text::chat;
 use crate::text::tokenizer::Tokenizer;
 use crate::text::{Decoder, DecoderConfig};
@@ -135,8 +135,8 @@ impl Lmm for Llava {
 
     fn project(&self, _image: &ImageInput, features: &Tensor) -> Result<Tensor> {
         let inner = self.linear_1.forward(&features.squeeze(0)?)?;
-        // Evaluated in f32 and rounded once: candle's bf16 version rounds at every step.
-        let inner = inner.to_dtype(DType::F32)?.gelu_erf()?.to_dtype(inner.dtype())?;
+        // Evaluated in f32 and rounded once.
+        let inner = gelu(&inner.to_dtype(DType::F32)?)?.to_dtype(inner.dtype())?;
         self.linear_2.forward(&inner)
     }
 }

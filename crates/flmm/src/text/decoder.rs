@@ -4,7 +4,7 @@ use candle_core::{D, DType, Device, Tensor};
 
 use crate::capture::Capture;
 use crate::error::{Error, Result};
-use crate::nn::{Linear, rms_norm};
+use crate::nn::{Linear, gelu_tanh, rms_norm, silu};
 use crate::text::rope::Rotation;
 use crate::text::{Activation, DecoderConfig, KvCache, Norm, Rope, attend};
 use crate::weights::Params;
@@ -222,11 +222,11 @@ impl Mlp {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        // Activations are evaluated in f32 and rounded once: candle's bf16 versions round at every step.
+        // Activations are evaluated in f32 and rounded once: a bf16 evaluation would round at every step.
         let gate = self.gate_proj.forward(x)?.to_dtype(DType::F32)?;
         let gate = match self.activation {
-            Activation::Silu => gate.silu()?,
-            Activation::GeluTanh => gate.gelu()?,
+            Activation::Silu => silu(&gate)?,
+            Activation::GeluTanh => gelu_tanh(&gate)?,
         };
         self.down_proj.forward(&(gate.to_dtype(x.dtype())? * self.up_proj.forward(x)?)?)
     }

@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::nn::{LayerNorm, Linear, softmax_last_dim};
+use crate::nn::{self, LayerNorm, Linear, softmax_last_dim};
 use crate::text::round_to;
 use crate::weights::Params;
 
@@ -200,10 +200,9 @@ impl Attention {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (batch, tokens, width) = x.dims3()?;
         let head_dim = width / self.heads;
-        let split = |x: Tensor| {
-            x.reshape((batch, tokens, self.heads, head_dim))?
-                .transpose(1, 2)?
-                .reshape((batch * self.heads, tokens, head_dim))
+        let split = |x: Tensor| -> Result<Tensor> {
+            let x = x.reshape((batch, tokens, self.heads, head_dim))?.transpose(1, 2)?;
+            Ok(x.reshape((batch * self.heads, tokens, head_dim))?)
         };
         let q = self.q_proj.forward(x)?.to_dtype(DType::F32)?;
         let q = split((q / (head_dim as f64).sqrt())?.to_dtype(x.dtype())?)?;
@@ -217,10 +216,12 @@ impl Attention {
 /// `x · σ(1.702 x)`, rounded to the type of `x` after every step as the reference does.
 fn quick_gelu(x: &Tensor) -> Result<Tensor> {
     let dtype = x.dtype();
+    if dtype == DType::F32 {
+        return nn::quick_gelu(x);
+    }
     let wide = x.to_dtype(DType::F32)?;
-    let scaled = round_to(&(&wide * 1.702)?, dtype)?;
-    let gate = round_to(&(scaled.neg()?.exp()? + 1.0)?.recip()?, dtype)?;
-    Ok((wide * gate)?.to_dtype(dtype)?)
+    let gate = nn::sigmoid(&round_to(&(&wide * 1.702)?, dtype)?)?;
+    Ok((wide * round_to(&gate, dtype)?)?.to_dtype(dtype)?)
 }
 
 #[cfg(test)]
