@@ -91,7 +91,9 @@ impl Element {
     }
 }
 
-/// The number of elements of `shape`, unless it overflows.
+/// The number of elements of `shape`, unless the product of its non-zero lengths overflows. Zeros do not excuse the
+/// other lengths, because strides are computed from those.
 pub(super) fn elem_count(shape: &[usize]) -> Option<usize> {
-    shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
+    let product = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)))?;
+    Some(if shape.contains(&0) { 0 } else { product })
 }
