@@ -23,7 +23,7 @@ use crate::layout::Merge;
 use crate::lmm::{self, GROUNDING_INSTRUCTION, Lmm, Turn};
 use crate::masks::Mask;
 use crate::nn::bilinear;
-use crate::phrases::{PhraseChoice, noun_phrases};
+use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
 use crate::sam::{ImageEncoder, SamConfig};
 use crate::text::sampling::Sampler;
 use crate::text::{Limits, generate};
@@ -248,9 +248,9 @@ impl Grounder {
         }
         let tokenizer = self.lmm.tokenizer();
         let ranges = match choice {
-            PhraseChoice::Keywords => None,
-            PhraseChoice::NounPhrases => Some(noun_phrases(text)),
-            PhraseChoice::Given(phrases) => Some(spans::find_phrases(text, phrases)?),
+            PhraseChoice::Keywords if self.head.keyword_selector.is_some() => None,
+            PhraseChoice::Keywords | PhraseChoice::NounPhrases => Some(noun_phrases(text)),
+            PhraseChoice::Given(phrases) => Some(find_phrases(text, phrases)?),
         };
         let caption = match &ranges {
             Some(ranges) if !spans::overlapping(ranges) => Caption::from_ranges(tokenizer, text, ranges)?,
@@ -368,10 +368,7 @@ impl Grounder {
 
 /// Logits `[N, H, W]` above 0, one mask per phrase.
 fn binary(logits: &Tensor) -> Result<Vec<Mask>> {
-    let (count, height, width) = logits.dims3()?;
-    let values = logits.detach().flatten_all()?.to_vec1::<f32>()?;
-    let masks = values.chunks(height * width).take(count);
-    Ok(masks.map(|mask| Mask::from_bits(height, width, mask.iter().map(|&value| value > 0.0).collect())).collect())
+    (0..logits.dim(0)?).map(|phrase| Mask::from_logits(&logits.get(phrase)?)).collect()
 }
 
 /// Sizes of the SAM whose tensors were read from `path`: `sam_config.json` beside them, else told by the tensors.

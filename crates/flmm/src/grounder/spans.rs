@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use crate::error::{Error, Result};
-use crate::phrases::{PhraseChoice, char_range_to_tokens, noun_phrases, select_keywords};
+use crate::error::Result;
+use crate::phrases::{PhraseChoice, char_range_to_tokens, find_phrases, noun_phrases, select_keywords};
 use crate::text::tokenizer::Tokenizer;
 
 /// A phrase before it is grounded: characters and tokens.
@@ -15,59 +15,30 @@ pub(super) struct Span {
 
 /// The phrases of `text`, whose token `t` covers the characters `offsets[t]`.
 ///
-/// `probs` are the tokens' keyword probabilities; the keyword selector takes runs above `lambda`.
+/// `probs` are the tokens' keyword probabilities; the keyword selector takes runs above `lambda`. A head without
+/// a selector falls back on noun phrases. A given phrase that is not in the text is an error.
 pub(super) fn select(
     choice: &PhraseChoice,
     text: &str,
-    offsets: &[Range<usize>],
+    offsets: &[(usize, usize)],
     probs: Option<&[f32]>,
     lambda: f32,
 ) -> Result<Vec<Span>> {
-    let chars: Vec<char> = text.chars().collect();
-    let ranges = match choice {
-        PhraseChoice::NounPhrases => noun_phrases(text),
-        PhraseChoice::Given(phrases) => find_phrases(text, phrases)?,
-        PhraseChoice::Keywords => {
-            let Some(probs) = probs else {
-                return Err(Error::request(
-                    "the grounding head has no keyword selector",
-                    "choose noun phrases, or name the phrases",
-                ));
-            };
-            let texts: Vec<String> = offsets.iter().map(|range| chars[range.clone()].iter().collect()).collect();
+    let ranges = match (choice, probs) {
+        (PhraseChoice::Keywords, Some(probs)) => {
+            let chars: Vec<char> = text.chars().collect();
+            let texts: Vec<String> = offsets.iter().map(|&(start, end)| chars[start..end].iter().collect()).collect();
             let spans = select_keywords(probs, &texts, lambda).into_iter().map(|tokens| {
-                let covered = offsets[tokens.start].start..offsets[tokens.end - 1].end;
+                let covered = offsets[tokens.start].0..offsets[tokens.end - 1].1;
                 Span { chars: trimmed(&chars, covered), tokens }
             });
             return Ok(spans.collect());
         }
+        (PhraseChoice::Keywords, None) | (PhraseChoice::NounPhrases, _) => noun_phrases(text),
+        (PhraseChoice::Given(phrases), _) => find_phrases(text, phrases)?,
     };
-    let span = |chars: Range<usize>| Span { tokens: char_range_to_tokens(offsets, chars.clone()), chars };
-    Ok(ranges.into_iter().map(span).collect())
-}
-
-/// Characters of each phrase: its next occurrence behind the previous phrase, else its first.
-pub(super) fn find_phrases(text: &str, phrases: &[String]) -> Result<Vec<Range<usize>>> {
-    let mut behind = 0;
-    let mut found = Vec::with_capacity(phrases.len());
-    for phrase in phrases {
-        let phrase = phrase.trim();
-        let place = if phrase.is_empty() {
-            None
-        } else {
-            text[behind..].find(phrase).map(|at| behind + at).or_else(|| text.find(phrase))
-        };
-        let Some(start) = place else {
-            return Err(Error::request(
-                format!("the phrase `{phrase}` is not in the text `{text}`"),
-                "write the phrase exactly as it stands in the text",
-            ));
-        };
-        behind = start + phrase.len();
-        let first = text[..start].chars().count();
-        found.push(first..first + phrase.chars().count());
-    }
-    Ok(found)
+    let span = |chars: Range<usize>| Some(Span { tokens: char_range_to_tokens(&chars, offsets)?, chars });
+    Ok(ranges.into_iter().filter_map(span).collect())
 }
 
 /// Whether any two ranges share a character.
@@ -78,7 +49,7 @@ pub(super) fn overlapping(ranges: &[Range<usize>]) -> bool {
 }
 
 /// The text of `ids` and the characters each token adds to it.
-pub(super) fn token_offsets(tokenizer: &Tokenizer, ids: &[u32]) -> (String, Vec<Range<usize>>) {
+pub(super) fn token_offsets(tokenizer: &Tokenizer, ids: &[u32]) -> (String, Vec<(usize, usize)>) {
     let text = tokenizer.decode(ids, false);
     let total = text.chars().count();
     let mut start = 0;
@@ -88,9 +59,8 @@ pub(super) fn token_offsets(tokenizer: &Tokenizer, ids: &[u32]) -> (String, Vec<
         } else {
             complete(&tokenizer.decode(&ids[..count], false)).chars().count()
         };
-        let range = start..end.clamp(start, total);
-        start = range.end;
-        range
+        let end = end.clamp(start, total);
+        (std::mem::replace(&mut start, end), end)
     });
     (text, offsets.collect())
 }
@@ -149,16 +119,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn phrases_are_found_in_characters() -> Result<()> {
-        let phrases = |list: &[&str]| list.iter().map(|phrase| phrase.to_string()).collect::<Vec<_>>();
-        let text = "Ein Café, ein Hund, ein Hund.";
-        assert_eq!(find_phrases(text, &phrases(&["ein Hund", "ein Hund", "Café"]))?, [10..18, 20..28, 4..8]);
-        for missing in ["Katze", " "] {
-            let error = find_phrases(text, &phrases(&[missing])).err().map(|error| error.to_string());
-            assert!(error.is_some_and(|error| error.contains("is not in the text")));
-        }
+    fn ranges_overlap_in_any_order() {
         assert!(overlapping(&[4..8, 0..5]));
         assert!(!overlapping(&[4..8, 0..4]));
-        Ok(())
+    }
+
+    #[test]
+    fn white_space_at_the_ends_is_not_part_of_a_phrase() {
+        let chars: Vec<char> = " a cat ".chars().collect();
+        assert_eq!(trimmed(&chars, 0..7), 1..6);
+        assert!(trimmed(&chars, 6..7).is_empty());
     }
 }
