@@ -1,6 +1,5 @@
 //! PyTorch files: equal to their safetensors twins, and every hostile file is an error.
 
-#[path = "common/plain.rs"]
 mod common;
 
 use std::collections::HashMap;
