@@ -24,7 +24,7 @@ use crate::lmm::{self, GROUNDING_INSTRUCTION, Lmm, Turn};
 use crate::masks::Mask;
 use crate::nn::bilinear;
 use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
-use crate::sam::{ImageEncoder, SamConfig};
+use crate::sam::{Sam, SamConfig};
 use crate::text::sampling::Sampler;
 use crate::text::{Limits, generate};
 use crate::weights::{Params, load_checkpoint};
@@ -56,10 +56,10 @@ impl ModelPaths {
     }
 }
 
-/// A frozen LMM, SAM's image encoder and a grounding head.
+/// A frozen LMM, a frozen SAM image encoder and a grounding head.
 pub struct Grounder {
     lmm: Box<dyn Lmm>,
-    image_encoder: ImageEncoder,
+    sam: Sam,
     head: GroundingHead,
 }
 
@@ -73,29 +73,33 @@ impl Grounder {
     pub fn open(paths: &ModelPaths, device: &Device, dtype: DType) -> Result<Self> {
         let lmm = lmm::open(&paths.model, dtype, device)?;
         let sam_tensors = load_checkpoint(&paths.sam, Some(DType::F32), device)?;
-        let sam = sam_config(&paths.sam, &sam_tensors)?;
         let sizes = HeadSizes {
             channels: lmm.spec().channels,
             layers: lmm.spec().layers,
             hidden_size: lmm.decoder().config().hidden_size,
-            sam,
+            sam: sam_config(&paths.sam, &sam_tensors)?,
         };
         let tensors = overlay(&paths.head, &sam_tensors, head::load_head_tensors(&paths.head, device)?)?;
         let params = Params::new(&paths.head, tensors);
         let head = GroundingHead::from_params(&sizes, &params)?;
-        let image_encoder = ImageEncoder::load(&sizes.sam, &params.pp("sam.model.image_encoder"))?;
+        let sam = Sam::load(&sizes.sam, &params.pp("sam.model"))?;
         params.finish(head::WRONG_HEAD)?;
-        Ok(Self::from_parts(lmm, image_encoder, head))
+        Ok(Self::from_parts(lmm, sam, head))
     }
 
     /// From parts already at hand, which must fit one another.
-    pub fn from_parts(lmm: Box<dyn Lmm>, image_encoder: ImageEncoder, head: GroundingHead) -> Self {
-        Self { lmm, image_encoder, head }
+    pub fn from_parts(lmm: Box<dyn Lmm>, sam: Sam, head: GroundingHead) -> Self {
+        Self { lmm, sam, head }
     }
 
     /// The frozen language model.
     pub fn lmm(&self) -> &dyn Lmm {
         self.lmm.as_ref()
+    }
+
+    /// SAM; its image encoder is what is used here, the head has its own refiner.
+    pub fn sam(&self) -> &Sam {
+        &self.sam
     }
 
     /// The trained part.
@@ -302,7 +306,7 @@ impl Grounder {
     /// SAM's image embedding, once per session.
     fn encode(&self, session: &mut Session) -> Result<()> {
         if session.sam.is_none() {
-            session.sam = Some(self.image_encoder.encode_image(&session.picture)?);
+            session.sam = Some(self.sam.encode_image(&session.picture)?);
         }
         Ok(())
     }

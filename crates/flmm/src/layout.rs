@@ -3,6 +3,7 @@
 use candle_core::{D, DType, Tensor};
 
 use crate::error::{Error, Result};
+use crate::geometry::Geometry;
 use crate::nn::bilinear;
 use crate::text::round_to;
 
@@ -220,6 +221,14 @@ impl ImageLayout {
         }
         Ok(Tensor::stack(&stacked, 0)?)
     }
+}
+
+/// Phrase maps `[N, C, gh, gw]` brought to the size and the picture's part of `height × width` logits:
+/// `[N, C, mh, mw]`, as visualisations show them (`spec/pipeline.md` §4). They are not normalised.
+pub fn maps_in_picture(maps: &Tensor, geometry: &Geometry, height: usize, width: usize) -> Result<Tensor> {
+    let rect = geometry.picture_rect(height, width);
+    let maps = resize(maps, height, width)?;
+    Ok(maps.narrow(2, rect.y0, rect.height)?.narrow(3, rect.x0, rect.width)?)
 }
 
 /// Bilinear, ratio rule, on the last two axes of `[a, b, h, w]`; a map of the right size is left alone.

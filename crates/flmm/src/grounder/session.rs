@@ -26,19 +26,29 @@ pub struct Session {
     features: Option<Tensor>,
     /// Ids of the tokens in the cache.
     read: Vec<u32>,
+    /// How many tokens the last reading found in the cache.
+    reused: usize,
 }
 
 impl Session {
     pub(super) fn new(lmm: &dyn Lmm, picture: &RgbImage) -> Result<Self> {
         let image = lmm.prepare_image(picture)?;
         let cache = KvCache::new(lmm.decoder().config(), image.layout.tokens + 256);
-        let (turns, read) = (Vec::new(), Vec::new());
-        Ok(Self { turns, picture: picture.clone(), image, sam: None, cache, features: None, read })
+        Ok(Self {
+            turns: Vec::new(),
+            picture: picture.clone(),
+            image,
+            sam: None,
+            cache,
+            features: None,
+            read: Vec::new(),
+            reused: 0,
+        })
     }
 
-    /// How many of the tokens in the cache a prompt shares: what a next turn need not read again.
-    pub fn tokens_read(&self) -> usize {
-        self.read.len()
+    /// How many tokens the last prompt shared with what was read before, and did not read again.
+    pub fn tokens_reused(&self) -> usize {
+        self.reused
     }
 
     /// Where the image lies in the sequence last read.
@@ -71,6 +81,7 @@ impl Session {
         let shared = self.read.iter().zip(ids).take_while(|(old, new)| old == new).count();
         // The last token is always read, for its state.
         let shared = shared.min(wanted).min(ids.len().saturating_sub(1));
+        self.reused = shared;
         self.cache.truncate(shared);
         self.read.truncate(shared);
         let embeds = self.embed(lmm, ids, shared)?;
