@@ -8,6 +8,7 @@ pub mod geometry;
 //pub mod grounder;
 pub mod layout;
 //pub mod lmm;
+pub mod mask_head;
 pub mod nn;
 pub mod sam;
 pub mod text;
