@@ -12,10 +12,12 @@ mod init;
 mod mask_decoder;
 mod prompt_encoder;
 mod refiner;
+mod resize;
 
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
+use image::RgbImage;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -26,8 +28,9 @@ pub use mask_decoder::{MaskDecoder, Transformed};
 pub use prompt_encoder::PromptEncoder;
 pub use refiner::{PromptOptions, Refiner};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::weights::Params;
+use resize::sam_resize;
 
 /// A whole SAM: the frozen image encoder and the trained refiner.
 #[derive(Debug, Clone)]
@@ -35,16 +38,15 @@ pub struct Sam {
     config: SamConfig,
     image_encoder: ImageEncoder,
     refiner: Refiner,
+    device: Device,
 }
 
 impl Sam {
     /// Reads a SAM with public tensor names below `params`.
     pub fn load(config: &SamConfig, params: &Params) -> Result<Self> {
-        Ok(Self {
-            config: config.clone(),
-            image_encoder: ImageEncoder::load(config, &params.pp("image_encoder"))?,
-            refiner: Refiner::load(config, params)?,
-        })
+        let image_encoder = ImageEncoder::load(config, &params.pp("image_encoder"))?;
+        let device = image_encoder.device().clone();
+        Ok(Self { config: config.clone(), refiner: Refiner::load(config, params)?, image_encoder, device })
     }
 
     /// Fresh tensors of a whole SAM (PyTorch's default initialisations), the same for the same seed.
@@ -53,6 +55,23 @@ impl Sam {
         let mut tensors = init::image_encoder(config, &mut rng)?;
         tensors.extend(Refiner::init(config, &mut rng)?);
         Ok(tensors)
+    }
+
+    /// The picture as the image encoder wants it, `[3, S, S]`, and how it was resized.
+    pub fn pixel_values(&self, picture: &RgbImage) -> Result<(Tensor, SamGeometry)> {
+        let size = self.config.image_size;
+        let geometry = SamGeometry::new((picture.height() as usize, picture.width() as usize), size);
+        if geometry.original.0 == 0 || geometry.original.1 == 0 {
+            return Err(Error::image("it has no pixels", "give a picture of at least one pixel"));
+        }
+        Ok((pixel_values(&sam_resize(picture, size), size)?, geometry))
+    }
+
+    /// The picture's embedding `[1, C, e, e]` and how it was resized. No gradient.
+    pub fn encode_image(&self, picture: &RgbImage) -> Result<(Tensor, SamGeometry)> {
+        let (pixels, geometry) = self.pixel_values(picture)?;
+        let pixels = pixels.unsqueeze(0)?.to_device(&self.device)?;
+        Ok((self.image_encoder.forward(&pixels)?.detach(), geometry))
     }
 
     /// The sizes this SAM was built for.
