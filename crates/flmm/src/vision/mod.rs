@@ -1,0 +1,3 @@
+//! Vision towers: pictures to features.
+
+pub mod clip;
