@@ -11,6 +11,7 @@ mod session;
 mod spans;
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -26,6 +27,7 @@ use crate::nn::bilinear;
 use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
 use crate::sam::{Sam, SamConfig};
 use crate::text::sampling::Sampler;
+use crate::text::stream::TextStream;
 use crate::text::{Limits, generate};
 use crate::weights::{Params, load_checkpoint};
 
@@ -193,7 +195,9 @@ impl Grounder {
         };
         let limits = Limits { max_new_tokens: options.max_new_tokens, stop_ids: self.lmm.stop_ids() };
         let tokenizer = self.lmm.tokenizer();
-        let mut stream = spans::TextStream::new(tokenizer);
+        // Told one token late: the last token is not part of the answer.
+        let mut stream = TextStream::new(tokenizer, false);
+        let mut late = None;
         let mut ids = generate(
             self.lmm.decoder(),
             &hidden,
@@ -202,16 +206,18 @@ impl Grounder {
             limits,
             &mut sampler,
             |id, _| {
-                stream.push(id, on_text);
-                std::ops::ControlFlow::Continue(())
+                if let Some(id) = late.replace(id) {
+                    tell(&stream.push(id), on_text);
+                }
+                ControlFlow::Continue(())
             },
         )?;
+        tell(&stream.finish(), on_text);
         ids.pop();
         session.continued(&ids);
         timings.generate = clock.elapsed();
 
         let (answer, offsets) = spans::token_offsets(tokenizer, &ids);
-        stream.finish(&answer, on_text);
         let mut result = GroundedAnswer { answer, token_ids: ids, phrases: Vec::new(), timings };
         if let (Some(choice), Some(capture)) = (&options.phrases, &capture)
             && !result.token_ids.is_empty()
@@ -367,6 +373,12 @@ impl Grounder {
         }
         result.timings.segment = clock.elapsed();
         Ok(())
+    }
+}
+
+fn tell(text: &str, on_text: &mut dyn FnMut(&str)) {
+    if !text.is_empty() {
+        on_text(text);
     }
 }
 
