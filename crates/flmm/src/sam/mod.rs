@@ -14,9 +14,10 @@ mod prompt_encoder;
 mod refiner;
 mod resize;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -29,8 +30,28 @@ pub use prompt_encoder::PromptEncoder;
 pub use refiner::{PromptOptions, Refiner};
 
 use crate::error::{Error, Result};
-use crate::weights::Params;
+use crate::weights::{Params, load_checkpoint};
 use resize::sam_resize;
+
+/// Name of the file with the sizes, beside a SAM checkpoint that is not one of the public sizes.
+pub const CONFIG_FILE: &str = "sam_config.json";
+
+/// Sizes and f32 tensors of the SAM checkpoint at `path` (a file, or a folder with one).
+///
+/// The sizes come from the [`CONFIG_FILE`] beside the tensors if there is one, else from the tensors' shapes.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::Weights`] or [`Error::Config`] naming the file at fault.
+pub fn read_checkpoint(path: &Path, device: &Device) -> Result<(SamConfig, HashMap<String, Tensor>)> {
+    let tensors = load_checkpoint(path, Some(DType::F32), device)?;
+    let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
+    let file = folder.join(CONFIG_FILE);
+    let config = match file.is_file() {
+        true => SamConfig::from_file(&file)?,
+        false => SamConfig::from_tensors(&Params::new(path, tensors.clone()), path)?,
+    };
+    Ok((config, tensors))
+}
 
 /// A whole SAM: the frozen image encoder and the trained refiner.
 #[derive(Debug, Clone)]
@@ -42,6 +63,16 @@ pub struct Sam {
 }
 
 impl Sam {
+    /// Opens the SAM checkpoint at `path` (a file, or a folder with one); see [`read_checkpoint`].
+    pub fn open(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        let path = path.as_ref();
+        let (config, tensors) = read_checkpoint(path, device)?;
+        let params = Params::new(path, tensors);
+        let sam = Self::load(&config, &params)?;
+        params.finish("expected a SAM checkpoint; if its sizes are not the public ones, put a sam_config.json beside it")?;
+        Ok(sam)
+    }
+
     /// Reads a SAM with public tensor names below `params`.
     pub fn load(config: &SamConfig, params: &Params) -> Result<Self> {
         let image_encoder = ImageEncoder::load(config, &params.pp("image_encoder"))?;
