@@ -10,7 +10,6 @@ mod head;
 mod session;
 mod spans;
 
-use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -25,11 +24,11 @@ use crate::lmm::{self, GROUNDING_INSTRUCTION, Lmm, Turn};
 use crate::masks::Mask;
 use crate::nn::bilinear;
 use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
-use crate::sam::{Sam, SamConfig};
+use crate::sam::{Sam, read_checkpoint};
 use crate::text::sampling::Sampler;
 use crate::text::stream::TextStream;
 use crate::text::{Limits, generate};
-use crate::weights::{Params, load_checkpoint};
+use crate::weights::Params;
 
 use spans::Span;
 
@@ -74,12 +73,12 @@ impl Grounder {
     /// [`Error::Weights`] with every missing, misshapen or unexpected tensor of a part, [`Error::Config`].
     pub fn open(paths: &ModelPaths, device: &Device, dtype: DType) -> Result<Self> {
         let lmm = lmm::open(&paths.model, dtype, device)?;
-        let sam_tensors = load_checkpoint(&paths.sam, Some(DType::F32), device)?;
+        let (sam, sam_tensors) = read_checkpoint(&paths.sam, device)?;
         let sizes = HeadSizes {
             channels: lmm.spec().channels,
             layers: lmm.spec().layers,
             hidden_size: lmm.decoder().config().hidden_size,
-            sam: sam_config(&paths.sam, &sam_tensors)?,
+            sam,
         };
         let tensors = overlay(&paths.head, &sam_tensors, head::load_head_tensors(&paths.head, device)?)?;
         let params = Params::new(&paths.head, tensors);
@@ -385,14 +384,4 @@ fn tell(text: &str, on_text: &mut dyn FnMut(&str)) {
 /// Logits `[N, H, W]` above 0, one mask per phrase.
 fn binary(logits: &Tensor) -> Result<Vec<Mask>> {
     (0..logits.dim(0)?).map(|phrase| Mask::from_logits(&logits.get(phrase)?)).collect()
-}
-
-/// Sizes of the SAM whose tensors were read from `path`: `sam_config.json` beside them, else told by the tensors.
-fn sam_config(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<SamConfig> {
-    let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
-    let file = folder.join("sam_config.json");
-    if file.is_file() {
-        return SamConfig::from_file(&file);
-    }
-    SamConfig::from_tensors(&Params::new(path, tensors.clone()), path)
 }
