@@ -191,7 +191,8 @@ fn goldens_refined_logits_and_variants() -> TestResult {
         let embedding = case.embedding(&sam)?;
         for (name, options) in variants.iter().filter(|(name, _)| case.golden.has(name)) {
             let refiner = sam.refiner();
-            let logits = refiner.refine(&embedding, &case.cnn_logits, &case.texts, &case.geometry, options)?;
+            let logits =
+                refiner.refine(&embedding, &case.cnn_logits, &case.texts, &case.geometry, options)?;
             case.golden.check(name, &logits, 2e-4)?;
         }
         case.golden.finish()?;
@@ -234,7 +235,8 @@ fn goldens_gradients() -> TestResult {
         let tracked: Vec<Tensor> = texts.iter().map(|t| t.as_tensor().clone()).collect();
         let options = PromptOptions::default();
         let embedding = case.embedding(&frozen)?;
-        let logits = refiner.refine(&embedding, cnn_logits.as_tensor(), &tracked, &case.geometry, &options)?;
+        let logits =
+            refiner.refine(&embedding, cnn_logits.as_tensor(), &tracked, &case.geometry, &options)?;
         case.golden.check("refined_logits", &logits, 2e-4)?;
         let (bce, dice) = losses(&logits, case.golden.get("grad.target")?)?;
         for (name, loss) in [("bce", &bce), ("dice", &dice)] {
@@ -270,11 +272,15 @@ fn goldens_gradients() -> TestResult {
                 assert!(norm < 1e-6, "{name}: gradient of norm {norm}, expected rounding noise");
                 continue;
             }
-            let probe = formula(&format!("probe.{name}"), setup.seed, grad.dims(), 0.0, 2.0)?.to_dtype(DType::F64)?;
+            let probe =
+                formula(&format!("probe.{name}"), setup.seed, grad.dims(), 0.0, 2.0)?.to_dtype(DType::F64)?;
             let dot = (&grad * &probe)?.sum_all()?.to_scalar::<f64>()?;
             let expected_dot = entry["probe_dot"].as_f64().unwrap_or(0.0);
             let error = (norm - expected).abs().max((dot - expected_dot).abs()) / expected.max(1e-12);
-            assert!(error < 1e-3 || norm == expected, "{name}: norm {norm} ({expected}), probe {dot} ({expected_dot})");
+            assert!(
+                error < 1e-3 || norm == expected,
+                "{name}: norm {norm} ({expected}), probe {dot} ({expected_dot})"
+            );
             worst = worst.max(if norm == expected { 0.0 } else { error });
             checked += 1;
         }

@@ -117,7 +117,10 @@ fn every_trained_tensor_gets_a_gradient_and_no_other() -> Result<()> {
                 assert!(size < 1e-6, "{name}: gradient of norm {size}");
             } else if trained {
                 let layer1 = name.contains(".mlp.lin") || name.contains("hypernetworks");
-                assert!(size > 1e-9 || (layer1 && options.multimask), "{name} gets no gradient with {options:?}");
+                assert!(
+                    size > 1e-9 || (layer1 && options.multimask),
+                    "{name} gets no gradient with {options:?}"
+                );
             } else {
                 assert_eq!(size, 0.0, "{name} gets a gradient with {options:?}");
             }
@@ -154,7 +157,11 @@ fn gradients_equal_finite_differences() -> Result<()> {
         assert!(error < 0.03, "{name}: slope {slope}, gradient {size}");
         checked += 1;
     }
-    assert!(checked > vars.len() / 2, "only {checked} of {} gradients were large enough to check", vars.len());
+    assert!(
+        checked > vars.len() / 2,
+        "only {checked} of {} gradients were large enough to check",
+        vars.len()
+    );
     Ok(())
 }
 
@@ -235,20 +242,25 @@ fn unfit_inputs_are_told_apart() -> Result<()> {
     let (sam, x) = (load(&tensors()?)?, inputs()?);
     let embedding = sam.image_encoder().forward(&x.pixels)?;
     let options = PromptOptions::default();
-    let refine = |embedding: &Tensor, logits: &Tensor, texts: &[Tensor]| {
-        match sam.refiner().refine(embedding, logits, texts, &x.geometry, &options) {
-            Ok(_) => String::from("accepted"),
-            Err(error) => error.to_string(),
-        }
+    let refine = |embedding: &Tensor, logits: &Tensor, texts: &[Tensor]| match sam.refiner().refine(
+        embedding,
+        logits,
+        texts,
+        &x.geometry,
+        &options,
+    ) {
+        Ok(_) => String::from("accepted"),
+        Err(error) => error.to_string(),
     };
     let empty = [x.texts[0].clone(), x.texts[1].narrow(0, 0, 0)?, x.texts[2].clone()];
     assert!(refine(&embedding, &x.cnn_logits, &empty).contains("phrase 1 has text tokens of shape [0, 16]"));
     assert!(refine(&embedding, &x.cnn_logits, &x.texts[..2]).contains("expected [2, mh, mw]"));
     assert!(refine(&x.pixels, &x.cnn_logits, &x.texts).contains("image embedding has shape"));
     assert!(sam.image_encoder().forward(&noise(&[1, 3, 32, 16], 1)?).is_err());
-    assert_eq!(sam.refiner().refine(&embedding, &x.cnn_logits.narrow(0, 0, 0)?, &[], &x.geometry, &options)?.dims(), [
-        0, 14, 21
-    ]);
+    assert_eq!(
+        sam.refiner().refine(&embedding, &x.cnn_logits.narrow(0, 0, 0)?, &[], &x.geometry, &options)?.dims(),
+        [0, 14, 21]
+    );
     Ok(())
 }
 
@@ -276,12 +288,8 @@ fn impossible_configurations_are_refused() {
 #[test]
 fn sizes_are_told_by_the_tensors() -> Result<()> {
     // The head count of the decoder is in no shape: the public 8 is assumed.
-    let config = SamConfig {
-        decoder_num_heads: 8,
-        prompt_embed_dim: 32,
-        iou_head_hidden_dim: Some(20),
-        ..config()
-    };
+    let config =
+        SamConfig { decoder_num_heads: 8, prompt_embed_dim: 32, iou_head_hidden_dim: Some(20), ..config() };
     let params = Params::new("file.pth", Sam::init(&config, 1)?.into_iter().collect());
     assert_eq!(SamConfig::from_tensors(&params, "file.pth".as_ref())?, config);
     let empty = Params::new("file.pth", HashMap::new());

@@ -142,7 +142,11 @@ impl SamConfig {
     pub fn from_file(file: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(file).map_err(|e| Error::io(file, e))?;
         let config: Self = serde_json::from_str(&text).map_err(|e| {
-            Error::config(file, format!("not a SAM configuration: {e}"), "compare it with the example in the README")
+            Error::config(
+                file,
+                format!("not a SAM configuration: {e}"),
+                "compare it with the example in the README",
+            )
         })?;
         config.validate().map_err(|what| Error::config(file, what, "correct the value"))?;
         Ok(config)
@@ -201,7 +205,11 @@ impl SamConfig {
             iou_head_hidden_dim: Some(dim("mask_decoder.iou_prediction_head.layers.0.weight", 0)?),
         };
         config.validate().map_err(|what| {
-            Error::weights(file, format!("the tensors describe an impossible SAM: {what}"), "download the file again")
+            Error::weights(
+                file,
+                format!("the tensors describe an impossible SAM: {what}"),
+                "download the file again",
+            )
         })?;
         Ok(config)
     }
@@ -258,7 +266,10 @@ impl SamConfig {
             return Err(format!("`{key}` is {value}, expected 1 to 65536"));
         }
         if !(self.mlp_ratio > 0.0 && self.mlp_ratio <= 64.0 && self.encoder_mlp_dim() > 0) {
-            return Err(format!("`mlp_ratio` is {}, expected a number above 0 and at most 64", self.mlp_ratio));
+            return Err(format!(
+                "`mlp_ratio` is {}, expected a number above 0 and at most 64",
+                self.mlp_ratio
+            ));
         }
         let divides = [
             ("image_size", self.image_size, "patch_size", self.patch_size),

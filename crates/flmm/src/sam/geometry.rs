@@ -57,7 +57,8 @@ fn chain(first: &Taps, kept: usize, second: &Taps, input: usize) -> (Vec<f32>, V
     for (row, outer) in matrix.chunks_mut(input).zip(second) {
         let mut exact = [(0, 0.0); 4];
         let mut covered = 0.0;
-        for (k, &(middle, outer_weight)) in outer.iter().enumerate().filter(|(_, (middle, _))| *middle < kept) {
+        for (k, &(middle, outer_weight)) in outer.iter().enumerate().filter(|(_, (middle, _))| *middle < kept)
+        {
             covered += outer_weight;
             for (j, &(source, weight)) in first[middle].iter().enumerate() {
                 exact[2 * k + j] = (source, outer_weight * weight);
@@ -165,9 +166,12 @@ mod tests {
     #[test]
     fn resized_sizes_match_the_published_test_vectors() {
         // spec/models.md §11.
-        for (original, resized) in
-            [((480, 640), (768, 1024)), ((640, 427), (1024, 683)), ((333, 500), (682, 1024)), ((425, 640), (680, 1024))]
-        {
+        for (original, resized) in [
+            ((480, 640), (768, 1024)),
+            ((640, 427), (1024, 683)),
+            ((333, 500), (682, 1024)),
+            ((425, 640), (680, 1024)),
+        ] {
             assert_eq!(SamGeometry::new(original, 1024).resized, resized);
         }
     }
@@ -196,7 +200,9 @@ mod tests {
         let x = Tensor::from_vec(x, (1, 5, 7), &Device::Cpu)?;
         let prompt = mask_prompt(&x, &geometry, 64, 16, -3.0)?;
         let (h, w) = geometry.resized;
-        let at = |i: usize, tap: &Taps, f: &dyn Fn(usize) -> f64| tap[i].iter().map(|&(s, k)| k * f(s)).sum::<f64>();
+        let at = |i: usize, tap: &Taps, f: &dyn Fn(usize) -> f64| {
+            tap[i].iter().map(|&(s, k)| k * f(s)).sum::<f64>()
+        };
         let source = x.to_vec3::<f32>()?;
         let (ty, tx, shrink) = (taps(5, h), taps(7, w), taps(64, 16));
         let padded = |y: usize, x: usize| {
@@ -208,7 +214,10 @@ mod tests {
         for (y, row) in prompt.to_vec3::<f32>()?[0].iter().enumerate() {
             for (x, value) in row.iter().enumerate() {
                 let expected = at(y, &shrink, &|sy| at(x, &shrink, &|sx| padded(sy, sx)));
-                assert!((f64::from(*value) - expected).abs() < 1e-5, "({y}, {x}): {value} instead of {expected}");
+                assert!(
+                    (f64::from(*value) - expected).abs() < 1e-5,
+                    "({y}, {x}): {value} instead of {expected}"
+                );
             }
         }
         Ok(())

@@ -82,7 +82,10 @@ impl ImageEncoder {
     /// Transformer block `index`, `[B, e, e, D]` → same.
     pub fn block(&self, index: usize, x: &Tensor) -> Result<Tensor> {
         let block = self.blocks.get(index).ok_or_else(|| {
-            Error::request(format!("SAM has no block {index}"), format!("it has {} blocks", self.blocks.len()))
+            Error::request(
+                format!("SAM has no block {index}"),
+                format!("it has {} blocks", self.blocks.len()),
+            )
         })?;
         block.forward(x)
     }
@@ -214,7 +217,8 @@ impl Attention {
         let qkv_weight = params.get(&[3 * width, width], "qkv.weight")?;
         let device = qkv_weight.device();
         let position = |i: usize| i % side;
-        let offsets: Vec<u32> = (0..side * side).map(|i| (i / side + side - 1 - position(i)) as u32).collect();
+        let offsets: Vec<u32> =
+            (0..side * side).map(|i| (i / side + side - 1 - position(i)) as u32).collect();
         let key_position = (0..side * side).flat_map(|key| {
             let (row, column) = (key / side, position(key));
             (0..2 * side).map(move |i| f32::from(u8::from(i == row || i == side + column)))
@@ -340,7 +344,8 @@ mod tests {
     use candle_core::{Device, Var};
 
     fn ramp(shape: &[usize], step: usize) -> Result<Tensor> {
-        let values: Vec<f32> = (0..shape.iter().product()).map(|i| ((i * step) % 97) as f32 / 48.0 - 1.0).collect();
+        let values: Vec<f32> =
+            (0..shape.iter().product()).map(|i| ((i * step) % 97) as f32 / 48.0 - 1.0).collect();
         Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 

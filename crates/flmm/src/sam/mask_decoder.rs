@@ -59,9 +59,13 @@ impl MaskDecoder {
         let up = params.pp("output_upscaling");
         let conv = |index: usize, inputs: usize, outputs: usize| {
             let params = up.pp(index);
-            Ok::<_, crate::Error>((params.get(&[inputs, outputs, 2, 2], "weight")?, params.get(&[outputs], "bias")?))
+            Ok::<_, crate::Error>((
+                params.get(&[inputs, outputs, 2, 2], "weight")?,
+                params.get(&[outputs], "bias")?,
+            ))
         };
-        let hypernetwork = |i: usize| Mlp::load(width, width, width / 8, &params.pp("output_hypernetworks_mlps").pp(i));
+        let hypernetwork =
+            |i: usize| Mlp::load(width, width, width / 8, &params.pp("output_hypernetworks_mlps").pp(i));
         Ok(Self {
             iou_token: params.get(&[1, width], "iou_token.weight")?,
             mask_tokens: params.get(&[masks, width], "mask_tokens.weight")?,

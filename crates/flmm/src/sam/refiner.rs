@@ -66,7 +66,8 @@ impl Refiner {
     /// Whether tensor `name` (public name, no prefix) takes part in training under `options`: the others never
     /// receive a gradient (`spec/pipeline.md` §5.4).
     pub fn is_trained(name: &str, options: &PromptOptions) -> bool {
-        let hypernetwork = |i: usize| name.starts_with(&format!("mask_decoder.output_hypernetworks_mlps.{i}."));
+        let hypernetwork =
+            |i: usize| name.starts_with(&format!("mask_decoder.output_hypernetworks_mlps.{i}."));
         match name {
             "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
             | "prompt_encoder.point_embeddings.0.weight"
@@ -161,7 +162,9 @@ impl Refiner {
                 sparse.push(Tensor::stack(&texts, 0)?);
             }
             let sparse = match sparse.is_empty() {
-                true => Tensor::zeros((group.len(), 0, self.config.prompt_embed_dim), DType::F32, rows.device())?,
+                true => {
+                    Tensor::zeros((group.len(), 0, self.config.prompt_embed_dim), DType::F32, rows.device())?
+                }
                 false => Tensor::cat(&sparse, 1)?,
             };
             let image = if embedding.dim(0)? == 1 { embedding.clone() } else { pick(embedding)? };
@@ -171,7 +174,8 @@ impl Refiner {
                 None => self.prompt_encoder.no_mask()?,
             };
             let (_, positions, width) = image.dims3()?;
-            let image = image.broadcast_add(&dense)?.broadcast_as((group.len(), positions, width))?.contiguous()?;
+            let image =
+                image.broadcast_add(&dense)?.broadcast_as((group.len(), positions, width))?.contiguous()?;
             let masks = self.decode(&image, &sparse, &group, &coarse, geometry, options)?;
             done.push((group, masks));
         }
@@ -229,7 +233,10 @@ impl Refiner {
             by_length.entry(length).or_default().push(phrase);
         }
         let at_once = (POSITIONS_AT_ONCE / self.config.grid().pow(2)).max(1);
-        by_length.into_values().flat_map(|group| group.chunks(at_once).map(<[_]>::to_vec).collect::<Vec<_>>()).collect()
+        by_length
+            .into_values()
+            .flat_map(|group| group.chunks(at_once).map(<[_]>::to_vec).collect::<Vec<_>>())
+            .collect()
     }
 
     /// The number of phrases, if all inputs agree on it and have the configured sizes.
@@ -240,7 +247,9 @@ impl Refiner {
         match *embedding.dims() {
             [b, c, h, w] if (b == 1 || b == n) && c == width && h == grid && w == grid => {}
             ref found => {
-                let what = format!("SAM's image embedding has shape {found:?}, expected [1, {width}, {grid}, {grid}]");
+                let what = format!(
+                    "SAM's image embedding has shape {found:?}, expected [1, {width}, {grid}, {grid}]"
+                );
                 return Err(Error::request(what, hint));
             }
         }
@@ -255,7 +264,9 @@ impl Refiner {
             match *text.dims() {
                 [tokens, c] if tokens > 0 && c == width => {}
                 ref found => {
-                    let what = format!("phrase {phrase} has text tokens of shape {found:?}, expected [T, {width}], T ≥ 1");
+                    let what = format!(
+                        "phrase {phrase} has text tokens of shape {found:?}, expected [T, {width}], T ≥ 1"
+                    );
                     return Err(Error::request(what, hint));
                 }
             }

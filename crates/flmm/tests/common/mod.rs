@@ -21,7 +21,10 @@ pub fn golden_dir(case: &str) -> Option<PathBuf> {
         None if shared.is_dir() => shared,
         None => repository.join("fixtures"),
     };
-    [first, repository.join("fixtures")].into_iter().map(|folder| folder.join(case)).find(|folder| folder.is_dir())
+    [first, repository.join("fixtures")]
+        .into_iter()
+        .map(|folder| folder.join(case))
+        .find(|folder| folder.is_dir())
 }
 
 /// All tensors of a safetensors file, in their own types.
@@ -65,7 +68,8 @@ pub fn rel_l2(a: &Tensor, b: &Tensor) -> TestResult<f64> {
 /// Values of a golden tensor that is given by a formula instead of a file: `c + k·(u − ½)` with u a hash of the
 /// tensor's name, the manifest's seed and the row-major index.
 pub fn formula(name: &str, seed: u32, shape: &[usize], c: f64, k: f64) -> TestResult<Tensor> {
-    let hash = name.bytes().fold(0x811C_9DC5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    let hash =
+        name.bytes().fold(0x811C_9DC5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     let start = hash ^ seed;
     let value = |i: u32| {
         let mut x = i.wrapping_mul(0x9E37_79B9).wrapping_add(start);
@@ -91,7 +95,9 @@ pub fn formula_weights(manifest: &serde_json::Value) -> TestResult<BTreeMap<Stri
         let head: Vec<f64> = serde_json::from_value(entry["head"].clone())?;
         let values = tensor.flatten_all()?.to_vec1::<f32>()?;
         if head.iter().zip(&values).any(|(a, b)| *a as f32 != *b) {
-            return Err(format!("formula of `{name}` gives {:?}, expected {head:?}", &values[..head.len()]).into());
+            return Err(
+                format!("formula of `{name}` gives {:?}, expected {head:?}", &values[..head.len()]).into()
+            );
         }
         weights.insert(name.to_owned(), tensor);
     }
@@ -133,7 +139,10 @@ impl Golden {
         self.compared += 1;
         match difference <= tolerance {
             true => Ok(()),
-            false => Err(format!("{}: first diverging tensor `{name}`: {difference:e} > {tolerance:e}", self.case).into()),
+            false => {
+                Err(format!("{}: first diverging tensor `{name}`: {difference:e} > {tolerance:e}", self.case)
+                    .into())
+            }
         }
     }
 
