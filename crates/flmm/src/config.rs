@@ -160,7 +160,10 @@ mod tests {
             message(inner.size("hidden_size")),
             "config.json: required key `text_config.hidden_size` is missing"
         );
-        assert!(message(inner.size("layers")).contains("`text_config.layers`: expected a whole number of at least 1"));
+        assert!(
+            message(inner.size("layers"))
+                .contains("`text_config.layers`: expected a whole number of at least 1")
+        );
         assert_eq!(inner.size_or("heads", 7)?, 7);
         assert!(Config::new(Path::new("config.json"), json!([1])).is_err());
         Ok(())
