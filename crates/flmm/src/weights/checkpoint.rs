@@ -1,0 +1,156 @@
+//! Checkpoints as users have them: one file, or a folder with one file or with shards and an index.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::pth::load_pth;
+use super::safetensors::load_safetensors;
+use crate::error::{Error, Result};
+
+/// Names looked for in a folder, in this order. An index comes before a single file, safetensors before pickles.
+const KNOWN: [&str; 7] = [
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "head.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+];
+
+const EXPECTED: &str =
+    "give a .safetensors, .bin, .pth or .pt file, or a folder with model.safetensors or pytorch_model.bin";
+
+/// All tensors of the checkpoint at `path`, a file or a folder; floating-point tensors as `dtype` if given.
+///
+/// A folder is searched for Hugging Face's file names (sharded or not), else it must hold exactly one weight
+/// file. The kind of a file follows from its extension.
+///
+/// # Errors
+/// [`Error::Weights`] if there is no such checkpoint, if a shard is missing, or as [`load_safetensors`] and
+/// [`load_pth`].
+pub fn load_checkpoint(
+    path: impl AsRef<Path>,
+    dtype: Option<DType>,
+    device: &Device,
+) -> Result<HashMap<String, Tensor>> {
+    let path = path.as_ref();
+    let file = if path.is_dir() { weight_file(path)? } else { path.to_owned() };
+    if !file.is_file() {
+        return Err(Error::weights(&file, "no such file or folder", EXPECTED));
+    }
+    if file.to_string_lossy().ends_with(".index.json") {
+        return load_sharded(&file, dtype, device);
+    }
+    load_file(&file, dtype, device)
+}
+
+/// The weight files of the checkpoint at `path` without reading them: one, or all shards of an index.
+pub fn checkpoint_files(path: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
+    let path = path.as_ref();
+    let file = if path.is_dir() { weight_file(path)? } else { path.to_owned() };
+    if !file.to_string_lossy().ends_with(".index.json") {
+        return Ok(vec![file]);
+    }
+    Ok(Index::read(&file)?.shards)
+}
+
+fn load_file(file: &Path, dtype: Option<DType>, device: &Device) -> Result<HashMap<String, Tensor>> {
+    match file.extension().and_then(|e| e.to_str()) {
+        Some("safetensors") => load_safetensors(&[file.to_owned()], dtype, device),
+        Some("bin" | "pth" | "pt") => load_pth(file, dtype, device),
+        _ => Err(Error::weights(file, "the kind of this file cannot be told from its extension", EXPECTED)),
+    }
+}
+
+/// Loads the shards named by an index and checks that they hold every tensor it lists.
+fn load_sharded(file: &Path, dtype: Option<DType>, device: &Device) -> Result<HashMap<String, Tensor>> {
+    let index = Index::read(file)?;
+    let mut tensors = HashMap::new();
+    for shard in &index.shards {
+        if !shard.is_file() {
+            let what = format!("the index names the shard `{}`, which is not there", shard.display());
+            return Err(Error::weights(file, what, "download the missing shard"));
+        }
+        for (name, tensor) in load_file(shard, dtype, device)? {
+            if tensors.contains_key(&name) {
+                let what = format!("tensor `{name}` is also in another shard");
+                return Err(Error::weights(shard, what, "remove shards that belong to another download"));
+            }
+            tensors.insert(name, tensor);
+        }
+    }
+    let missing: Vec<&str> =
+        index.names.iter().filter(|n| !tensors.contains_key(*n)).map(|n| n.as_str()).collect();
+    if let Some(first) = missing.first() {
+        let what = format!("{} tensors of the index are in no shard, the first is `{first}`", missing.len());
+        return Err(Error::weights(
+            file,
+            what,
+            "index and shards do not belong together; download both again",
+        ));
+    }
+    Ok(tensors)
+}
+
+/// A `….index.json`: which shard holds which tensor.
+struct Index {
+    /// Tensor names.
+    names: BTreeSet<String>,
+    /// Shards, sorted, each once.
+    shards: Vec<PathBuf>,
+}
+
+impl Index {
+    fn read(file: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(file).map_err(|e| Error::io(file, e))?;
+        let damaged = |what: String| Error::weights(file, what, "download the index file again");
+        let json: serde_json::Value =
+            serde_json::from_str(&text).map_err(|e| damaged(format!("not a JSON file: {e}")))?;
+        let map = json.get("weight_map").and_then(|m| m.as_object());
+        let map = map.ok_or_else(|| damaged("the index has no `weight_map`".to_owned()))?;
+        let mut shards = BTreeSet::new();
+        for (name, shard) in map {
+            // A shard lies beside its index; a name that leads elsewhere is not followed.
+            let plain = shard.as_str().filter(|s| Path::new(s).file_name().is_some_and(|f| f == *s));
+            let plain =
+                plain.ok_or_else(|| damaged(format!("tensor `{name}`: {shard} is not a file name")))?;
+            shards.insert(file.with_file_name(plain));
+        }
+        if shards.is_empty() {
+            return Err(damaged("the index lists no tensors".to_owned()));
+        }
+        Ok(Self { names: map.keys().cloned().collect(), shards: shards.into_iter().collect() })
+    }
+}
+
+/// The file in `folder` to load.
+fn weight_file(folder: &Path) -> Result<PathBuf> {
+    if let Some(known) = KNOWN.iter().map(|name| folder.join(name)).find(|file| file.is_file()) {
+        return Ok(known);
+    }
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
+        let path = entry.map_err(|e| Error::io(folder, e))?.path();
+        let extension = path.extension().and_then(|e| e.to_str());
+        if path.is_file() && matches!(extension, Some("safetensors" | "bin" | "pth" | "pt")) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    match found.as_slice() {
+        [one] => Ok(one.clone()),
+        [] => Err(Error::weights(folder, "no weights in this folder", EXPECTED)),
+        [first, second, ..] => {
+            let what = format!(
+                "{} weight files and no index, for example `{}` and `{}`",
+                found.len(),
+                first.display(),
+                second.display()
+            );
+            Err(Error::weights(folder, what, "name the file itself, or add the missing index file"))
+        }
+    }
+}
