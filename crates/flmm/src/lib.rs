@@ -1,12 +1,25 @@
 //! Grounded answers from frozen multimodal models: image and conversation in, answer, phrases and masks out.
 
 pub mod atomic;
+pub mod capture;
+pub mod clusters;
+pub mod config;
 pub mod error;
 pub mod geometry;
+pub mod grounder;
+pub mod image_input;
+pub mod layout;
+pub mod lmm;
 pub mod mask_head;
+pub mod masks;
 pub mod nn;
+pub mod overlay;
+pub mod phrases;
 pub mod sam;
+pub mod text;
+pub mod vision;
 pub mod weights;
 
 pub use error::{Error, Result};
 pub use geometry::Geometry;
+pub use grounder::Grounder;

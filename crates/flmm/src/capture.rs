@@ -1,0 +1,176 @@
+//! What is kept of a forward pass, and the maps and states that grounding makes from it.
+//!
+//! Kept per layer: the rotated queries and the log-sum-exp of the score rows, and the hidden states. Keys stay
+//! in the KV cache. When the phrases are known, the probabilities of just their rows on just the image's
+//! columns are `exp(q·k / √d − lse)`, so no attention matrix is ever stored and no second pass is needed.
+
+use std::ops::Range;
+
+use candle_core::{D, DType, Tensor};
+
+use crate::error::{Error, Result};
+use crate::layout::{ImageLayout, Merge};
+use crate::nn::softmax_last_dim;
+use crate::text::{KvCache, round_to, scaled_scores};
+
+/// Queries, log-sum-exps and hidden states of the rows at positions `first..first + len`.
+#[derive(Debug, Clone, Default)]
+pub struct Capture {
+    first: usize,
+    /// Per layer: pieces `[heads, t, head_dim]`.
+    queries: Vec<Vec<Tensor>>,
+    /// Per layer: pieces `[heads, t]`, f32.
+    lse: Vec<Vec<Tensor>>,
+    /// Embeddings, outputs of layers 1..L−1, final-normed output of layer L: pieces `[t, hidden]`.
+    hidden: Vec<Vec<Tensor>>,
+}
+
+impl Capture {
+    /// Keeps every row at position `first` or later.
+    pub fn from_position(first: usize) -> Self {
+        Self { first, ..Self::default() }
+    }
+
+    /// Positions of the rows kept.
+    pub fn positions(&self) -> Range<usize> {
+        let rows = |pieces: &Vec<Tensor>| pieces.iter().map(|piece| piece.dims()[0]).sum::<usize>();
+        self.first..self.first + self.hidden.first().map_or(0, rows)
+    }
+
+    /// Forgets the rows at position `end` and later.
+    pub fn truncate(&mut self, end: usize) -> Result<()> {
+        let keep = end.saturating_sub(self.first);
+        for (lists, axis) in [(&mut self.queries, 1), (&mut self.lse, 1), (&mut self.hidden, 0)] {
+            for pieces in lists.iter_mut() {
+                let mut left = keep;
+                for piece in pieces.iter_mut() {
+                    let rows = piece.dim(axis)?.min(left);
+                    *piece = piece.narrow(axis, 0, rows)?;
+                    left -= rows;
+                }
+                pieces.retain(|piece| piece.dims()[axis] > 0);
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps the wanted rows of `queries [heads, T, d]` and `lse [heads, T]`, whose first row is at `start`.
+    pub(crate) fn keep_attention(
+        &mut self,
+        layer: usize,
+        start: usize,
+        queries: &Tensor,
+        lse: &Tensor,
+    ) -> Result<()> {
+        let Some(skip) = self.skip(start, queries.dim(1)?) else { return Ok(()) };
+        let wanted = queries.dim(1)? - skip;
+        // Copied, so that the rows before the answer are not kept alive.
+        push(&mut self.queries, layer, queries.narrow(1, skip, wanted)?.force_contiguous()?);
+        push(&mut self.lse, layer, lse.narrow(1, skip, wanted)?.force_contiguous()?);
+        Ok(())
+    }
+
+    /// Keeps the wanted rows of `hidden [T, hidden]`, whose first row is at `start`, as state number `index`.
+    pub(crate) fn keep_hidden(&mut self, index: usize, start: usize, hidden: &Tensor) -> Result<()> {
+        let Some(skip) = self.skip(start, hidden.dim(0)?) else { return Ok(()) };
+        let wanted = hidden.dim(0)? - skip;
+        push(&mut self.hidden, index, hidden.narrow(0, skip, wanted)?.force_contiguous()?);
+        Ok(())
+    }
+
+    /// How many of `rows` rows from `start` on lie before the first wanted one; `None` if all do.
+    fn skip(&self, start: usize, rows: usize) -> Option<usize> {
+        let skip = self.first.saturating_sub(start);
+        (skip < rows).then_some(skip)
+    }
+
+    /// Hidden states at `positions`: `[L, rows, hidden]`, the embedding state left out (`spec/pipeline.md` §2.4).
+    pub fn hidden_rows(&self, positions: &[usize]) -> Result<Tensor> {
+        let index = self.index(positions)?;
+        let states = self.hidden.iter().skip(1).map(|pieces| {
+            let rows = Tensor::cat(pieces, 0)?;
+            Ok(rows.index_select(&index.to_device(rows.device())?, 0)?)
+        });
+        Ok(Tensor::stack(&states.collect::<Result<Vec<_>>>()?, 0)?)
+    }
+
+    /// Probabilities of the rows at `positions` on the image's tokens in `layer`: `[heads, rows, image tokens]`
+    /// in f32, rounded to the model's type.
+    pub fn image_attention(
+        &self,
+        cache: &KvCache,
+        layer: usize,
+        image: &ImageLayout,
+        positions: &[usize],
+    ) -> Result<Tensor> {
+        let (queries, lse) = self.rows(layer)?;
+        probabilities(&queries, &lse, &self.index(positions)?, &cache.keys(layer, image.start, image.tokens)?)
+    }
+
+    /// The mask head's input `[N, C, gh, gw]` in f32: per phrase, the merged attention of the rows at its
+    /// positions on the image's tokens, for every layer and head (`spec/pipeline.md` §2.2).
+    pub fn phrase_maps(
+        &self,
+        cache: &KvCache,
+        image: &ImageLayout,
+        phrases: &[Vec<usize>],
+        merge: Merge,
+    ) -> Result<Tensor> {
+        let indices = phrases.iter().map(|positions| self.index(positions)).collect::<Result<Vec<_>>>()?;
+        let dtype = self.queries.first().and_then(|pieces| pieces.first()).map_or(DType::F32, Tensor::dtype);
+        let maps = image.fold(self.queries.len(), merge, dtype, |layer| {
+            let (queries, lse) = self.rows(layer)?;
+            let keys = cache.keys(layer, image.start, image.tokens)?;
+            indices.iter().map(|index| probabilities(&queries, &lse, index, &keys)).collect()
+        })?;
+        Ok(maps)
+    }
+
+    /// All kept queries `[heads, rows, head_dim]` and log-sum-exps `[heads, rows]` of `layer`.
+    fn rows(&self, layer: usize) -> Result<(Tensor, Tensor)> {
+        match (self.queries.get(layer), self.lse.get(layer)) {
+            (Some(queries), Some(lse)) => Ok((Tensor::cat(queries, 1)?, Tensor::cat(lse, 1)?)),
+            _ => Err(candle_core::Error::Msg(format!("no rows were kept of layer {layer}")).into()),
+        }
+    }
+
+    /// `positions` as row numbers of the kept tensors.
+    fn index(&self, positions: &[usize]) -> Result<Tensor> {
+        let kept = self.positions();
+        if let Some(position) = positions.iter().find(|position| !kept.contains(position)) {
+            return Err(Error::request(
+                format!("token {position} has no attention row: rows {}..{} were kept", kept.start, kept.end),
+                "ground only tokens of the answer that were fed to the model",
+            ));
+        }
+        let rows: Vec<u32> = positions.iter().map(|position| (position - self.first) as u32).collect();
+        let device = self.lse.first().and_then(|pieces| pieces.first()).map(Tensor::device);
+        Ok(Tensor::from_vec(rows, positions.len(), device.unwrap_or(&candle_core::Device::Cpu))?)
+    }
+}
+
+fn push(lists: &mut Vec<Vec<Tensor>>, index: usize, piece: Tensor) {
+    if lists.len() <= index {
+        lists.resize_with(index + 1, Vec::new);
+    }
+    lists[index].push(piece);
+}
+
+/// `exp(q·k / √d − lse)` of the rows `index`, rounded to the model's type and held in f32.
+fn probabilities(queries: &Tensor, lse: &Tensor, index: &Tensor, keys: &Tensor) -> Result<Tensor> {
+    let scores = scaled_scores(&queries.index_select(index, 1)?, keys)?;
+    let lse = lse.index_select(index, 1)?.unsqueeze(D::Minus1)?;
+    let probs = scores.broadcast_sub(&lse)?.exp()?;
+    // The mask head checks 0 ≤ p ≤ 1; a row whose mass is on one key may come out one rounding above 1.
+    round_to(&probs.minimum(1f32)?, queries.dtype())
+}
+
+/// Layer-weighted hidden states: `hidden [L, T, D]`, `text_layer_weights [L]` → `[T, D]` in f32.
+///
+/// The weights go through a softmax (`spec/pipeline.md` §2.4). Differentiable in `text_layer_weights`.
+pub fn weighted_hidden(hidden: &Tensor, text_layer_weights: &Tensor) -> Result<Tensor> {
+    let (layers, tokens, width) = hidden.dims3()?;
+    let weights = softmax_last_dim(&text_layer_weights.to_dtype(DType::F32)?.reshape((1, layers))?)?;
+    let hidden = hidden.to_dtype(DType::F32)?.reshape((layers, tokens * width))?;
+    Ok(weights.matmul(&hidden)?.reshape((tokens, width))?)
+}

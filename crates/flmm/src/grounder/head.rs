@@ -1,0 +1,157 @@
+//! The trained part: mask head, text projection, layer weights, refiner, keyword selector.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::capture::weighted_hidden;
+use crate::error::{Error, Result};
+use crate::grounder::{MaskLogits, Observation};
+use crate::mask_head::{UNet, UNetConfig};
+use crate::nn::Linear;
+use crate::sam::{PromptOptions, Refiner, SamConfig};
+use crate::weights::{Params, load_checkpoint};
+
+/// Prefix of the SAM tensors in a released checkpoint.
+pub const SAM_PREFIX: &str = "sam.model.";
+
+/// What a head must fit: sizes of the LMM and of SAM.
+#[derive(Debug, Clone)]
+pub struct HeadSizes {
+    /// Attention maps per phrase.
+    pub channels: usize,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Width of the hidden states.
+    pub hidden_size: usize,
+    /// SAM's sizes.
+    pub sam: SamConfig,
+}
+
+/// Everything that is trained, under the names of released checkpoints (`spec/pipeline.md` §7).
+#[derive(Debug)]
+pub struct GroundingHead {
+    /// Attention maps to coarse logits: `mask_head.*`.
+    pub mask_head: UNet,
+    /// Hidden states to SAM's prompt width: `text_proj.*`.
+    pub text_proj: Linear,
+    /// `[L]`, before the softmax: `text_layer_weights`.
+    pub text_layer_weights: Tensor,
+    /// SAM's prompt encoder and mask decoder: `sam.model.{prompt_encoder,mask_decoder}.*`.
+    pub refiner: Refiner,
+    /// Scores of tokens for being part of a phrase: `keyword_selector.*`.
+    pub keyword_selector: Option<Linear>,
+}
+
+impl GroundingHead {
+    /// Builds the head from named tensors, frozen or trainable. The caller ends with [`Params::finish`].
+    ///
+    /// The base width of the mask head is read from `mask_head.conv_seg.weight [1, width, 1, 1]`.
+    pub fn from_params(sizes: &HeadSizes, params: &Params) -> Result<Self> {
+        let mask_head = params.pp("mask_head");
+        let base_channels = match mask_head.shape("conv_seg.weight").as_deref() {
+            Some(&[1, width, 1, 1]) => width,
+            _ => 64,
+        };
+        let unet = UNetConfig { in_channels: sizes.channels, base_channels, input_size: 64 };
+        let selector = params.pp("keyword_selector");
+        let keyword_selector = if selector.has("weight") || selector.has("bias") {
+            Some(Linear::load(sizes.hidden_size, 1, true, &selector)?)
+        } else {
+            None
+        };
+        Ok(Self {
+            mask_head: UNet::load(&unet, &mask_head)?,
+            text_proj: Linear::load(sizes.hidden_size, sizes.sam.prompt_embed_dim, true, &params.pp("text_proj"))?,
+            text_layer_weights: params.get(&[sizes.layers], "text_layer_weights")?,
+            refiner: Refiner::load(&sizes.sam, &params.pp("sam.model"))?,
+            keyword_selector,
+        })
+    }
+
+    /// Reads a head on its own: a folder with `head.safetensors`, or a released `.safetensors` or `.pth` file.
+    ///
+    /// Tensors the file lacks are taken from `sam` (the public SAM file's tensors, unprefixed names); the rest
+    /// must be in the file. See [`overlay`] for the files' rules.
+    pub fn load(
+        path: &Path,
+        sizes: &HeadSizes,
+        sam: &HashMap<String, Tensor>,
+        device: &Device,
+    ) -> Result<Self> {
+        let params = Params::new(path, overlay(path, sam, load_head_tensors(path, device)?)?);
+        let head = Self::from_params(sizes, &params)?;
+        params.finish(WRONG_HEAD)?;
+        Ok(head)
+    }
+
+    /// Coarse and refined logits of every phrase. Differentiable in every tensor of the head.
+    pub fn decode(&self, observation: &Observation) -> Result<MaskLogits> {
+        let logits = self.mask_head.forward(&observation.maps)?;
+        let (_, height, width) = logits.dims3()?;
+        let rect = observation.geometry.picture_rect(height, width);
+        let coarse = logits.narrow(1, rect.y0, rect.height)?.narrow(2, rect.x0, rect.width)?;
+        let refined = self.refine(observation, &coarse)?;
+        Ok(MaskLogits { coarse, refined })
+    }
+
+    /// Refined logits `[N, H, W]` at the picture's own size, from coarse logits `[N, mh, mw]`.
+    pub fn refine(&self, observation: &Observation, coarse: &Tensor) -> Result<Tensor> {
+        let text = self.text_embeds(observation)?;
+        let (embedding, geometry) = (&observation.sam_embedding, &observation.sam_geometry);
+        self.refiner.refine(embedding, &coarse.contiguous()?, &text, geometry, &PromptOptions::default())
+    }
+
+    /// Per phrase, its tokens' states in SAM's prompt width: `[T_n, C]`.
+    pub fn text_embeds(&self, observation: &Observation) -> Result<Vec<Tensor>> {
+        let states = weighted_hidden(&observation.hidden, &self.text_layer_weights)?;
+        let phrases = observation.phrases.iter().map(|rows| {
+            let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+            let rows = Tensor::from_slice(&rows, rows.len(), states.device())?;
+            self.text_proj.forward(&states.index_select(&rows, 0)?)
+        });
+        phrases.collect()
+    }
+
+    /// Probability of every token to be part of a phrase, from hidden states `[L, T, D]`; `None` without a
+    /// selector (`spec/training.md` §8.2).
+    pub fn keyword_probs(&self, hidden: &Tensor) -> Result<Option<Vec<f32>>> {
+        let Some(selector) = &self.keyword_selector else { return Ok(None) };
+        let states = weighted_hidden(&hidden.detach(), &self.text_layer_weights.detach())?;
+        let scores = selector.forward(&states)?.squeeze(1)?.to_vec1::<f32>()?;
+        Ok(Some(scores.iter().map(|score| 1.0 / (1.0 + (-score).exp())).collect()))
+    }
+}
+
+pub(crate) const WRONG_HEAD: &str = "use the grounding head that was trained for this model";
+
+/// The tensors of a head in f32: `path/head.safetensors` of a folder, or the file itself.
+pub(crate) fn load_head_tensors(path: &Path, device: &Device) -> Result<HashMap<String, Tensor>> {
+    load_checkpoint(path, Some(DType::F32), device)
+}
+
+/// Lays the tensors of the head in `file` over the public SAM tensors, whose names lack the prefix [`SAM_PREFIX`].
+///
+/// # Errors
+/// [`Error::Weights`] listing every name that belongs to no part of a head.
+pub fn overlay(
+    file: &Path,
+    sam: &HashMap<String, Tensor>,
+    head: HashMap<String, Tensor>,
+) -> Result<HashMap<String, Tensor>> {
+    let known = ["mask_head.", "text_proj.", "keyword_selector.", SAM_PREFIX];
+    let unexpected = |name: &&String| {
+        *name != "text_layer_weights" && !known.iter().any(|prefix| name.starts_with(prefix))
+    };
+    let mut names: Vec<&String> = head.keys().filter(unexpected).collect();
+    if !names.is_empty() {
+        names.sort();
+        let lines: Vec<_> = names.iter().map(|name| format!("unexpected tensor `{name}`")).collect();
+        return Err(Error::weights(file, lines.join("\n"), WRONG_HEAD));
+    }
+    let prefixed = sam.iter().map(|(name, tensor)| (format!("{SAM_PREFIX}{name}"), tensor.clone()));
+    let mut tensors: HashMap<_, _> = prefixed.collect();
+    tensors.extend(head);
+    Ok(tensors)
+}

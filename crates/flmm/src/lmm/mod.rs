@@ -1,0 +1,168 @@
+//! Large multimodal models: one file per family, one registry.
+
+pub mod llava;
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use image::RgbImage;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::geometry::Geometry;
+use crate::layout::ImageLayout;
+use crate::text::Decoder;
+use crate::text::tokenizer::Tokenizer;
+
+pub use crate::text::chat::{Role, Turn};
+
+/// What the user is taken to have asked when a given text is grounded (`spec/models.md` §2).
+pub const GROUNDING_INSTRUCTION: &str = "Please give me a description of the image.";
+
+/// What is worth knowing about a model without opening it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LmmSpec {
+    /// Name, as in the paper's tables.
+    pub name: &'static str,
+    /// Repository of the published weights.
+    pub repo: &'static str,
+    /// `model_type` of its `config.json`.
+    pub model_type: &'static str,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Query heads per layer.
+    pub heads: usize,
+    /// Rows and columns of the maps given to the mask head.
+    pub grid: (usize, usize),
+    /// Attention maps given to the mask head.
+    pub channels: usize,
+    /// How far the family is proven against the reference.
+    pub tested: &'static str,
+}
+
+/// One line of [`REGISTRY`].
+#[derive(Debug, Clone, Copy)]
+pub struct Entry {
+    /// The published model.
+    pub spec: LmmSpec,
+    /// Opens a folder of this family.
+    pub open: fn(&LmmSpec, &Path, DType, &Device) -> Result<Box<dyn Lmm>>,
+}
+
+/// Every model family this build can open.
+pub const REGISTRY: &[Entry] = &[Entry { spec: llava::LLAVA_1_5_7B, open: llava::open }];
+
+/// A picture made ready for a model.
+#[derive(Debug, Clone)]
+pub struct ImageInput {
+    /// `[views, 3, S, S]`, f32.
+    pub pixel_values: Tensor,
+    /// Where the picture lies inside what the model sees.
+    pub geometry: Geometry,
+    /// The image's tokens; `start` is 0 until the prompt is known.
+    pub layout: ImageLayout,
+}
+
+/// A picture and a conversation made ready for a model.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    /// Token ids with the image token repeated once per image feature.
+    pub token_ids: Vec<u32>,
+    /// The picture, its layout at its place in `token_ids`.
+    pub image: ImageInput,
+}
+
+/// A frozen large multimodal model.
+///
+/// A family owns its configuration, preprocessing, prompt, vision tower and projector, and the layout of its
+/// image tokens. Decoding, generation and grounding are common to all.
+pub trait Lmm: Send + Sync {
+    /// The registry's line with the sizes of the model that was opened.
+    fn spec(&self) -> &LmmSpec;
+
+    /// The language model.
+    fn decoder(&self) -> &Decoder;
+
+    /// The model's tokenizer.
+    fn tokenizer(&self) -> &Tokenizer;
+
+    /// Id of the token that stands for the image in a prompt.
+    fn image_token(&self) -> u32;
+
+    /// Ids that end an answer.
+    fn stop_ids(&self) -> &[u32];
+
+    /// Prompt ids of `turns`, with exactly one image token in the first user turn.
+    ///
+    /// A conversation that ends with an assistant turn is continued from that text.
+    fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>>;
+
+    /// Preprocesses a picture.
+    fn prepare_image(&self, image: &RgbImage) -> Result<ImageInput>;
+
+    /// The selected output of the vision tower: `[views, tokens, width]`.
+    fn vision_features(&self, image: &ImageInput) -> Result<Tensor>;
+
+    /// The embeddings that replace the image's tokens, from [`Lmm::vision_features`]: `[tokens, hidden]`.
+    fn project(&self, image: &ImageInput, features: &Tensor) -> Result<Tensor>;
+
+    /// Preprocesses a picture and renders and tokenises a conversation.
+    fn prepare(&self, image: &RgbImage, turns: &[Turn]) -> Result<Prepared> {
+        Prepared::new(self.prepare_image(image)?, &self.prompt(turns)?, self.image_token())
+    }
+
+    /// The embeddings `[tokens, hidden]` that replace the image's tokens.
+    fn image_features(&self, image: &ImageInput) -> Result<Tensor> {
+        self.project(image, &self.vision_features(image)?)
+    }
+
+    /// The decoder's input `[tokens, hidden]`.
+    fn embed(&self, input: &Prepared) -> Result<Tensor> {
+        let features = self.image_features(&input.image)?;
+        let embeds = self.decoder().embed(&input.token_ids)?;
+        let (start, end) = (input.image.layout.start, input.image.layout.end());
+        let before = embeds.narrow(0, 0, start)?;
+        let after = embeds.narrow(0, end, input.token_ids.len() - end)?;
+        Ok(Tensor::cat(&[&before, &features, &after], 0)?)
+    }
+}
+
+impl Prepared {
+    /// Repeats the one `image_token` of `prompt` for every token of the image and places the layout there.
+    pub fn new(mut image: ImageInput, prompt: &[u32], image_token: u32) -> Result<Self> {
+        let mut places = prompt.iter().enumerate().filter(|&(_, &id)| id == image_token).map(|(at, _)| at);
+        let (Some(start), None) = (places.next(), places.next()) else {
+            let count = prompt.iter().filter(|&&id| id == image_token).count();
+            return Err(Error::request(
+                format!("the prompt holds {count} image tokens, exactly one is needed"),
+                "do not write the image token in the text of a question",
+            ));
+        };
+        image.layout.start = start;
+        let mut token_ids = prompt[..start].to_vec();
+        token_ids.extend(std::iter::repeat_n(image_token, image.layout.tokens));
+        token_ids.extend_from_slice(&prompt[start + 1..]);
+        Ok(Self { token_ids, image })
+    }
+}
+
+/// Opens the model in `dir`, a folder as published on the hub, whatever its family.
+///
+/// Fails with the known families when `model_type` is none of them, and with every missing or misshapen tensor
+/// in one error.
+pub fn open(dir: &Path, dtype: DType, device: &Device) -> Result<Box<dyn Lmm>> {
+    let config = Config::read(&dir.join("config.json"))?;
+    let model_type = config.text("model_type")?;
+    match REGISTRY.iter().find(|entry| entry.spec.model_type == model_type) {
+        Some(entry) => (entry.open)(&entry.spec, dir, dtype, device),
+        None => {
+            let mut known: Vec<_> = REGISTRY.iter().map(|entry| entry.spec.model_type).collect();
+            known.dedup();
+            Err(config.error(
+                "model_type",
+                format!("unknown model type `{model_type}`; known types: {}", known.join(", ")),
+                "choose a model of a known type: `flmm inspect lmms` lists them",
+            ))
+        }
+    }
+}

@@ -1,0 +1,386 @@
+//! Every LMM family with goldens, from picture and text to masks, in f32 and bf16 (`goldens/lmm/README.md`).
+
+mod common;
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use common::{Golden, TestResult, golden_dir, json, max_abs_diff, rel_l2};
+use flmm::Grounder;
+use flmm::capture::{Capture, weighted_hidden};
+use flmm::grounder::{Caption, ModelPaths, Observation};
+use flmm::image_input::read_image;
+use flmm::lmm::{GROUNDING_INSTRUCTION, Lmm, Prepared, REGISTRY, Turn};
+use flmm::sam::PromptOptions;
+use flmm::text::sampling::Sampler;
+use flmm::text::{KvCache, Limits, generate};
+use serde_json::Value;
+
+/// A recorded run: one picture and text of one family in one arithmetic.
+struct Case {
+    golden: Golden,
+    record: Value,
+    /// Relative change of every tensor under another legitimate bf16 arithmetic; `None` for f32.
+    noise: Option<Value>,
+    picture: PathBuf,
+}
+
+impl Case {
+    /// Compares with the absolute tolerance in f32, with the relative one (or twice the noise) in bf16.
+    fn check(&mut self, name: &str, actual: &Tensor, absolute: f64, relative: f64) -> TestResult {
+        let Some(noise) = &self.noise else { return self.golden.check(name, actual, absolute) };
+        if !self.golden.has(name) {
+            return Ok(());
+        }
+        let noise = noise["rel_l2"][name].as_f64().unwrap_or(0.0);
+        let tolerance = relative.max(2.0 * noise);
+        let difference = rel_l2(actual, self.golden.get(name)?).map_err(|e| format!("{}: {name}: {e}", self.golden.case))?;
+        println!("{}: {name}: {difference:.4} relative (tolerance {tolerance:.3})", self.golden.case);
+        match difference <= tolerance {
+            true => Ok(()),
+            false => Err(format!("{}: first diverging tensor `{name}`: {difference} > {tolerance}", self.golden.case).into()),
+        }
+    }
+
+    fn exact<T: PartialEq + std::fmt::Debug>(&self, name: &str, actual: T, expected: T) -> TestResult {
+        match actual == expected {
+            true => Ok(()),
+            false => Err(format!("{}: {name}: {actual:?}, expected {expected:?}", self.golden.case).into()),
+        }
+    }
+
+    fn list<T: serde::de::DeserializeOwned>(&self, name: &str) -> TestResult<T> {
+        serde_json::from_value(self.record[name].clone()).map_err(|e| format!("{}: {name}: {e}", self.golden.case).into())
+    }
+}
+
+/// Folders of families this build can open.
+fn families() -> TestResult<Vec<(String, PathBuf)>> {
+    let Some(root) = golden_dir("lmm") else { return Ok(Vec::new()) };
+    let mut families = Vec::new();
+    for entry in std::fs::read_dir(&root)? {
+        let dir = entry?.path();
+        let config = dir.join("model/config.json");
+        if !config.is_file() || !dir.join("expected").is_dir() {
+            continue;
+        }
+        let model_type = json(&config)?["model_type"].as_str().unwrap_or_default().to_owned();
+        if REGISTRY.iter().any(|entry| entry.spec.model_type == model_type) {
+            families.push((model_type, dir));
+        }
+    }
+    families.sort();
+    Ok(families)
+}
+
+/// Cases `expected/<picture>.<dtype>.safetensors` of a family.
+fn cases(dir: &Path, suffix: &str) -> TestResult<Vec<Case>> {
+    let noise = json(&dir.join("expected/noise.json"))?;
+    let family = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut cases = Vec::new();
+    for entry in std::fs::read_dir(dir.join("expected"))? {
+        let file = entry?.path();
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let Some(picture) = name.strip_suffix(&format!(".{suffix}.safetensors")) else { continue };
+        let mut golden = Golden::open(&file)?;
+        golden.case = format!("{family}/{picture}.{suffix}");
+        let noise = (suffix == "bf16").then(|| noise[picture]["bf16_other_arithmetic"].clone());
+        let record = json(&file.with_extension("json"))?;
+        cases.push(Case { golden, record, noise, picture: dir.join("images").join(format!("{picture}.png")) });
+    }
+    cases.sort_by(|a, b| a.golden.case.cmp(&b.golden.case));
+    assert!(!cases.is_empty(), "{} has no {suffix} cases", dir.display());
+    Ok(cases)
+}
+
+fn grounder(dir: &Path, dtype: DType) -> TestResult<Grounder> {
+    let head = ["heads.safetensors", "heads.pth"].map(|name| dir.join(name)).into_iter().find(|file| file.is_file());
+    let sam = golden_dir("lmm/_sam").ok_or("lmm/_sam is missing")?;
+    let sam = ["sam_vit_tiny.safetensors", "sam_vit_tiny.pth"].map(|name| sam.join(name)).into_iter().find(|file| file.is_file());
+    let paths = ModelPaths {
+        model: dir.join("model"),
+        sam: sam.ok_or("no SAM file")?,
+        head: head.ok_or("no heads file")?,
+    };
+    Ok(Grounder::open(&paths, &Device::Cpu, dtype)?)
+}
+
+/// The recorded text, segment by segment.
+fn caption(lmm: &dyn Lmm, text: &Value) -> TestResult<Caption> {
+    if text["kind"] == "expressions" {
+        let phrases: Vec<String> = serde_json::from_value(text["phrases"].clone())?;
+        return Ok(Caption::from_expressions(lmm.tokenizer(), phrases.iter().map(String::as_str))?);
+    }
+    let segments: Vec<(String, Vec<String>)> = serde_json::from_value(text["segments"].clone())?;
+    let mut phrases = 0;
+    let numbered = segments.iter().map(|(text, ids)| {
+        let number = (!ids.is_empty()).then_some(phrases);
+        phrases += usize::from(!ids.is_empty());
+        (text.as_str(), number)
+    });
+    Ok(Caption::from_segments(lmm.tokenizer(), numbered)?)
+}
+
+/// Ids before expansion: the image's tokens are one.
+fn unexpanded(ids: &[u32], prepared: &Prepared) -> Vec<u32> {
+    let layout = &prepared.image.layout;
+    [&ids[..layout.start + 1], &ids[layout.end()..]].concat()
+}
+
+fn check_input(case: &Case, prepared: &Prepared, caption: &Caption) -> TestResult {
+    let layout = &prepared.image.layout;
+    let ids = [prepared.token_ids.as_slice(), &caption.token_ids].concat();
+    case.exact("input_ids", unexpanded(&ids, prepared), case.list("input_ids")?)?;
+    let prompt = unexpanded(&prepared.token_ids, prepared).len();
+    let mask_ids = [vec![-1; prompt], caption.mask_ids.clone()].concat();
+    case.exact("mask_ids", mask_ids, case.list("mask_ids")?)?;
+    case.exact("expanded_length", ids.len(), case.list("expanded_length")?)?;
+    case.exact("image_positions", [layout.start, layout.end()], case.list("image_positions")?)?;
+    let geometry = &case.record["geometry"];
+    let size = |part: &str, prefix: &str| -> (usize, usize) {
+        let side = |name: &str| geometry[part][format!("{prefix}{name}")].as_u64().unwrap_or_default() as usize;
+        (side("height"), side("width"))
+    };
+    let found = &prepared.image.geometry;
+    case.exact("image_shape", found.image_shape, size("image_shape", ""))?;
+    case.exact("padded_shape", found.padded_shape, size("padded_shape", ""))?;
+    case.exact("before", found.before, size("padding", "before_"))?;
+    case.exact("image_size_hw", [found.original.0, found.original.1], case.list("image_size_hw")?)
+}
+
+fn check_pixels(case: &mut Case, pixels: &Tensor) -> TestResult {
+    let views: Vec<usize> = case.list::<Value>("pixel_values").and_then(|value| Ok(serde_json::from_value(value["shape"].clone())?))?;
+    let pixels = pixels.reshape(views)?;
+    // The bf16 files leave out what the f32 files give.
+    if case.golden.has("pixel_values") {
+        return case.golden.check("pixel_values", &pixels, 1e-6);
+    }
+    if case.golden.has("pixel_values.rows") {
+        let rows: Vec<u32> = serde_json::from_value(case.record["pixel_values"]["rows_index_in_flattened_leading_dims"].clone())?;
+        let flat = pixels.flatten_to(pixels.rank() - 2)?;
+        return case.golden.check("pixel_values.rows", &flat.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?, 1e-6);
+    }
+    Ok(())
+}
+
+/// Teacher-forced pass, maps, states, masks.
+fn check_grounding(case: &mut Case, grounder: &Grounder) -> TestResult {
+    let lmm = grounder.lmm();
+    let picture = read_image(&case.picture)?;
+    let prepared = lmm.prepare(&picture, &[Turn::user(GROUNDING_INSTRUCTION)])?;
+    let caption = caption(lmm, &case.record["text"])?;
+    check_input(case, &prepared, &caption)?;
+    check_pixels(case, &prepared.image.pixel_values)?;
+
+    let vision = lmm.vision_features(&prepared.image)?;
+    case.check("vision_out", &vision, 2e-4, 0.04)?;
+    if case.golden.has("vision_out.first16") {
+        case.check("vision_out.first16", &vision.narrow(1, 0, 16)?, 2e-4, 0.04)?;
+    }
+    case.check("projector_out", &lmm.project(&prepared.image, &vision)?.unsqueeze(0)?, 2e-4, 0.04)?;
+
+    let start = prepared.token_ids.len();
+    let mut ids = prepared.token_ids.clone();
+    ids.extend_from_slice(&caption.token_ids);
+    let read = Prepared { token_ids: ids, image: prepared.image };
+    let mut cache = KvCache::new(lmm.decoder().config(), 8);
+    let mut capture = Capture::from_position(start);
+    let hidden = lmm.decoder().forward(&lmm.embed(&read)?, &mut cache, Some(&mut capture))?;
+
+    let rows: Vec<usize> = case.list("hidden_row_positions")?;
+    if let Ok(expected) = case.golden.get("hidden_rows").cloned() {
+        let ids: Vec<u32> = rows.iter().map(|&row| read.token_ids[row]).collect();
+        let states = Tensor::cat(&[&lmm.decoder().embed(&ids)?.unsqueeze(0)?, &capture.hidden_rows(&rows)?], 0)?;
+        assert_eq!(states.dims(), expected.dims());
+        case.check("hidden_rows", &states, 2e-4, 0.04)?;
+    }
+    let phrases = caption.phrases()?;
+    case.exact("phrase_token_counts", phrases.iter().map(Vec::len).collect(), case.list::<Vec<usize>>("phrase_token_counts")?)?;
+
+    // The facade's own pass over the same input.
+    let observation = grounder.observe(&picture, &caption)?;
+    case.check("attn_merged", &observation.maps, 2e-5, 0.12)?;
+    let states = weighted_hidden(&capture.hidden_rows(&rows)?, &grounder.head().text_layer_weights)?;
+    case.check("text_states", &states, 2e-4, 0.04)?;
+    let embeds = Tensor::cat(&grounder.head().text_embeds(&observation)?, 0)?;
+    case.check("text_embeds", &embeds, 2e-4, 0.04)?;
+    case.check("unet_logits", &grounder.head().mask_head.forward(&observation.maps)?, 3e-3, 0.12)?;
+    let logits = grounder.decode(&observation)?;
+    case.check("cnn_logits", &logits.coarse, 3e-3, 0.12)?;
+    if case.noise.is_none() {
+        check_refiner(case, grounder, &observation, &logits.coarse, 3e-3, 1e-2)?;
+        check_sam_logits(case, &logits.refined, 1e-2)?;
+    }
+
+    let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?;
+    let next = lmm.decoder().logits(&last)?.squeeze(0)?;
+    case.check("next_token_logits", &next, 1e-3, 0.06)?;
+    let best = next.argmax(0)?.to_scalar::<u32>()?;
+    case.exact("next_token_argmax", best, case.list("next_token_argmax")?)
+}
+
+fn strided(x: &Tensor, stride: usize) -> TestResult<Tensor> {
+    let every = |size: usize| Tensor::arange_step(0u32, size as u32, stride as u32, x.device());
+    let (_, height, width) = x.dims3()?;
+    Ok(x.index_select(&every(height)?, 1)?.index_select(&every(width)?, 2)?)
+}
+
+fn check_sam_logits(case: &mut Case, refined: &Tensor, tolerance: f64) -> TestResult {
+    case.golden.check("sam_logits", refined, tolerance)?;
+    case.golden.check("sam_logits_stride4", &strided(refined, 4)?, tolerance)
+}
+
+/// Mask prompts, boxes and the decoder's own output.
+fn check_refiner(
+    case: &mut Case,
+    grounder: &Grounder,
+    observation: &Observation,
+    coarse: &Tensor,
+    prompts: f64,
+    low_res: f64,
+) -> TestResult {
+    let (refiner, geometry) = (&grounder.head().refiner, &observation.sam_geometry);
+    let mask_prompts = refiner.mask_prompt(coarse, geometry)?;
+    case.golden.check("mask_prompts_stride8", &strided(&mask_prompts, 8)?, prompts)?;
+    let boxes: Vec<[[f64; 4]; 1]> = case.list("boxes")?;
+    let found = refiner.boxes_in_image(coarse, geometry)?;
+    case.exact("boxes", found.len(), boxes.len())?;
+    for (found, [expected]) in found.iter().zip(&boxes) {
+        let found = geometry.sam_from_image(*found);
+        let off = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        if off > 1e-3 {
+            return Err(format!("{}: box {found:?}, expected {expected:?}", case.golden.case).into());
+        }
+    }
+    let text = grounder.head().text_embeds(observation)?;
+    let low = refiner.low_res(&observation.sam_embedding, coarse, &text, geometry, &PromptOptions::default())?;
+    case.golden.check("sam_low_res_stride8", &strided(&low, 8)?, low_res)
+}
+
+/// Greedy generation with rows of the generated tokens.
+fn check_generation(case: &mut Case, grounder: &Grounder) -> TestResult {
+    let lmm = grounder.lmm();
+    let picture = read_image(&case.picture)?;
+    let question: String = case.list("question")?;
+    let question = question.strip_prefix("<image>\n").unwrap_or(&question);
+    let prepared = lmm.prepare(&picture, &[Turn::user(question)])?;
+    case.exact("gen_prompt_ids", unexpanded(&prepared.token_ids, &prepared), case.list("gen_prompt_ids")?)?;
+    case.exact("gen_prompt_expanded_length", prepared.token_ids.len(), case.list("gen_prompt_expanded_length")?)?;
+
+    let expected: Vec<u32> = case.list("gen_ids")?;
+    let mut cache = KvCache::new(lmm.decoder().config(), 8);
+    let hidden = lmm.decoder().forward(&lmm.embed(&prepared)?, &mut cache, None)?;
+    let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?;
+    let mut capture = Capture::from_position(prepared.token_ids.len());
+    let mut steps = Vec::new();
+    let limits = Limits { max_new_tokens: expected.len(), stop_ids: &[] };
+    let ids = generate(
+        lmm.decoder(),
+        &last,
+        &mut cache,
+        Some(&mut capture),
+        limits,
+        &mut Sampler::greedy(),
+        |_, logits| {
+            steps.push(logits.to_vec());
+            ControlFlow::Continue(())
+        },
+    )?;
+    let agreed = ids.iter().zip(&expected).take_while(|(a, b)| a == b).count();
+    if let Some(noise) = &case.noise {
+        // A step whose margin is within the noise may go either way; nothing later is comparable then.
+        let change = noise["max_abs"]["gen.step_logits"].as_f64().unwrap_or(0.0);
+        let margins: Vec<f64> = case.list("gen_step_margins")?;
+        let sure = margins.iter().take_while(|&&margin| margin >= 4.0 * change).count();
+        println!("{}: {agreed} of {} ids agree, {sure} must", case.golden.case, expected.len());
+        assert!(agreed >= sure, "{}: ids {ids:?}, expected {expected:?}", case.golden.case);
+        if agreed < expected.len() {
+            return Ok(());
+        }
+    } else {
+        case.exact("gen_ids", &ids, &expected)?;
+    }
+    let logits = steps.iter().map(|step| Tensor::new(step.as_slice(), &Device::Cpu)).collect::<Result<Vec<_>, _>>()?;
+    case.check("gen.step_logits", &Tensor::stack(&logits, 0)?, 1e-3, 0.06)?;
+    let positions: Vec<usize> = capture.positions().collect();
+    case.exact("rows of generated tokens", positions.len(), expected.len() - 1)?;
+    let layers = lmm.spec().layers;
+    let rows = (0..layers).map(|layer| capture.image_attention(&cache, layer, &prepared.image.layout, &positions));
+    case.check("gen.attn_rows", &Tensor::cat(&rows.collect::<Result<Vec<_>, _>>()?, 0)?, 2e-5, 0.12)?;
+    case.check("gen.hidden_rows", &capture.hidden_rows(&positions)?, 2e-4, 0.04)
+}
+
+/// The heads on the recorded maps, logits and text embeddings, whatever the LMM's arithmetic.
+fn check_heads_alone(case: &mut Case, grounder: &Grounder) -> TestResult {
+    let picture = read_image(&case.picture)?;
+    let caption = caption(grounder.lmm(), &case.record["text"])?;
+    let mut observation = grounder.observe(&picture, &caption)?;
+    observation.maps = case.golden.get("attn_merged")?.to_dtype(DType::F32)?;
+    let coarse = grounder.decode(&observation)?.coarse;
+    let recorded = case.golden.get("cnn_logits")?.clone();
+    let off = max_abs_diff(&coarse, &recorded)?;
+    println!("{}: U-Net alone: {off:.1e}", case.golden.case);
+    assert!(off <= 1e-3, "{}: U-Net alone: {off:e}", case.golden.case);
+
+    let embeds = case.golden.get("text_embeds")?.clone();
+    let counts: Vec<usize> = case.list("phrase_token_counts")?;
+    let mut first = 0;
+    let text = counts.iter().map(|&count| {
+        first += count;
+        embeds.narrow(0, first - count, count)
+    });
+    let text = text.collect::<Result<Vec<_>, _>>()?;
+    let (refiner, geometry) = (&grounder.head().refiner, &observation.sam_geometry);
+    let refined = refiner.refine(&observation.sam_embedding, &recorded, &text, geometry, &PromptOptions::default())?;
+    check_sam_logits(case, &refined, 5e-3)
+}
+
+fn check_families(suffix: &str, dtype: DType, check: impl Fn(&mut Case, &Grounder) -> TestResult) -> TestResult {
+    for (_, dir) in families()? {
+        let grounder = grounder(&dir, dtype)?;
+        for mut case in cases(&dir, suffix)? {
+            check(&mut case, &grounder)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn goldens_lmm_grounding_f32() -> TestResult {
+    check_families("f32", DType::F32, check_grounding)
+}
+
+#[test]
+fn goldens_lmm_grounding_bf16() -> TestResult {
+    check_families("bf16", DType::BF16, check_grounding)
+}
+
+#[test]
+fn goldens_lmm_generation_f32() -> TestResult {
+    check_families("f32", DType::F32, check_generation)
+}
+
+#[test]
+fn goldens_lmm_generation_bf16() -> TestResult {
+    check_families("bf16", DType::BF16, check_generation)
+}
+
+#[test]
+fn goldens_lmm_heads_alone() -> TestResult {
+    check_families("f32", DType::F32, check_heads_alone)?;
+    check_families("bf16", DType::BF16, check_heads_alone)
+}
+
+#[test]
+fn goldens_lmm_every_registered_model_has_a_case() -> TestResult {
+    let families = families()?;
+    if golden_dir("lmm").is_none() {
+        return Ok(());
+    }
+    for entry in REGISTRY {
+        let found = families.iter().any(|(model_type, _)| model_type == entry.spec.model_type);
+        assert!(found, "{} has no golden", entry.spec.name);
+    }
+    Ok(())
+}
