@@ -76,7 +76,8 @@ pub fn grounder(bundle: &Path, vars: &HashMap<String, Tensor>) -> Result<Grounde
 
 /// Initial tensors of the head: the refiner goes on from the stage `sam`.
 pub fn init(sizes: &LmmSizes, sam: &HashMap<String, Tensor>, rng: &mut ChaCha8Rng) -> Result<Vars> {
-    let unet = UNetConfig { in_channels: sizes.layers * sizes.heads, base_channels: BASE_CHANNELS, input_size: 64 };
+    let unet =
+        UNetConfig { in_channels: sizes.layers * sizes.heads, base_channels: BASE_CHANNELS, input_size: 64 };
     let mut tensors: Vec<(String, Tensor)> = Vec::new();
     for (name, tensor) in UNet::init(&unet, rng)? {
         tensors.push((format!("mask_head.{name}"), tensor));
@@ -117,8 +118,9 @@ pub fn narration(
 ) -> Result<(Caption, Vec<Vec<SegmentRef>>)> {
     let narration = &scene.texts.narrations[index];
     let text: String = narration.segments.iter().map(|s| s.utterance.as_str()).collect();
-    let encoding =
-        raw.encode_char_offsets(text.as_str(), false).map_err(|e| anyhow::anyhow!("cannot encode {text:?}: {e}"))?;
+    let encoding = raw
+        .encode_char_offsets(text.as_str(), false)
+        .map_err(|e| anyhow::anyhow!("cannot encode {text:?}: {e}"))?;
     let mut caption = Caption { token_ids: tokenizer.encode(&text, false)?, mask_ids: Vec::new() };
     caption.mask_ids = vec![-1; caption.token_ids.len()];
     let (mut segments, mut start) = (Vec::new(), 0);
@@ -145,7 +147,8 @@ pub fn expressions<'a>(scene: &'a Scene, most: usize, rng: &mut ChaCha8Rng) -> V
     for object in objects {
         let of_object: Vec<_> = scene.texts.referring.iter().filter(|r| r.target == object).collect();
         if let Some(referring) = of_object.choose(rng) {
-            let texts: Vec<&String> = std::iter::once(&referring.text).chain(&referring.alternatives).collect();
+            let texts: Vec<&String> =
+                std::iter::once(&referring.text).chain(&referring.alternatives).collect();
             if let Some(text) = texts.choose(rng) {
                 chosen.push((text.as_str(), object));
             }
@@ -186,7 +189,8 @@ pub fn sample(
         let caption = Caption::from_expressions(tokenizer, chosen.iter().map(|(text, _)| *text))?;
         (caption, chosen.iter().map(|(_, object)| vec![SegmentRef::Object(*object)]).collect())
     };
-    let keywords = as_narration.then(|| caption.mask_ids.iter().map(|id| f32::from(u8::from(*id >= 0))).collect());
+    let keywords =
+        as_narration.then(|| caption.mask_ids.iter().map(|id| f32::from(u8::from(*id >= 0))).collect());
     let observation = grounder.observe(&scene.image, &caption)?;
     let masks: Vec<f32> = segments.iter().flat_map(|s| union(scene, s)).collect();
     let (height, width) = (scene.image.height() as usize, scene.image.width() as usize);
@@ -244,8 +248,13 @@ pub fn run(
     let tensors = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
     let grounder = grounder(bundle, &tensors)?;
     let task = HeadTask { grounder: &grounder };
-    let config =
-        TrainConfig { seed: args.seed, epochs: 1, batch_size: args.batch, learning_rate: args.lr, ..TrainConfig::default() };
+    let config = TrainConfig {
+        seed: args.seed,
+        epochs: 1,
+        batch_size: args.batch,
+        learning_rate: args.lr,
+        ..TrainConfig::default()
+    };
     let options = RunOptions {
         workers: args.workers,
         progress: true,
@@ -254,7 +263,8 @@ pub fn run(
     };
     let trained = vars.iter().filter(|(name, _)| !name.ends_with("gaussian_matrix"));
     let trained = trained.map(|(name, var)| (name.clone(), var.clone())).collect();
-    let mut trainer = Trainer::new(&task, trained, config, serde_json::json!({ "head": "flmm-tiny" }), options)?;
+    let mut trainer =
+        Trainer::new(&task, trained, config, serde_json::json!({ "head": "flmm-tiny" }), options)?;
     let samples = from_fn(args.scenes, |index, _| {
         let scene = world::generate(world, Split::Train, args.seed, index as u64);
         sample(&grounder, raw, &scene, &mut rng_for(args.seed, index, 0))
