@@ -3,9 +3,12 @@
 pub mod atomic;
 pub mod error;
 pub mod geometry;
+pub mod image_input;
 pub mod mask_head;
 pub mod nn;
 pub mod sam;
+pub mod text;
+pub mod vision;
 pub mod weights;
 
 pub use error::{Error, Result};

@@ -1,0 +1,5 @@
+//! Vision towers: pictures to features.
+
+pub mod anyres;
+pub mod preprocess;
+pub mod resample;
