@@ -75,7 +75,8 @@ fn matching_head(
     let (d, size) = (sizes.width, sizes.width / sizes.heads);
     let mut draw = Init::new(rng);
     draw.normal("rows", &[size, d], MATCHING_STD)?;
-    let mut rows = draw.finish().remove("rows").map_or(Ok(Vec::new()), |t| t.flatten_all()?.to_vec1::<f32>())?;
+    let mut rows =
+        draw.finish().remove("rows").map_or(Ok(Vec::new()), |t| t.flatten_all()?.to_vec1::<f32>())?;
     for (index, row) in rows.chunks_exact_mut(d).enumerate() {
         if index % (size / 2) < FIRST_SLOW_PAIR {
             row.iter_mut().for_each(|v| *v *= 0.05);

@@ -3,6 +3,7 @@
 mod bundle;
 mod config;
 mod decoder;
+mod evaluate;
 mod lmm;
 mod pack;
 mod parallel;
@@ -65,6 +66,8 @@ enum Stage {
     Freeze,
     /// Train the grounding head on the frozen models.
     Head(stage_head::HeadArgs),
+    /// Measure the bundle on unseen scenes.
+    Evaluate(evaluate::EvaluateArgs),
 }
 
 /// Seed of everything that is fixed before training: code book and initial tensors.
@@ -119,6 +122,11 @@ fn main() -> Result<()> {
             let tensors = load(&cli.out.join("lmm/model.safetensors"))?;
             bundle::lmm(&bundle_folder.join("lmm"), &setting.sizes, &tensors, &json)?;
             bundle::sam(&bundle_folder.join("sam"), &load(&cli.out.join("sam/model.safetensors"))?)
+        }
+        Stage::Evaluate(args) => {
+            let report = evaluate::run(args, &bundle_folder, setting.packer.tokenizer(), &world)?;
+            println!("{}", serde_json::to_string_pretty(&report)?);
+            Ok(())
         }
         Stage::Head(args) => {
             let sam = load(&cli.out.join("sam/model.safetensors"))?.into_iter().collect();
