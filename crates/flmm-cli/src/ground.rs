@@ -26,7 +26,8 @@ pub(crate) fn choice(text: &str, phrases: &[String]) -> Result<PhraseChoice> {
     if phrases.is_empty() {
         return Ok(PhraseChoice::Keywords);
     }
-    find_phrases(text, phrases)
-        .map_err(|e| Failure::usage(e.to_string(), e.hint().unwrap_or("give a part of the text").to_owned()))?;
+    find_phrases(text, phrases).map_err(|e| {
+        Failure::usage(e.to_string(), e.hint().unwrap_or("give a part of the text").to_owned())
+    })?;
     Ok(PhraseChoice::Given(phrases.to_vec()))
 }

@@ -1,1 +1,4 @@
-//! placeholder
+//! Losses, optimiser, schedule and training loop of the grounding head.
+
+pub mod losses;
+pub mod optim;

@@ -10,7 +10,7 @@ mod head;
 mod session;
 mod spans;
 
-use std::collections::HashMap;
+use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -24,10 +24,11 @@ use crate::lmm::{self, GROUNDING_INSTRUCTION, Lmm, Turn};
 use crate::masks::Mask;
 use crate::nn::bilinear;
 use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
-use crate::sam::{Sam, SamConfig};
+use crate::sam::{Sam, read_checkpoint};
 use crate::text::sampling::Sampler;
+use crate::text::stream::TextStream;
 use crate::text::{Limits, generate};
-use crate::weights::{Params, load_checkpoint};
+use crate::weights::Params;
 
 use spans::Span;
 
@@ -72,12 +73,12 @@ impl Grounder {
     /// [`Error::Weights`] with every missing, misshapen or unexpected tensor of a part, [`Error::Config`].
     pub fn open(paths: &ModelPaths, device: &Device, dtype: DType) -> Result<Self> {
         let lmm = lmm::open(&paths.model, dtype, device)?;
-        let sam_tensors = load_checkpoint(&paths.sam, Some(DType::F32), device)?;
+        let (sam, sam_tensors) = read_checkpoint(&paths.sam, device)?;
         let sizes = HeadSizes {
             channels: lmm.spec().channels,
             layers: lmm.spec().layers,
             hidden_size: lmm.decoder().config().hidden_size,
-            sam: sam_config(&paths.sam, &sam_tensors)?,
+            sam,
         };
         let tensors = overlay(&paths.head, &sam_tensors, head::load_head_tensors(&paths.head, device)?)?;
         let params = Params::new(&paths.head, tensors);
@@ -193,7 +194,9 @@ impl Grounder {
         };
         let limits = Limits { max_new_tokens: options.max_new_tokens, stop_ids: self.lmm.stop_ids() };
         let tokenizer = self.lmm.tokenizer();
-        let mut stream = spans::TextStream::new(tokenizer);
+        // Told one token late: the last token is not part of the answer.
+        let mut stream = TextStream::new(tokenizer, false);
+        let mut late = None;
         let mut ids = generate(
             self.lmm.decoder(),
             &hidden,
@@ -202,16 +205,18 @@ impl Grounder {
             limits,
             &mut sampler,
             |id, _| {
-                stream.push(id, on_text);
-                std::ops::ControlFlow::Continue(())
+                if let Some(id) = late.replace(id) {
+                    tell(&stream.push(id), on_text);
+                }
+                ControlFlow::Continue(())
             },
         )?;
+        tell(&stream.finish(), on_text);
         ids.pop();
         session.continued(&ids);
         timings.generate = clock.elapsed();
 
         let (answer, offsets) = spans::token_offsets(tokenizer, &ids);
-        stream.finish(&answer, on_text);
         let mut result = GroundedAnswer { answer, token_ids: ids, phrases: Vec::new(), timings };
         if let (Some(choice), Some(capture)) = (&options.phrases, &capture)
             && !result.token_ids.is_empty()
@@ -370,17 +375,13 @@ impl Grounder {
     }
 }
 
+fn tell(text: &str, on_text: &mut dyn FnMut(&str)) {
+    if !text.is_empty() {
+        on_text(text);
+    }
+}
+
 /// Logits `[N, H, W]` above 0, one mask per phrase.
 fn binary(logits: &Tensor) -> Result<Vec<Mask>> {
     (0..logits.dim(0)?).map(|phrase| Mask::from_logits(&logits.get(phrase)?)).collect()
-}
-
-/// Sizes of the SAM whose tensors were read from `path`: `sam_config.json` beside them, else told by the tensors.
-fn sam_config(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<SamConfig> {
-    let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
-    let file = folder.join("sam_config.json");
-    if file.is_file() {
-        return SamConfig::from_file(&file);
-    }
-    SamConfig::from_tensors(&Params::new(path, tensors.clone()), path)
 }

@@ -6,9 +6,11 @@ pub mod clusters;
 pub mod config;
 pub mod error;
 pub mod geometry;
-//pub mod grounder;
+pub mod grounder;
+pub mod image_input;
 pub mod layout;
-//pub mod lmm;
+pub mod lmm;
+pub mod mask_head;
 pub mod masks;
 pub mod nn;
 pub mod overlay;
@@ -20,3 +22,4 @@ pub mod weights;
 
 pub use error::{Error, Result};
 pub use geometry::Geometry;
+pub use grounder::Grounder;

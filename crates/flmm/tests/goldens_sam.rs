@@ -97,6 +97,10 @@ fn channels_first(map: &Tensor) -> TestResult<Tensor> {
     Ok(map.t()?.contiguous()?.reshape((width, grid, grid))?)
 }
 
+fn rows(boxes: &[[f64; 4]]) -> TestResult<Tensor> {
+    Ok(Tensor::from_vec(boxes.concat(), (boxes.len(), 4), &Device::Cpu)?)
+}
+
 fn every(x: &Tensor, dim: usize, step: usize) -> TestResult<Tensor> {
     let rows: Vec<u32> = (0..x.dim(dim)? as u32).step_by(step).collect();
     Ok(x.index_select(&Tensor::new(rows, &Device::Cpu)?, dim)?)
@@ -148,8 +152,8 @@ fn goldens_prompts_and_decoder() -> TestResult {
         golden.check("prompt_masks", &prompts, 1e-5)?;
         let boxes = refiner.boxes_in_image(&case.cnn_logits, &case.geometry)?;
         let scaled: Vec<[f64; 4]> = boxes.iter().map(|b| case.geometry.sam_from_image(*b)).collect();
-        golden.check("boxes_original", &Tensor::new(boxes, &Device::Cpu)?, 0.0)?;
-        golden.check("boxes_1024", &Tensor::new(scaled.clone(), &Device::Cpu)?, 1e-9)?;
+        golden.check("boxes_original", &rows(&boxes)?, 0.0)?;
+        golden.check("boxes_1024", &rows(&scaled)?, 1e-9)?;
 
         let corners = encoder.boxes(&scaled)?;
         let dense = encoder.masks(&prompts)?;
@@ -189,7 +193,10 @@ fn goldens_refined_logits_and_variants() -> TestResult {
     ];
     for mut case in setup.cases()? {
         let embedding = case.embedding(&sam)?;
-        for (name, options) in variants.iter().filter(|(name, _)| case.golden.has(name)) {
+        for (name, options) in &variants {
+            if !case.golden.has(name) {
+                continue;
+            }
             let refiner = sam.refiner();
             let logits =
                 refiner.refine(&embedding, &case.cnn_logits, &case.texts, &case.geometry, options)?;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use flmm::sam::{ImageEncoder, PromptOptions, Refiner, Sam, SamConfig, SamGeometry};
 use flmm::weights::Params;
 use flmm::{Error, Result};
@@ -16,7 +16,7 @@ fn config() -> SamConfig {
         mlp_ratio: 2.0,
         decoder_num_heads: 2,
         decoder_depth: 2,
-        mask_in_chans: 4,
+        mask_in_chans: 16,
         embed_dim: 8,
         depth: 2,
         num_heads: 2,
@@ -83,7 +83,12 @@ fn loss(tensors: &BTreeMap<String, Tensor>, options: &PromptOptions) -> Result<T
     let embedding = sam.image_encoder().forward(&x.pixels)?;
     let logits = sam.refiner().refine(&embedding, &x.cnn_logits, &x.texts, &x.geometry, options)?;
     assert_eq!(logits.dims(), [3, 14, 21]);
-    Ok((&logits * noise(&[3, 14, 21], 6)?)?.mean_all()?)
+    score(&logits)
+}
+
+/// A loss that looks at every pixel, summed in f64 so that small differences of it are exact.
+fn score(logits: &Tensor) -> Result<Tensor> {
+    Ok((logits * noise(&[3, 14, 21], 6)?)?.to_dtype(DType::F64)?.sum_all()?)
 }
 
 fn norm(x: &Tensor) -> Result<f32> {
@@ -114,13 +119,11 @@ fn every_trained_tensor_gets_a_gradient_and_no_other() -> Result<()> {
             assert!(size.is_finite(), "{name}: gradient of norm {size}");
             // Softmax does not see what all its inputs share: only rounding noise reaches these.
             if name.ends_with("k_proj.bias") {
-                assert!(size < 1e-6, "{name}: gradient of norm {size}");
+                assert!(size < 1e-4, "{name}: gradient of norm {size}");
             } else if trained {
-                let layer1 = name.contains(".mlp.lin") || name.contains("hypernetworks");
-                assert!(
-                    size > 1e-9 || (layer1 && options.multimask),
-                    "{name} gets no gradient with {options:?}"
-                );
+                // Which alternatives are chosen decides which of their hyper-networks learn.
+                let chance = options.multimask && name.contains("hypernetworks");
+                assert!(size > 1e-5 || chance, "{name}: gradient of norm {size} with {options:?}");
             } else {
                 assert_eq!(size, 0.0, "{name} gets a gradient with {options:?}");
             }
@@ -141,16 +144,15 @@ fn gradients_equal_finite_differences() -> Result<()> {
     for (name, var) in &vars {
         let Some(grad) = grads.get(var) else { continue };
         let size = norm(grad)?;
-        // Along its own gradient the loss must rise by the gradient's norm. Steps keep f32 noise small.
-        if name.ends_with("k_proj.bias") || size < 1e-4 {
+        if name.ends_with("k_proj.bias") || size < 0.02 {
             continue;
         }
-        let step = (2e-3 / f64::from(size)).clamp(1e-3, 0.1);
+        let step = 1e-3;
         let along = |sign: f64| {
             let mut moved = tensors.clone();
             let shift = (grad * (sign * step / f64::from(size)))?;
             moved.insert(name.clone(), (&tensors[name] + shift)?);
-            Ok::<_, Error>(f64::from(loss(&moved, &options)?.to_scalar::<f32>()?))
+            Ok::<_, Error>(loss(&moved, &options)?.to_scalar::<f64>()?)
         };
         let slope = (along(1.0)? - along(-1.0)?) / (2.0 * step);
         let error = (slope - f64::from(size)).abs() / f64::from(size);
@@ -172,28 +174,30 @@ fn the_mask_prompt_carries_gradient_to_the_cnn_logits_and_the_text_prompt_to_the
     let cnn = Var::from_tensor(&x.cnn_logits)?;
     let texts = x.texts.iter().map(|t| Ok(Var::from_tensor(t)?)).collect::<Result<Vec<_>>>()?;
     let tracked: Vec<Tensor> = texts.iter().map(|t| t.as_tensor().clone()).collect();
-    let run = |cnn: &Tensor, texts: &[Tensor]| {
-        let logits = sam.refiner().refine(&embedding, cnn, texts, &x.geometry, &PromptOptions::default())?;
-        Ok::<_, Error>((&logits * noise(&[3, 14, 21], 6)?)?.mean_all()?)
+    let run = |cnn: &Tensor, texts: &[Tensor], options: PromptOptions| {
+        let logits = sam.refiner().refine(&embedding, cnn, texts, &x.geometry, &options)?;
+        score(&logits)
     };
-    let grads = run(cnn.as_tensor(), &tracked)?.backward()?;
+    let all = PromptOptions::default();
+    let grads = run(cnn.as_tensor(), &tracked, all)?.backward()?;
     for text in &texts {
         assert!(grads.get(text).map(norm).transpose()?.unwrap_or(0.0) > 1e-6);
     }
-    let grad = grads.get(&cnn).cloned().ok_or_else(|| Error::request("no gradient", ""))?;
-    let size = f64::from(norm(&grad)?);
-    // Small enough that no thresholded pixel changes and the box stays.
-    let step = 2e-3;
+    // The box and the padding value are constants.
+    let grads = run(cnn.as_tensor(), &tracked, PromptOptions { mask_prompt: false, ..all })?.backward()?;
+    assert!(grads.get(&cnn).is_none());
+
+    // Without the box, which jumps, the loss follows the gradient.
+    let no_box = PromptOptions { box_prompt: false, ..all };
+    let grads = run(cnn.as_tensor(), &tracked, no_box)?.backward()?;
+    let grad = grads.get(&cnn).ok_or_else(|| Error::request("no gradient", ""))?;
+    let (size, step) = (f64::from(norm(grad)?), 1e-3);
     let along = |sign: f64| {
-        let moved = (&x.cnn_logits + (&grad * (sign * step / size))?)?;
-        assert_eq!(
-            sam.refiner().boxes_in_image(&moved, &x.geometry)?,
-            sam.refiner().boxes_in_image(&x.cnn_logits, &x.geometry)?
-        );
-        Ok::<_, Error>(f64::from(run(&moved, &x.texts)?.to_scalar::<f32>()?))
+        let moved = (&x.cnn_logits + (grad * (sign * step / size))?)?;
+        Ok::<_, Error>(run(&moved, &x.texts, no_box)?.to_scalar::<f64>()?)
     };
     let slope = (along(1.0)? - along(-1.0)?) / (2.0 * step);
-    assert!((slope - size).abs() < 0.05 * size, "slope {slope}, gradient {size}");
+    assert!((slope - size).abs() < 0.03 * size, "slope {slope}, gradient {size}");
     Ok(())
 }
 

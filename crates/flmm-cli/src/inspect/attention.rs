@@ -65,7 +65,8 @@ pub(crate) fn run(args: &AttentionArgs, talk: &Talk) -> Result<()> {
     talk.note(format_args!("attention: {}", out.display()));
     if let Some(path) = &args.raw {
         let texts = answer.phrases.iter().enumerate().map(|(i, p)| (format!("phrase.{i}"), p.text.clone()));
-        let metadata: BTreeMap<String, String> = texts.chain([("text".to_owned(), answer.answer.clone())]).collect();
+        let metadata: BTreeMap<String, String> =
+            texts.chain([("text".to_owned(), answer.answer.clone())]).collect();
         flmm::weights::save_safetensors(path, &raw, &metadata)?;
         talk.note(format_args!("maps: {}", path.display()));
     }
@@ -86,7 +87,8 @@ fn draw_phrase(
     let (partition, _) = attention_partition(&maps, seed)?;
     let [first, other] = sides(&partition, (height, width), &phrase.mask)?;
     let better = if first.soft_iou > other.soft_iou { first } else { other };
-    let mean = maps.mean(0).and_then(|mean| mean.flatten_all()?.to_vec1::<f32>()).map_err(flmm::Error::from)?;
+    let mean =
+        maps.mean(0).and_then(|mean| mean.flatten_all()?.to_vec1::<f32>()).map_err(flmm::Error::from)?;
     let masked = |mask: &Mask| draw(image, "", &[Region { mask, chars: 0..0 }]);
     let row = vec![
         (format!("{} {}", index + 1, phrase.text), image.clone()),

@@ -1,4 +1,4 @@
-//! Phrases of a text as characters and tokens, and the text's growth token by token.
+//! Phrases of a text as characters and tokens.
 
 use std::ops::Range;
 
@@ -79,39 +79,6 @@ fn trimmed(chars: &[char], mut range: Range<usize>) -> Range<usize> {
         range.end -= 1;
     }
     range
-}
-
-/// The text of tokens as they are generated, one token late: the last token is not part of the answer.
-pub(super) struct TextStream<'a> {
-    tokenizer: &'a Tokenizer,
-    ids: Vec<u32>,
-    /// Bytes already told.
-    told: usize,
-}
-
-impl<'a> TextStream<'a> {
-    pub(super) fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self { tokenizer, ids: Vec::new(), told: 0 }
-    }
-
-    /// Tells what the token before `id` added to the text.
-    pub(super) fn push(&mut self, id: u32, on_text: &mut dyn FnMut(&str)) {
-        let text = self.tokenizer.decode(&self.ids, false);
-        self.tell(complete(&text), on_text);
-        self.ids.push(id);
-    }
-
-    /// Tells what is left of the whole answer `text`.
-    pub(super) fn finish(mut self, text: &str, on_text: &mut dyn FnMut(&str)) {
-        self.tell(text, on_text);
-    }
-
-    fn tell(&mut self, text: &str, on_text: &mut dyn FnMut(&str)) {
-        if let Some(piece) = text.get(self.told..).filter(|piece| !piece.is_empty()) {
-            on_text(piece);
-            self.told = text.len();
-        }
-    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ mod conv;
 mod conv3x3;
 #[cfg(test)]
 pub(crate) mod gradcheck;
-mod host;
+pub mod host;
 mod linear;
 mod norm;
 mod pool;

@@ -41,7 +41,7 @@ fn taps(input: usize, output: usize) -> Taps {
             if input == output {
                 return [(i, 1.0), (i, 0.0)];
             }
-            let source = (scale * (i as f32 + 0.5) - 0.5).max(0.0);
+            let source = scale.mul_add(i as f32 + 0.5, -0.5).max(0.0);
             let first = (source as usize).min(input - 1);
             let fraction = source - first as f32;
             [(first, f64::from(1.0 - fraction)), ((first + 1).min(input - 1), f64::from(fraction))]

@@ -4,7 +4,7 @@
 //! Frozen when a grounding head is trained; every operation has a gradient all the same, so that a small SAM can
 //! be trained from scratch. Feature maps are channels-last, `[B, rows, columns, width]`, until the neck.
 
-use candle_core::{DType, Tensor};
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::config::SamConfig;
@@ -88,6 +88,11 @@ impl ImageEncoder {
             )
         })?;
         block.forward(x)
+    }
+
+    /// Where the tensors live.
+    pub fn device(&self) -> &Device {
+        self.pos_embed.device()
     }
 
     /// Number of transformer blocks.
@@ -334,8 +339,7 @@ pub fn pixel_values(resized: &image::RgbImage, image_size: usize) -> Result<Tens
             values[at] = (f32::from(pixel.0[channel]) - MEAN[channel]) / STD[channel];
         }
     }
-    let values = Tensor::from_vec(values, (3, image_size, image_size), &candle_core::Device::Cpu)?;
-    Ok(values.to_dtype(DType::F32)?)
+    Ok(Tensor::from_vec(values, (3, image_size, image_size), &Device::Cpu)?)
 }
 
 #[cfg(test)]

@@ -2,16 +2,21 @@
 
 mod attend;
 mod cache;
+pub mod chat;
 mod config;
 mod decoder;
-//mod generate;
+mod generate;
 mod rope;
+pub mod sampling;
+pub mod stream;
+pub mod template;
+pub mod tokenizer;
 
 pub(crate) use attend::round_to;
 pub use attend::{attend, scaled_scores};
 pub use cache::KvCache;
 pub use config::{Activation, DecoderConfig, Norm};
-pub use decoder::Decoder;
 pub(crate) use decoder::too_long;
-//pub use generate::{Limits, generate};
+pub use decoder::Decoder;
+pub use generate::{Limits, generate};
 pub use rope::{Rope, Rotation};

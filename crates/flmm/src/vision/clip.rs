@@ -48,14 +48,11 @@ impl ClipConfig {
         if !(0..states).contains(&index) {
             return Err(Error::config(
                 config.file(),
-                format!(
-                    "`vision_feature_layer`: the tower has hidden states 0..{num_layers}, found {feature_layer}"
-                ),
+                format!("`vision_feature_layer`: the tower has hidden states 0..{num_layers}, found {feature_layer}"),
                 "correct the value in the file",
             ));
         }
-        let (hidden_size, num_heads) =
-            (config.size_or("hidden_size", 768)?, config.size_or("num_attention_heads", 12)?);
+        let (hidden_size, num_heads) = (config.size_or("hidden_size", 768)?, config.size_or("num_attention_heads", 12)?);
         if hidden_size % num_heads != 0 {
             return Err(config.error(
                 "num_attention_heads",
@@ -63,8 +60,7 @@ impl ClipConfig {
                 "correct the value in the file",
             ));
         }
-        let (image_size, patch_size) =
-            (config.size_or("image_size", 224)?, config.size_or("patch_size", 32)?);
+        let (image_size, patch_size) = (config.size_or("image_size", 224)?, config.size_or("patch_size", 32)?);
         if image_size < patch_size {
             return Err(config.error(
                 "patch_size",

@@ -1,3 +1,6 @@
 //! Vision towers: pictures to features.
 
+pub mod anyres;
 pub mod clip;
+pub mod preprocess;
+pub mod resample;

@@ -1,0 +1,288 @@
+//! AdamW with decoupled weight decay, global-norm clipping and the learning-rate schedule (`spec/training.md` §5).
+
+use std::collections::BTreeMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor, Var};
+use flmm::{Error, Result};
+
+/// Trained tensors by checkpoint name.
+pub type Vars = BTreeMap<String, Var>;
+
+/// Gradients by checkpoint name; a missing name is a zero gradient.
+pub type Gradients = BTreeMap<String, Tensor>;
+
+/// The gradients that a backward pass left for `vars`, detached from its graph.
+pub fn gradients(store: &GradStore, vars: &Vars) -> Gradients {
+    let found = vars.iter().filter_map(|(name, var)| Some((name, store.get(var)?)));
+    found.map(|(name, grad)| (name.clone(), grad.detach())).collect()
+}
+
+/// `total += scale · term`, for gradients summed over a batch or over workers.
+pub fn accumulate(total: &mut Gradients, term: &Gradients, scale: f64) -> Result<()> {
+    for (name, grad) in term {
+        let grad = if scale == 1.0 { grad.clone() } else { (grad * scale)? };
+        let sum = match total.get(name) {
+            Some(sum) => (sum + grad)?,
+            None => grad,
+        };
+        total.insert(name.clone(), sum);
+    }
+    Ok(())
+}
+
+/// The L2 norm of all gradients together.
+pub fn global_norm(gradients: &Gradients) -> Result<f64> {
+    let mut squares = 0f64;
+    for grad in gradients.values() {
+        squares += f64::from(grad.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?);
+    }
+    Ok(squares.sqrt())
+}
+
+/// Settings of [`AdamW`]; the defaults are the paper's.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdamWConfig {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled decay, applied to every tensor (norms and biases included).
+    pub weight_decay: f64,
+    /// Largest global L2 norm of the gradients; infinity does not clip.
+    pub max_norm: f64,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, max_norm: 1.0 }
+    }
+}
+
+/// AdamW over named tensors.
+///
+/// One step: clip all gradients to the global norm, `p ← p · (1 − lr · wd)`, update the moments,
+/// `p ← p − lr · m̂ / (√v̂ + ε)`. A tensor without a gradient is treated as having a zero one.
+pub struct AdamW {
+    vars: Vars,
+    config: AdamWConfig,
+    /// First and second moment by name, f32.
+    moments: BTreeMap<String, (Tensor, Tensor)>,
+    steps: u64,
+}
+
+/// What one step saw.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepInfo {
+    /// Global norm of the gradients before clipping.
+    pub norm: f64,
+    /// What they were multiplied with, at most 1.
+    pub clip: f64,
+}
+
+impl AdamW {
+    /// An optimiser at step 0 for f32 tensors.
+    pub fn new(vars: Vars, config: AdamWConfig) -> Result<Self> {
+        let mut moments = BTreeMap::new();
+        for (name, var) in &vars {
+            if var.dtype() != DType::F32 {
+                return Err(Error::request(
+                    format!("cannot train `{name}` in {:?}", var.dtype()),
+                    "trained tensors must be f32",
+                ));
+            }
+            let zeros = var.as_tensor().zeros_like()?.detach();
+            moments.insert(name.clone(), (zeros.clone(), zeros));
+        }
+        Ok(Self { vars, config, moments, steps: 0 })
+    }
+
+    /// The trained tensors.
+    pub fn vars(&self) -> &Vars {
+        &self.vars
+    }
+
+    /// The number of steps taken.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Takes one step at learning rate `lr`.
+    ///
+    /// Fails, leaving every tensor as it was, when a gradient is not finite or belongs to no trained tensor.
+    pub fn step(&mut self, gradients: &Gradients, lr: f64) -> Result<StepInfo> {
+        self.step_scaled(gradients, lr, |_| 1.0)
+    }
+
+    /// Takes one step at learning rate `lr · factor(name)`, for groups that learn at different rates.
+    pub fn step_scaled(
+        &mut self,
+        gradients: &Gradients,
+        lr: f64,
+        factor: impl Fn(&str) -> f64,
+    ) -> Result<StepInfo> {
+        if let Some(name) = gradients.keys().find(|name| !self.vars.contains_key(*name)) {
+            return Err(Error::request(
+                format!("gradient for `{name}`, which is not trained"),
+                "pass gradients of the optimiser's own tensors",
+            ));
+        }
+        let norm = global_norm(gradients)?;
+        if !norm.is_finite() {
+            return Err(Error::request(
+                format!("the gradients are not finite at step {}", self.steps + 1),
+                "lower the learning rate, or look for infinite values in the data",
+            ));
+        }
+        let AdamWConfig { beta1, beta2, eps, weight_decay, max_norm } = self.config;
+        let clip = (max_norm / (norm + 1e-6)).min(1.0);
+        self.steps += 1;
+        let correction = |beta: f64| 1.0 - beta.powf(self.steps as f64);
+        let (c1, c2) = (correction(beta1), correction(beta2));
+        for (name, var) in &self.vars {
+            let lr = lr * factor(name);
+            let Some((m, v)) = self.moments.get_mut(name) else { continue };
+            (*m, *v) = match gradients.get(name) {
+                Some(grad) => {
+                    let grad = (grad.to_dtype(DType::F32)? * clip)?;
+                    let square = (grad.sqr()? * (1.0 - beta2))?;
+                    (((&*m * beta1)? + (grad * (1.0 - beta1))?)?, ((&*v * beta2)? + square)?)
+                }
+                None => ((&*m * beta1)?, (&*v * beta2)?),
+            };
+            let denominator = ((&*v / c2)?.sqrt()? + eps)?;
+            let change = ((&*m / denominator)? * (lr / c1))?;
+            var.set(&((var.as_detached_tensor() * (1.0 - lr * weight_decay))? - change)?)?;
+        }
+        Ok(StepInfo { norm, clip })
+    }
+
+    /// The moments as `exp_avg.<name>` and `exp_avg_sq.<name>`, for a checkpoint.
+    pub fn state(&self) -> BTreeMap<String, Tensor> {
+        let pairs = self.moments.iter();
+        pairs
+            .flat_map(|(name, (m, v))| {
+                [(format!("exp_avg.{name}"), m.clone()), (format!("exp_avg_sq.{name}"), v.clone())]
+            })
+            .collect()
+    }
+
+    /// Continues from the moments of [`AdamW::state`] after `steps` steps. The trained tensors themselves are
+    /// the caller's to restore.
+    pub fn restore(&mut self, state: &BTreeMap<String, Tensor>, steps: u64) -> Result<()> {
+        let find = |key: String, like: &Tensor| match state.get(&key) {
+            Some(t) if t.dims() == like.dims() => Ok(t.to_dtype(DType::F32)?.to_device(like.device())?),
+            Some(t) => Err(Error::request(
+                format!("optimiser state `{key}` has shape {:?}, expected {:?}", t.dims(), like.dims()),
+                "resume with the configuration the checkpoint was written with",
+            )),
+            None => Err(Error::request(
+                format!("optimiser state `{key}` is missing"),
+                "resume with the configuration the checkpoint was written with",
+            )),
+        };
+        let mut moments = BTreeMap::new();
+        for (name, (m, v)) in &self.moments {
+            let pair = (find(format!("exp_avg.{name}"), m)?, find(format!("exp_avg_sq.{name}"), v)?);
+            moments.insert(name.clone(), pair);
+        }
+        (self.moments, self.steps) = (moments, steps);
+        Ok(())
+    }
+}
+
+/// Linear warm-up from 1e-5 of the base rate, then a cosine to zero, per iteration.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Schedule {
+    /// The highest learning rate.
+    pub base: f64,
+    /// Iterations of warm-up; the last of them runs at the base rate.
+    pub warmup: u64,
+    /// All iterations, warm-up included.
+    pub total: u64,
+}
+
+impl Schedule {
+    /// The paper's schedule: the warm-up is `ratio` of `epochs`, truncated to whole iterations.
+    pub fn epochs(base: f64, iterations_per_epoch: u64, epochs: u64, ratio: f64) -> Self {
+        let warmup = (ratio * epochs as f64 * iterations_per_epoch as f64) as u64;
+        Self { base, warmup, total: epochs * iterations_per_epoch }
+    }
+
+    /// The learning rate used by iteration `k`, counted from 0.
+    pub fn lr(&self, k: u64) -> f64 {
+        const START: f64 = 1e-5;
+        if k < self.warmup {
+            if self.warmup == 1 {
+                return self.base;
+            }
+            return self.base * (START + (1.0 - START) * k as f64 / (self.warmup - 1) as f64);
+        }
+        // In the spec's order of operations: near the end 1 + cos amplifies every rounding.
+        let (done, length) = (k - self.warmup, self.total.saturating_sub(self.warmup).max(1));
+        let angle = std::f64::consts::PI * done.min(length) as f64 / length as f64;
+        self.base * 0.5 * (1.0 + angle.cos())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn one_var(value: f32) -> Vars {
+        BTreeMap::from([("p".to_owned(), Var::new(&[value], &Device::Cpu).unwrap())])
+    }
+
+    fn grad(value: f32) -> Gradients {
+        BTreeMap::from([("p".to_owned(), Tensor::new(&[value], &Device::Cpu).unwrap())])
+    }
+
+    #[test]
+    fn refuses_what_it_cannot_use_and_changes_nothing() {
+        let mut adam = AdamW::new(one_var(1.0), AdamWConfig::default()).unwrap();
+        assert!(adam.step(&grad(f32::NAN), 0.1).is_err());
+        let stranger = BTreeMap::from([("q".to_owned(), Tensor::new(&[1f32], &Device::Cpu).unwrap())]);
+        assert!(adam.step(&stranger, 0.1).unwrap_err().to_string().contains("`q`"));
+        assert_eq!(adam.steps(), 0);
+        assert_eq!(adam.vars()["p"].to_vec1::<f32>().unwrap(), [1.0]);
+    }
+
+    #[test]
+    fn state_round_trip_continues_exactly() {
+        let mut one = AdamW::new(one_var(1.0), AdamWConfig::default()).unwrap();
+        for k in 0..5 {
+            one.step(&grad(0.3 * k as f32 - 0.5), 0.01).unwrap();
+        }
+        let p = one.vars()["p"].to_vec1::<f32>().unwrap()[0];
+        let mut two = AdamW::new(one_var(p), AdamWConfig::default()).unwrap();
+        two.restore(&one.state(), one.steps()).unwrap();
+        for adam in [&mut one, &mut two] {
+            adam.step(&grad(0.7), 0.01).unwrap();
+        }
+        assert_eq!(one.vars()["p"].to_vec1::<f32>().unwrap(), two.vars()["p"].to_vec1::<f32>().unwrap());
+        assert!(two.restore(&BTreeMap::new(), 1).is_err());
+    }
+
+    #[test]
+    fn accumulates_with_weights() {
+        let mut total = Gradients::new();
+        accumulate(&mut total, &grad(2.0), 0.5).unwrap();
+        accumulate(&mut total, &grad(4.0), 0.25).unwrap();
+        assert_eq!(total["p"].to_vec1::<f32>().unwrap(), [2.0]);
+    }
+
+    #[test]
+    fn short_schedules_are_finite() {
+        for total in 1..5 {
+            for warmup in 0..=total {
+                let schedule = Schedule { base: 1.0, warmup, total };
+                assert!((0..total + 2).all(|k| (0.0..=1.0).contains(&schedule.lr(k))));
+            }
+        }
+    }
+}

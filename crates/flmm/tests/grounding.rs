@@ -1,0 +1,321 @@
+//! The facade: capture observes only, all paths give the same masks, conversations continue, bad input is refused.
+
+mod common;
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use common::{TestResult, golden_dir};
+use flmm::capture::Capture;
+use flmm::grounder::{
+    AnswerOptions, Caption, GroundOptions, GroundedAnswer, GroundingHead, HeadSizes, ModelPaths, Sampling, overlay,
+};
+use flmm::image_input::read_image;
+use flmm::lmm::{self, GROUNDING_INSTRUCTION, Turn};
+use flmm::masks::Mask;
+use flmm::phrases::PhraseChoice;
+use flmm::sam::{Sam, SamConfig};
+use flmm::text::sampling::Sampler;
+use flmm::text::{KvCache, Limits, generate};
+use flmm::weights::{Params, load_checkpoint, save_safetensors};
+use flmm::{Error, Grounder};
+use image::RgbImage;
+
+const CPU: &Device = &Device::Cpu;
+const TEXT: &str = "A red square is near the blue circle on the left side.";
+
+fn fixture() -> Option<(PathBuf, PathBuf)> {
+    Some((golden_dir("lmm/llava15")?, golden_dir("lmm/_sam")?))
+}
+
+fn sam_file(sam: &Path) -> PathBuf {
+    let file = sam.join("sam_vit_tiny.safetensors");
+    if file.is_file() { file } else { sam.join("sam_vit_tiny.pth") }
+}
+
+fn paths() -> Option<ModelPaths> {
+    let (family, sam) = fixture()?;
+    Some(ModelPaths { model: family.join("model"), sam: sam_file(&sam), head: family.join("heads.pth") })
+}
+
+fn picture() -> TestResult<RgbImage> {
+    let (family, _) = fixture().ok_or("no fixture")?;
+    Ok(read_image(family.join("images/a.png"))?)
+}
+
+/// The fixture with a keyword selector that scores every token `bias`.
+fn with_selector(dtype: DType, bias: f32) -> TestResult<Option<Grounder>> {
+    let Some(paths) = paths() else { return Ok(None) };
+    let lmm = lmm::open(&paths.model, dtype, CPU)?;
+    let sam_tensors = load_checkpoint(&paths.sam, Some(DType::F32), CPU)?;
+    let sizes = HeadSizes {
+        channels: lmm.spec().channels,
+        layers: lmm.spec().layers,
+        hidden_size: lmm.decoder().config().hidden_size,
+        sam: SamConfig::from_file(&paths.sam.with_file_name("sam_config.json"))?,
+    };
+    let mut head = load_checkpoint(&paths.head, Some(DType::F32), CPU)?;
+    head.insert("keyword_selector.weight".into(), Tensor::zeros((1, sizes.hidden_size), DType::F32, CPU)?);
+    head.insert("keyword_selector.bias".into(), Tensor::new(&[bias], CPU)?);
+    let params = Params::new(&paths.head, overlay(&paths.head, &sam_tensors, head)?);
+    let head = GroundingHead::from_params(&sizes, &params)?;
+    let sam = Sam::load(&sizes.sam, &params.pp("sam.model"))?;
+    params.finish("")?;
+    Ok(Some(Grounder::from_parts(lmm, sam, head)))
+}
+
+fn message<T>(result: flmm::Result<T>) -> String {
+    match result {
+        Ok(_) => "no error".into(),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn capture_changes_neither_ids_nor_logits() -> TestResult {
+    let Some(paths) = paths() else { return Ok(()) };
+    for dtype in [DType::F32, DType::BF16] {
+        let lmm = lmm::open(&paths.model, dtype, CPU)?;
+        let prepared = lmm.prepare(&picture()?, &[Turn::user("What is shown in this image?")])?;
+        let embeds = lmm.embed(&prepared)?;
+        for sampler in [Sampler::greedy(), Sampler::seeded(1.5, 0.95, 7), Sampler::seeded(0.7, 1.0, 8)] {
+            let run = |mut capture: Option<Capture>| -> TestResult<(Vec<u32>, Vec<u32>)> {
+                let mut cache = KvCache::new(lmm.decoder().config(), 1);
+                let hidden = lmm.decoder().forward(&embeds, &mut cache, capture.as_mut())?;
+                let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?;
+                let mut bits = Vec::new();
+                let limits = Limits { max_new_tokens: 20, stop_ids: &[] };
+                let mut sampler = sampler.clone();
+                let ids =
+                    generate(lmm.decoder(), &last, &mut cache, capture.as_mut(), limits, &mut sampler, |_, logits| {
+                        bits.extend(logits.iter().map(|logit| logit.to_bits()));
+                        ControlFlow::Continue(())
+                    })?;
+                Ok((ids, bits))
+            };
+            let plain = run(None)?;
+            assert_eq!(plain.0.len(), 20);
+            for first in [0, prepared.token_ids.len()] {
+                let captured = run(Some(Capture::from_position(first)))?;
+                assert_eq!(plain.0, captured.0, "ids, {dtype:?}, rows from {first}");
+                assert!(plain.1 == captured.1, "logits, {dtype:?}, rows from {first}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_answer_does_not_depend_on_grounding() -> TestResult {
+    let Some(grounder) = with_selector(DType::F32, 5.0)? else { return Ok(()) };
+    for sampling in [Sampling::Greedy, Sampling::Seeded { temperature: 1.2, top_p: 0.9, seed: 3 }] {
+        let ask = |phrases| -> TestResult<(GroundedAnswer, String)> {
+            let options = AnswerOptions { max_new_tokens: 16, sampling, phrases, ..AnswerOptions::default() };
+            let mut session = grounder.start(&picture()?)?;
+            session.turns.push(Turn::user("What is shown?"));
+            let mut streamed = String::new();
+            let answer = grounder.reply(&mut session, &options, &mut |text| streamed.push_str(text))?;
+            Ok((answer, streamed))
+        };
+        let (plain, streamed) = ask(None)?;
+        let (grounded, streamed_grounded) = ask(Some(PhraseChoice::Keywords))?;
+        assert_eq!(plain.answer.as_bytes(), grounded.answer.as_bytes());
+        assert_eq!(plain.token_ids, grounded.token_ids);
+        assert_eq!(streamed, streamed_grounded);
+        assert_eq!(streamed, plain.answer);
+        assert_eq!(plain.token_ids.len(), 15, "the last token is dropped");
+        assert!(plain.phrases.is_empty());
+        assert!(!grounded.phrases.is_empty());
+        for phrase in &grounded.phrases {
+            let chars: Vec<char> = grounded.answer.chars().collect();
+            assert_eq!(chars[phrase.start..phrase.end].iter().collect::<String>(), phrase.text);
+            assert!((phrase.score - 1.0 / (1.0 + (-5f32).exp())).abs() < 1e-5);
+            assert_eq!((phrase.mask.height(), phrase.mask.width()), (60, 80));
+            assert_eq!((phrase.coarse_mask.height(), phrase.coarse_mask.width()), (60, 80));
+        }
+    }
+    Ok(())
+}
+
+/// How many pixels of two masks differ.
+fn differing(a: &Mask, b: &Mask) -> usize {
+    a.bits().iter().zip(b.bits()).filter(|(a, b)| a != b).count()
+}
+
+#[test]
+fn answering_grounding_and_training_give_the_same_masks() -> TestResult {
+    let Some(grounder) = with_selector(DType::F32, 5.0)? else { return Ok(()) };
+    let picture = picture()?;
+
+    // A generated answer, and the same tokens read back as a caption: the trainer's path.
+    let options = AnswerOptions { max_new_tokens: 16, ..AnswerOptions::default() };
+    let answer = grounder.answer(&picture, &[Turn::user(GROUNDING_INSTRUCTION)], &options)?;
+    assert!(!answer.phrases.is_empty());
+    let mut caption = Caption { mask_ids: vec![-1; answer.token_ids.len()], token_ids: answer.token_ids.clone() };
+    for (number, phrase) in answer.phrases.iter().enumerate() {
+        caption.mask_ids[phrase.tokens.0..phrase.tokens.1].fill(number as i32);
+    }
+    let observation = grounder.observe(&picture, &caption)?;
+    let logits = grounder.decode(&observation)?;
+    for (number, (phrase, (mask, coarse))) in answer.phrases.iter().zip(grounder.segment(&observation)?).enumerate() {
+        assert_eq!(Mask::from_logits(&logits.refined.get(number)?)?, mask);
+        // Cached and uncached rows differ by rounding, which may move a pixel that lies on the border.
+        assert!(differing(&phrase.mask, &mask) <= 2, "refined mask of phrase {number}");
+        assert!(differing(&phrase.coarse_mask, &coarse) <= 2, "coarse mask of phrase {number}");
+    }
+
+    // A given text and given phrases, against the same segments as the trainer builds them.
+    let given = PhraseChoice::Given(vec!["the blue circle".into(), "A red square".into()]);
+    let keep = GroundOptions { keep_maps: true, ..GroundOptions::default() };
+    let grounded = grounder.ground(&picture, TEXT, &given, &keep)?;
+    let segments = [
+        ("A red square", Some(1)),
+        ("is near", None),
+        ("the blue circle", Some(0)),
+        ("on the left side.", None),
+    ];
+    let caption = Caption::from_segments(grounder.lmm().tokenizer(), segments)?;
+    assert_eq!(grounded.token_ids, caption.token_ids);
+    let observation = grounder.observe(&picture, &caption)?;
+    for (number, (phrase, (mask, coarse))) in grounded.phrases.iter().zip(grounder.segment(&observation)?).enumerate() {
+        assert_eq!(phrase.text, ["the blue circle", "A red square"][number]);
+        assert_eq!((phrase.mask.clone(), phrase.coarse_mask.clone()), (mask, coarse));
+        let maps = phrase.maps.as_ref().ok_or("no maps")?;
+        assert_eq!(common::max_abs_diff(maps, &observation.maps.get(number)?)?, 0.0);
+    }
+
+    // The same from a session that has already read other texts about the picture.
+    let mut session = grounder.start(&picture)?;
+    grounder.ground_in(&mut session, "Sky.", &PhraseChoice::Keywords, &keep)?;
+    assert_eq!(session.tokens_reused(), 0);
+    let again = grounder.ground_in(&mut session, TEXT, &given, &keep)?;
+    assert!(session.tokens_reused() >= session.layout().end());
+    for (a, b) in grounded.phrases.iter().zip(&again.phrases) {
+        assert!(differing(&a.mask, &b.mask) <= 2);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_conversation_keeps_the_picture() -> TestResult {
+    let Some(grounder) = with_selector(DType::F32, 5.0)? else { return Ok(()) };
+    let options = AnswerOptions { max_new_tokens: 6, ..AnswerOptions::default() };
+    let mut session = grounder.start(&picture()?)?;
+    let first = grounder.ask(&mut session, "What is shown?", &options)?;
+    assert_eq!(session.tokens_reused(), 0);
+    assert!(!first.timings.encode.is_zero());
+    let second = grounder.ask(&mut session, "And where?", &options)?;
+    assert!(session.tokens_reused() >= session.layout().end(), "the picture was read again");
+    assert_eq!(session.turns.len(), 4);
+    let turns = &session.turns[..3];
+    let fresh = grounder.answer(&picture()?, turns, &options)?;
+    assert_eq!(fresh.token_ids, second.token_ids);
+    for (a, b) in fresh.phrases.iter().zip(&second.phrases) {
+        assert!(differing(&a.mask, &b.mask) <= 2);
+    }
+
+    // A refused question leaves the conversation as it was.
+    assert!(grounder.ask(&mut session, " ", &options).is_err());
+    assert_eq!(session.turns.len(), 4);
+    Ok(())
+}
+
+#[test]
+fn an_answer_may_begin_with_given_words() -> TestResult {
+    let Some(paths) = paths() else { return Ok(()) };
+    let lmm = lmm::open(&paths.model, DType::F32, CPU)?;
+    let open = lmm.prompt(&[Turn::user("Where?"), Turn::assistant("It is")])?;
+    let question = lmm.prompt(&[Turn::user("Where?")])?;
+    assert_eq!(open[..question.len()], question);
+    assert!(open.len() > question.len());
+    Ok(())
+}
+
+#[test]
+fn requests_that_cannot_be_served_are_refused() -> TestResult {
+    let Some(grounder) = with_selector(DType::F32, -5.0)? else { return Ok(()) };
+    let picture = picture()?;
+    let options = AnswerOptions { max_new_tokens: 3, ..AnswerOptions::default() };
+    let answer = |turns: &[Turn]| message(grounder.answer(&picture, turns, &options));
+    assert!(answer(&[]).contains("no question"), "{}", answer(&[]));
+    assert!(answer(&[Turn::user("\n ")]).contains("question is empty"));
+    let long = answer(&[Turn::user("zebra ".repeat(4000))]);
+    let limit = grounder.lmm().decoder().config().max_positions;
+    assert!(long.contains(&format!("the model's context holds {limit}")), "{long}");
+
+    let ground = |text: &str, choice: &PhraseChoice| {
+        message(grounder.ground(&picture, text, choice, &GroundOptions::default()))
+    };
+    let given = |phrase: &str| PhraseChoice::Given(vec![phrase.into()]);
+    assert!(ground(TEXT, &given("a green cat")).contains("`a green cat`"));
+    assert!(ground(" ", &given("a")).contains("empty"));
+    assert!(ground(&"zebra ".repeat(4000), &PhraseChoice::Keywords).contains("context holds"));
+
+    // Nothing to ground is not an error: the selector scores everything below the threshold.
+    let nothing = grounder.ground(&picture, TEXT, &PhraseChoice::Keywords, &GroundOptions::default())?;
+    assert!(nothing.phrases.is_empty());
+    assert_eq!(nothing.answer, TEXT);
+    let one = AnswerOptions { max_new_tokens: 1, ..AnswerOptions::default() };
+    let short = grounder.answer(&picture, &[Turn::user("What?")], &one)?;
+    assert!(short.answer.is_empty() && short.phrases.is_empty());
+    Ok(())
+}
+
+#[test]
+fn every_wrong_tensor_is_in_one_error() -> TestResult {
+    let Some(paths) = paths() else { return Ok(()) };
+    let folder = tempfile::tempdir()?;
+    for entry in std::fs::read_dir(&paths.model)? {
+        let file = entry?.path();
+        if file.extension().is_some_and(|extension| extension == "json") {
+            std::fs::copy(&file, folder.path().join(file.file_name().unwrap_or_default()))?;
+        }
+    }
+    let mut tensors: BTreeMap<String, Tensor> = load_checkpoint(&paths.model, None, CPU)?.into_iter().collect();
+    let (missing, misshapen) = ("language_model.model.norm.weight", "multi_modal_projector.linear_1.bias");
+    assert!(tensors.remove(missing).is_some());
+    tensors.insert(misshapen.into(), Tensor::zeros(3, DType::F32, CPU)?);
+    save_safetensors(folder.path().join("model.safetensors"), &tensors, &Default::default())?;
+    let Err(error) = lmm::open(folder.path(), DType::F32, CPU) else { return Err("opened".into()) };
+    let text = error.to_string();
+    assert!(matches!(error, Error::Weights { .. }));
+    assert!(text.contains(missing) && text.contains(misshapen) && text.contains("found [3]"), "{text}");
+
+    // Newer uploads name the same tensors otherwise.
+    let newer = load_checkpoint(&paths.model, None, CPU)?.into_iter().map(|(name, tensor)| {
+        let name = match name.strip_prefix("language_model.model.") {
+            Some(rest) => format!("model.language_model.{rest}"),
+            None if name.starts_with("language_model.") => name.replace("language_model.", ""),
+            None => format!("model.{name}"),
+        };
+        (name, tensor)
+    });
+    save_safetensors(folder.path().join("model.safetensors"), &newer.collect(), &Default::default())?;
+    lmm::open(folder.path(), DType::F32, CPU)?;
+
+    // A head with a stranger and a gap.
+    let mut head: HashMap<String, Tensor> = load_checkpoint(&paths.head, None, CPU)?;
+    let stranger = Tensor::zeros(1, DType::F32, CPU)?;
+    head.insert("optimizer.step".into(), stranger);
+    let file = folder.path().join("head.safetensors");
+    let save = |head: &HashMap<String, Tensor>| save_safetensors(&file, &head.clone().into_iter().collect(), &Default::default());
+    save(&head)?;
+    let open = || message(Grounder::open(&ModelPaths { head: file.clone(), ..paths.clone() }, CPU, DType::F32));
+    assert!(open().contains("unexpected tensor `optimizer.step`"), "{}", open());
+    head.remove("optimizer.step");
+    head.remove("text_proj.bias");
+    head.remove("mask_head.conv_seg.bias");
+    save(&head)?;
+    let text = open();
+    assert!(text.contains("text_proj.bias") && text.contains("mask_head.conv_seg.bias"), "{text}");
+
+    // A model of an unknown kind.
+    let config = folder.path().join("config.json");
+    let text = std::fs::read_to_string(&config)?.replace("\"llava\"", "\"blip\"");
+    std::fs::write(&config, text)?;
+    let Err(error) = lmm::open(folder.path(), DType::F32, CPU) else { return Err("opened".into()) };
+    assert!(error.to_string().contains("unknown model type `blip`; known types: llava"), "{error}");
+    Ok(())
+}
