@@ -16,7 +16,7 @@ pub(crate) use attend::round_to;
 pub use attend::{attend, scaled_scores};
 pub use cache::KvCache;
 pub use config::{Activation, DecoderConfig, Norm};
-pub(crate) use decoder::too_long;
 pub use decoder::Decoder;
+pub(crate) use decoder::too_long;
 pub use generate::{Limits, generate};
 pub use rope::{Rope, Rotation};

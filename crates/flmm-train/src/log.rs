@@ -1,0 +1,70 @@
+//! The log of a run: `metrics.jsonl`, one line of averages every few steps, and `config.json`.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use flmm::{Error, Result};
+use serde_json::{Map, Value};
+
+/// Averages values and appends them to `metrics.jsonl`.
+pub(crate) struct Log {
+    dir: PathBuf,
+    file: File,
+    /// Σ weight · value and Σ weight since the last line.
+    pending: BTreeMap<String, (f64, f64)>,
+    since: Instant,
+}
+
+impl Log {
+    /// Continues the log in `dir` after `step` steps: lines of later steps, which a resumed run writes again, are
+    /// dropped.
+    pub(crate) fn open(dir: &Path, step: u64, pending: BTreeMap<String, (f64, f64)>) -> Result<Self> {
+        let path = dir.join("metrics.jsonl");
+        let old = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(e) => return Err(Error::io(&path, e)),
+        };
+        let step_of = |line: &str| serde_json::from_str::<Value>(line).ok()?.get("step")?.as_u64();
+        let kept: Vec<&str> = old.lines().filter(|line| step_of(line).is_some_and(|at| at <= step)).collect();
+        flmm::atomic::write(&path, |writer| kept.iter().try_for_each(|line| writeln!(writer, "{line}")))?;
+        let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::io(&path, e))?;
+        Ok(Self { dir: dir.to_owned(), file, pending, since: Instant::now() })
+    }
+
+    /// Keeps the run's configuration beside the log.
+    pub(crate) fn write_config(&self, config: &Value) -> Result<()> {
+        flmm::atomic::write(self.dir.join("config.json"), |writer| writeln!(writer, "{config:#}"))
+    }
+
+    /// Adds `value` to the average of `name`.
+    pub(crate) fn add(&mut self, name: &str, value: f64, weight: f64) {
+        let (sum, weights) = self.pending.entry(name.to_owned()).or_default();
+        *sum += value * weight;
+        *weights += weight;
+    }
+
+    /// Writes the averages since the last line.
+    pub(crate) fn line(&mut self, step: u64, epoch: u64, lr: f64) -> Result<()> {
+        let mut line = Map::new();
+        line.insert("step".into(), step.into());
+        line.insert("epoch".into(), epoch.into());
+        line.insert("lr".into(), lr.into());
+        for (name, (sum, weight)) in std::mem::take(&mut self.pending) {
+            if weight > 0.0 {
+                line.insert(name, (sum / weight).into());
+            }
+        }
+        line.insert("seconds".into(), self.since.elapsed().as_secs_f64().into());
+        self.since = Instant::now();
+        writeln!(self.file, "{}", Value::Object(line)).map_err(|e| Error::io(&self.dir, e))
+    }
+
+    /// What has been added since the last line.
+    pub(crate) fn pending(&self) -> &BTreeMap<String, (f64, f64)> {
+        &self.pending
+    }
+}
