@@ -10,7 +10,8 @@ mod head;
 mod session;
 mod spans;
 
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -253,7 +254,10 @@ impl Grounder {
         options: &GroundOptions,
     ) -> Result<GroundedAnswer> {
         if text.trim().is_empty() {
-            return Err(Error::request("the text to ground is empty", "give a text that describes the picture"));
+            return Err(Error::request(
+                "the text to ground is empty",
+                "give a text that describes the picture",
+            ));
         }
         let tokenizer = self.lmm.tokenizer();
         let ranges = match choice {
@@ -299,7 +303,10 @@ impl Grounder {
     /// Reads prompt and caption; the capture holds the caption's rows.
     fn read_caption(&self, session: &mut Session, caption: &Caption) -> Result<Capture> {
         if caption.token_ids.is_empty() {
-            return Err(Error::request("the text to ground has no tokens", "give a text that describes the picture"));
+            return Err(Error::request(
+                "the text to ground has no tokens",
+                "give a text that describes the picture",
+            ));
         }
         let mut ids = session.prompt(self.lmm(), &[Turn::user(GROUNDING_INSTRUCTION)])?;
         let mut capture = Capture::from_position(ids.len());
@@ -324,10 +331,8 @@ impl Grounder {
         phrases: Vec<Vec<usize>>,
     ) -> Result<Observation> {
         let rows = capture.positions();
-        let positions: Vec<Vec<usize>> = phrases
-            .iter()
-            .map(|phrase| phrase.iter().map(|token| rows.start + token).collect())
-            .collect();
+        let positions: Vec<Vec<usize>> =
+            phrases.iter().map(|phrase| phrase.iter().map(|token| rows.start + token).collect()).collect();
         let maps = capture.phrase_maps(&session.cache, session.layout(), &positions, Merge::Mean)?;
         let hidden = capture.hidden_rows(&rows.collect::<Vec<_>>())?;
         let Some((sam_embedding, sam_geometry)) = session.sam.clone() else {
@@ -357,7 +362,8 @@ impl Grounder {
         let phrases = spans.iter().map(|span| span.tokens.clone().collect()).collect();
         let observation = self.observation(session, capture, phrases)?;
         let chars: Vec<char> = result.answer.chars().collect();
-        for (number, (span, (mask, coarse_mask))) in spans.iter().zip(self.segment(&observation)?).enumerate() {
+        for (number, (span, (mask, coarse_mask))) in spans.iter().zip(self.segment(&observation)?).enumerate()
+        {
             let score = |probs: &[f32]| probs.iter().sum::<f32>() / probs.len() as f32;
             result.phrases.push(GroundedPhrase {
                 text: chars[span.chars.clone()].iter().collect(),

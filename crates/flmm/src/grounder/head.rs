@@ -63,7 +63,12 @@ impl GroundingHead {
         };
         Ok(Self {
             mask_head: UNet::load(&unet, &mask_head)?,
-            text_proj: Linear::load(sizes.hidden_size, sizes.sam.prompt_embed_dim, true, &params.pp("text_proj"))?,
+            text_proj: Linear::load(
+                sizes.hidden_size,
+                sizes.sam.prompt_embed_dim,
+                true,
+                &params.pp("text_proj"),
+            )?,
             text_layer_weights: params.get(&[sizes.layers], "text_layer_weights")?,
             refiner: Refiner::load(&sizes.sam, &params.pp("sam.model"))?,
             keyword_selector,

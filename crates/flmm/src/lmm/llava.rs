@@ -120,7 +120,10 @@ impl Lmm for Llava {
         let side = self.vision.config().image_size;
         if pixel_values.dims() != [3, side, side] {
             return Err(Error::image(
-                format!("the processor makes pictures of shape {:?}, the vision tower reads {side} × {side}", pixel_values.dims()),
+                format!(
+                    "the processor makes pictures of shape {:?}, the vision tower reads {side} × {side}",
+                    pixel_values.dims()
+                ),
                 "preprocessor_config.json and config.json of the model do not belong together",
             ));
         }
