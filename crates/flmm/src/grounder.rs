@@ -119,10 +119,20 @@ impl Grounder {
     /// One teacher-forced pass over the grounding prompt and the caption (`spec/pipeline.md` §2). Nothing of the
     /// result can be differentiated.
     pub fn observe(&self, picture: &RgbImage, caption: &Caption) -> Result<Observation> {
-        let mut session = self.start(picture)?;
-        let capture = self.read_caption(&mut session, caption)?;
-        self.encode(&mut session)?;
-        self.observation(&session, &capture, caption.phrases()?)
+        self.observe_in(&mut self.start(picture)?, &[Turn::user(GROUNDING_INSTRUCTION)], caption)
+    }
+
+    /// As [`Grounder::observe`], behind the prompt of any conversation, and reusing what the session has read.
+    pub fn observe_in(
+        &self,
+        session: &mut Session,
+        turns: &[Turn],
+        caption: &Caption,
+    ) -> Result<Observation> {
+        let phrases = caption.phrases()?;
+        let capture = self.read_caption(session, turns, caption)?;
+        self.encode(session)?;
+        self.observation(session, &capture, phrases)
     }
 
     /// Mask logits of every phrase observed; differentiable in the head.
@@ -270,7 +280,7 @@ impl Grounder {
             _ => Caption::from_segments(tokenizer, [(text, None)])?,
         };
         let clock = Instant::now();
-        let capture = self.read_caption(session, &caption)?;
+        let capture = self.read_caption(session, &[Turn::user(GROUNDING_INSTRUCTION)], &caption)?;
         let timings = Timings { read: clock.elapsed(), ..Timings::default() };
 
         let positions: Vec<usize> = capture.positions().collect();
@@ -283,12 +293,12 @@ impl Grounder {
         };
         let spans = match &ranges {
             Some(ranges) if !spans::overlapping(ranges) => {
-                let tokens = caption.phrases()?;
-                let span = |(chars, tokens): (&Range<usize>, &Vec<usize>)| Span {
+                let phrases = caption.phrases()?;
+                let spans = ranges.iter().zip(&phrases).map(|(chars, tokens)| Span {
                     chars: chars.clone(),
-                    tokens: tokens[0]..tokens[tokens.len() - 1] + 1,
-                };
-                ranges.iter().zip(&tokens).map(span).collect()
+                    tokens: tokens[0]..tokens[0] + tokens.len(),
+                });
+                spans.collect()
             }
             _ => {
                 let (text, offsets) = spans::token_offsets(tokenizer, &caption.token_ids);
@@ -301,14 +311,14 @@ impl Grounder {
     }
 
     /// Reads prompt and caption; the capture holds the caption's rows.
-    fn read_caption(&self, session: &mut Session, caption: &Caption) -> Result<Capture> {
+    fn read_caption(&self, session: &mut Session, turns: &[Turn], caption: &Caption) -> Result<Capture> {
         if caption.token_ids.is_empty() {
             return Err(Error::request(
                 "the text to ground has no tokens",
                 "give a text that describes the picture",
             ));
         }
-        let mut ids = session.prompt(self.lmm(), &[Turn::user(GROUNDING_INSTRUCTION)])?;
+        let mut ids = session.prompt(self.lmm(), turns)?;
         let mut capture = Capture::from_position(ids.len());
         ids.extend_from_slice(&caption.token_ids);
         session.read(self.lmm(), &ids, Some(&mut capture))?;

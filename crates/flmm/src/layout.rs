@@ -122,7 +122,10 @@ impl ImageLayout {
         Self {
             start,
             tokens: coarse + rows * (columns + 1),
-            planes: vec![Plane::single(0, side, side, side), Plane::single(coarse, rows, columns, columns + 1)],
+            planes: vec![
+                Plane::single(0, side, side, side),
+                Plane::single(coarse, rows, columns, columns + 1),
+            ],
             stacking: Stacking::PlanesOutermost,
         }
     }

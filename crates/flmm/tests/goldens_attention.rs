@@ -45,10 +45,22 @@ fn geometry(case: &Value) -> TestResult<Geometry> {
     let part = &case["geometry"];
     if part.get("fine").is_some() {
         let any = (1, 1);
-        return Ok(Geometry { original: any, image_shape: any, before: (0, 0), padded_shape: any, crop: false });
+        return Ok(Geometry {
+            original: any,
+            image_shape: any,
+            before: (0, 0),
+            padded_shape: any,
+            crop: false,
+        });
     }
     let (image_shape, before) = (pair(&part["image"])?, pair(&part["before"])?);
-    Ok(Geometry { original: image_shape, image_shape, before, padded_shape: pair(&part["padded"])?, crop: true })
+    Ok(Geometry {
+        original: image_shape,
+        image_shape,
+        before,
+        padded_shape: pair(&part["padded"])?,
+        crop: true,
+    })
 }
 
 fn mask_head(case: &Value) -> TestResult<UNet> {
@@ -76,9 +88,8 @@ fn check(dir: &Path, case: &Value) -> TestResult {
     let rows_of = |phrase: i64| -> Vec<u32> {
         (0..phrase_of.len() as u32).filter(|&row| phrase_of[row as usize] == phrase).collect()
     };
-    let index: Vec<Tensor> = (0..phrases)
-        .map(|phrase| Tensor::new(rows_of(phrase), rows.device()))
-        .collect::<Result<_, _>>()?;
+    let index: Vec<Tensor> =
+        (0..phrases).map(|phrase| Tensor::new(rows_of(phrase), rows.device())).collect::<Result<_, _>>()?;
     let (layout, dtype) = (layout(case)?, rows.dtype());
     let fold = |merge| {
         layout.fold(number(&case["L"]).unwrap_or(0), merge, dtype, |layer| {
@@ -93,14 +104,20 @@ fn check(dir: &Path, case: &Value) -> TestResult {
     let expected = golden.get("mask_head_input")?.to_dtype(DType::F32)?;
     let off = ((&maps - &expected)?.abs()? / (expected.abs()? + 1e-9)?)?.max_all()?.to_scalar::<f32>()?;
     let differing = maps.ne(&expected)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?;
-    println!("{}: mask_head_input: {differing} of {} values differ, by {off:e}", golden.case, maps.elem_count());
+    println!(
+        "{}: mask_head_input: {differing} of {} values differ, by {off:e}",
+        golden.case,
+        maps.elem_count()
+    );
     assert!(off <= 1.0 / 128.0, "{}: mask_head_input: {off:e} of the value", golden.case);
     golden.check("mask_head_input_max_merge", &fold(Merge::Max)?, 0.0)?;
 
     let hidden = golden.get("hidden_rows")?.clone();
-    let states = weighted_hidden(&hidden.narrow(0, 1, hidden.dim(0)? - 1)?, golden.get("text_layer_weights")?)?;
+    let states =
+        weighted_hidden(&hidden.narrow(0, 1, hidden.dim(0)? - 1)?, golden.get("text_layer_weights")?)?;
     golden.check("weighted_hidden_rows", &states, 1e-5)?;
-    let project = Linear::new(golden.get("text_proj_weight")?.clone(), Some(golden.get("text_proj_bias")?.clone()));
+    let project =
+        Linear::new(golden.get("text_proj_weight")?.clone(), Some(golden.get("text_proj_bias")?.clone()));
     for phrase in 0..phrases {
         let embeds = project.forward(&states.index_select(&index[phrase as usize], 0)?)?;
         golden.check(&format!("text_embeds.{phrase}"), &embeds, 1e-4)?;

@@ -35,11 +35,16 @@ impl Case {
         }
         let noise = noise["rel_l2"][name].as_f64().unwrap_or(0.0);
         let tolerance = relative.max(2.0 * noise);
-        let difference = rel_l2(actual, self.golden.get(name)?).map_err(|e| format!("{}: {name}: {e}", self.golden.case))?;
+        let difference = rel_l2(actual, self.golden.get(name)?)
+            .map_err(|e| format!("{}: {name}: {e}", self.golden.case))?;
         println!("{}: {name}: {difference:.4} relative (tolerance {tolerance:.3})", self.golden.case);
         match difference <= tolerance {
             true => Ok(()),
-            false => Err(format!("{}: first diverging tensor `{name}`: {difference} > {tolerance}", self.golden.case).into()),
+            false => Err(format!(
+                "{}: first diverging tensor `{name}`: {difference} > {tolerance}",
+                self.golden.case
+            )
+            .into()),
         }
     }
 
@@ -51,7 +56,8 @@ impl Case {
     }
 
     fn list<T: serde::de::DeserializeOwned>(&self, name: &str) -> TestResult<T> {
-        serde_json::from_value(self.record[name].clone()).map_err(|e| format!("{}: {name}: {e}", self.golden.case).into())
+        serde_json::from_value(self.record[name].clone())
+            .map_err(|e| format!("{}: {name}: {e}", self.golden.case).into())
     }
 }
 
@@ -87,7 +93,12 @@ fn cases(dir: &Path, suffix: &str) -> TestResult<Vec<Case>> {
         golden.case = format!("{family}/{picture}.{suffix}");
         let noise = (suffix == "bf16").then(|| noise[picture]["bf16_other_arithmetic"].clone());
         let record = json(&file.with_extension("json"))?;
-        cases.push(Case { golden, record, noise, picture: dir.join("images").join(format!("{picture}.png")) });
+        cases.push(Case {
+            golden,
+            record,
+            noise,
+            picture: dir.join("images").join(format!("{picture}.png")),
+        });
     }
     cases.sort_by(|a, b| a.golden.case.cmp(&b.golden.case));
     assert!(!cases.is_empty(), "{} has no {suffix} cases", dir.display());
@@ -95,9 +106,13 @@ fn cases(dir: &Path, suffix: &str) -> TestResult<Vec<Case>> {
 }
 
 fn grounder(dir: &Path, dtype: DType) -> TestResult<Grounder> {
-    let head = ["heads.safetensors", "heads.pth"].map(|name| dir.join(name)).into_iter().find(|file| file.is_file());
+    let head =
+        ["heads.safetensors", "heads.pth"].map(|name| dir.join(name)).into_iter().find(|file| file.is_file());
     let sam = golden_dir("lmm/_sam").ok_or("lmm/_sam is missing")?;
-    let sam = ["sam_vit_tiny.safetensors", "sam_vit_tiny.pth"].map(|name| sam.join(name)).into_iter().find(|file| file.is_file());
+    let sam = ["sam_vit_tiny.safetensors", "sam_vit_tiny.pth"]
+        .map(|name| sam.join(name))
+        .into_iter()
+        .find(|file| file.is_file());
     let paths = ModelPaths {
         model: dir.join("model"),
         sam: sam.ok_or("no SAM file")?,
@@ -139,7 +154,8 @@ fn check_input(case: &Case, prepared: &Prepared, caption: &Caption) -> TestResul
     case.exact("image_positions", [layout.start, layout.end()], case.list("image_positions")?)?;
     let geometry = &case.record["geometry"];
     let size = |part: &str, prefix: &str| -> (usize, usize) {
-        let side = |name: &str| geometry[part][format!("{prefix}{name}")].as_u64().unwrap_or_default() as usize;
+        let side =
+            |name: &str| geometry[part][format!("{prefix}{name}")].as_u64().unwrap_or_default() as usize;
         (side("height"), side("width"))
     };
     let found = &prepared.image.geometry;
@@ -150,16 +166,24 @@ fn check_input(case: &Case, prepared: &Prepared, caption: &Caption) -> TestResul
 }
 
 fn check_pixels(case: &mut Case, pixels: &Tensor) -> TestResult {
-    let views: Vec<usize> = case.list::<Value>("pixel_values").and_then(|value| Ok(serde_json::from_value(value["shape"].clone())?))?;
+    let views: Vec<usize> = case
+        .list::<Value>("pixel_values")
+        .and_then(|value| Ok(serde_json::from_value(value["shape"].clone())?))?;
     let pixels = pixels.reshape(views)?;
     // The bf16 files leave out what the f32 files give.
     if case.golden.has("pixel_values") {
         return case.golden.check("pixel_values", &pixels, 1e-6);
     }
     if case.golden.has("pixel_values.rows") {
-        let rows: Vec<u32> = serde_json::from_value(case.record["pixel_values"]["rows_index_in_flattened_leading_dims"].clone())?;
+        let rows: Vec<u32> = serde_json::from_value(
+            case.record["pixel_values"]["rows_index_in_flattened_leading_dims"].clone(),
+        )?;
         let flat = pixels.flatten_to(pixels.rank() - 2)?;
-        return case.golden.check("pixel_values.rows", &flat.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?, 1e-6);
+        return case.golden.check(
+            "pixel_values.rows",
+            &flat.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?,
+            1e-6,
+        );
     }
     Ok(())
 }
@@ -191,12 +215,17 @@ fn check_grounding(case: &mut Case, grounder: &Grounder) -> TestResult {
     let rows: Vec<usize> = case.list("hidden_row_positions")?;
     if let Ok(expected) = case.golden.get("hidden_rows").cloned() {
         let ids: Vec<u32> = rows.iter().map(|&row| read.token_ids[row]).collect();
-        let states = Tensor::cat(&[&lmm.decoder().embed(&ids)?.unsqueeze(0)?, &capture.hidden_rows(&rows)?], 0)?;
+        let states =
+            Tensor::cat(&[&lmm.decoder().embed(&ids)?.unsqueeze(0)?, &capture.hidden_rows(&rows)?], 0)?;
         assert_eq!(states.dims(), expected.dims());
         case.check("hidden_rows", &states, 2e-4, 0.04)?;
     }
     let phrases = caption.phrases()?;
-    case.exact("phrase_token_counts", phrases.iter().map(Vec::len).collect(), case.list::<Vec<usize>>("phrase_token_counts")?)?;
+    case.exact(
+        "phrase_token_counts",
+        phrases.iter().map(Vec::len).collect(),
+        case.list::<Vec<usize>>("phrase_token_counts")?,
+    )?;
 
     // The facade's own pass over the same input.
     let observation = grounder.observe(&picture, &caption)?;
@@ -254,7 +283,8 @@ fn check_refiner(
         }
     }
     let text = grounder.head().text_embeds(observation)?;
-    let low = refiner.low_res(&observation.sam_embedding, coarse, &text, geometry, &PromptOptions::default())?;
+    let low =
+        refiner.low_res(&observation.sam_embedding, coarse, &text, geometry, &PromptOptions::default())?;
     case.golden.check("sam_low_res_stride8", &strided(&low, 8)?, low_res)
 }
 
@@ -266,7 +296,11 @@ fn check_generation(case: &mut Case, grounder: &Grounder) -> TestResult {
     let question = question.strip_prefix("<image>\n").unwrap_or(&question);
     let prepared = lmm.prepare(&picture, &[Turn::user(question)])?;
     case.exact("gen_prompt_ids", unexpanded(&prepared.token_ids, &prepared), case.list("gen_prompt_ids")?)?;
-    case.exact("gen_prompt_expanded_length", prepared.token_ids.len(), case.list("gen_prompt_expanded_length")?)?;
+    case.exact(
+        "gen_prompt_expanded_length",
+        prepared.token_ids.len(),
+        case.list("gen_prompt_expanded_length")?,
+    )?;
 
     let expected: Vec<u32> = case.list("gen_ids")?;
     let mut cache = KvCache::new(lmm.decoder().config(), 8);
@@ -301,12 +335,14 @@ fn check_generation(case: &mut Case, grounder: &Grounder) -> TestResult {
     } else {
         case.exact("gen_ids", &ids, &expected)?;
     }
-    let logits = steps.iter().map(|step| Tensor::new(step.as_slice(), &Device::Cpu)).collect::<Result<Vec<_>, _>>()?;
+    let logits =
+        steps.iter().map(|step| Tensor::new(step.as_slice(), &Device::Cpu)).collect::<Result<Vec<_>, _>>()?;
     case.check("gen.step_logits", &Tensor::stack(&logits, 0)?, 1e-3, 0.06)?;
     let positions: Vec<usize> = capture.positions().collect();
     case.exact("rows of generated tokens", positions.len(), expected.len() - 1)?;
     let layers = lmm.spec().layers;
-    let rows = (0..layers).map(|layer| capture.image_attention(&cache, layer, &prepared.image.layout, &positions));
+    let rows =
+        (0..layers).map(|layer| capture.image_attention(&cache, layer, &prepared.image.layout, &positions));
     case.check("gen.attn_rows", &Tensor::cat(&rows.collect::<Result<Vec<_>, _>>()?, 0)?, 2e-5, 0.12)?;
     case.check("gen.hidden_rows", &capture.hidden_rows(&positions)?, 2e-4, 0.04)
 }
@@ -332,11 +368,16 @@ fn check_heads_alone(case: &mut Case, grounder: &Grounder) -> TestResult {
     });
     let text = text.collect::<Result<Vec<_>, _>>()?;
     let (refiner, geometry) = (&grounder.head().refiner, &observation.sam_geometry);
-    let refined = refiner.refine(&observation.sam_embedding, &recorded, &text, geometry, &PromptOptions::default())?;
+    let refined =
+        refiner.refine(&observation.sam_embedding, &recorded, &text, geometry, &PromptOptions::default())?;
     check_sam_logits(case, &refined, 5e-3)
 }
 
-fn check_families(suffix: &str, dtype: DType, check: impl Fn(&mut Case, &Grounder) -> TestResult) -> TestResult {
+fn check_families(
+    suffix: &str,
+    dtype: DType,
+    check: impl Fn(&mut Case, &Grounder) -> TestResult,
+) -> TestResult {
     for (_, dir) in families()? {
         let grounder = grounder(&dir, dtype)?;
         for mut case in cases(&dir, suffix)? {

@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor, Var};
 use common::{Golden, TestResult, formula, formula_weights, golden_dir, json, rel_l2};
 use flmm::sam::{PromptOptions, Refiner, Sam, SamConfig, SamGeometry};
+use flmm::vision::preprocess::sam_resize;
 use flmm::weights::Params;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 /// The recorded weights and their description.
 struct Setup {
@@ -113,6 +115,10 @@ fn goldens_image_encoder() -> TestResult {
     for mut case in setup.cases()? {
         let expected: [usize; 2] = serde_json::from_value(case.info["input_size"].clone())?;
         assert_eq!(case.geometry.resized, expected.into());
+        let resized = sam_resize(&case.picture, setup.config.image_size);
+        let hash: String =
+            Sha256::digest(resized.as_raw()).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(Some(hash.as_str()), case.info["resized_sha256"].as_str(), "resized picture");
         let (pixels, geometry) = sam.pixel_values(&case.picture)?;
         assert_eq!(geometry, case.geometry);
         let golden = &mut case.golden;

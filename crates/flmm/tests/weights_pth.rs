@@ -387,6 +387,8 @@ fn every_truncation_is_refused() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn random_damage_never_panics(changes in prop::collection::vec((0usize..2000, any::<u8>()), 1..6)) {
         let mut bytes = small();

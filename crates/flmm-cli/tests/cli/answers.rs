@@ -18,11 +18,24 @@ fn json(text: &str) -> Value {
 #[test]
 fn a_given_text_is_marked_and_drawn() {
     let place = Place::new();
-    let ran = place.run_with_model(&["ground", "a.png", "--text", TEXT, "--phrase", "the old tree", "--phrase", "A red ball"]);
+    let ran = place.run_with_model(&[
+        "ground",
+        "a.png",
+        "--text",
+        TEXT,
+        "--phrase",
+        "the old tree",
+        "--phrase",
+        "A red ball",
+    ]);
     let lines: Vec<&str> = ran.ok().lines().collect();
     assert_eq!(lines[0], "[A red ball]² near [the old tree]¹.");
     assert_eq!(lines[1], "");
-    assert!(lines[2].starts_with("¹ the old tree: ") && lines[3].starts_with("² A red ball: "), "{}", ran.out);
+    assert!(
+        lines[2].starts_with("¹ the old tree: ") && lines[3].starts_with("² A red ball: "),
+        "{}",
+        ran.out
+    );
     assert_eq!(ran.err, "overlay: a.overlay.png\n");
     assert_eq!(place.files(), ["a.overlay.png", "a.png"]);
     // 80×60 is enlarged to 560×420, the text goes below.
@@ -34,7 +47,16 @@ fn a_given_text_is_marked_and_drawn() {
 #[test]
 fn json_has_the_documented_form() {
     let place = Place::new();
-    let ran = place.run_with_model(&["ground", "a.png", "--text", TEXT, "--phrase", "the old tree", "--json", "--no-overlay"]);
+    let ran = place.run_with_model(&[
+        "ground",
+        "a.png",
+        "--text",
+        TEXT,
+        "--phrase",
+        "the old tree",
+        "--json",
+        "--no-overlay",
+    ]);
     let found = json(ran.ok());
     assert_eq!((ran.out.lines().count(), ran.err.as_str()), (1, ""));
     assert_snapshot!("json", serde_json::to_string_pretty(&shape(&found)).unwrap());
@@ -42,7 +64,10 @@ fn json_has_the_documented_form() {
     assert_eq!((&found["image"]["width"], &found["image"]["height"]), (&80.into(), &60.into()));
     assert_eq!(found["answer"], TEXT);
     let phrase = &found["phrases"][0];
-    assert_eq!((&phrase["text"], &phrase["start"], &phrase["end"]), (&"the old tree".into(), &16.into(), &28.into()));
+    assert_eq!(
+        (&phrase["text"], &phrase["start"], &phrase["end"]),
+        (&"the old tree".into(), &16.into(), &28.into())
+    );
     // Box and area are those of the mask.
     let coco: Segmentation = serde_json::from_value(phrase["segmentation"].clone()).unwrap();
     let mask = Mask::from_coco(&coco).unwrap();
@@ -57,7 +82,9 @@ fn json_has_the_documented_form() {
 #[test]
 fn an_answer_is_the_same_with_and_without_masks() {
     let place = Place::new();
-    for more in [&["--max-new-tokens", "12"][..], &["--max-new-tokens", "12", "--temperature", "0.8", "--seed", "3"]] {
+    for more in
+        [&["--max-new-tokens", "12"][..], &["--max-new-tokens", "12", "--temperature", "0.8", "--seed", "3"]]
+    {
         let args = [&["chat", "a.png", "What is this?", "--json"], more].concat();
         let grounded = json(place.run_with_model(&args).ok());
         let plain = json(place.run_with_model(&[&args[..], &["--no-ground"]].concat()).ok());
@@ -98,18 +125,18 @@ fn quiet_says_nothing_and_verbose_more() {
     // An overlay that exists is replaced.
     let verbose = place.run_with_model(&[&args[..], &["-v"]].concat());
     assert_eq!(verbose.ok(), quiet.out);
-    assert!(verbose.err.contains("loaded model in ") && verbose.err.contains(" tokens; read "), "{}", verbose.err);
+    assert!(
+        verbose.err.contains("loaded model in ") && verbose.err.contains(" tokens; read "),
+        "{}",
+        verbose.err
+    );
 }
 
 #[test]
 fn nobody_reading_is_no_failure() {
     let place = Place::new();
-    let mut child = place
-        .command(&["inspect", "lmms"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child =
+        place.command(&["inspect", "lmms"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
     let ran = place.ran(child.wait_with_output().unwrap());
     assert_eq!((ran.status, ran.err.as_str()), (0, ""));
@@ -118,12 +145,23 @@ fn nobody_reading_is_no_failure() {
 #[test]
 fn attention_is_drawn_and_saved() {
     let place = Place::new();
-    let args = ["inspect", "attention", "a.png", "--text", TEXT, "--phrase", "A red ball", "--phrase", "the old tree"];
+    let args = [
+        "inspect",
+        "attention",
+        "a.png",
+        "--text",
+        TEXT,
+        "--phrase",
+        "A red ball",
+        "--phrase",
+        "the old tree",
+    ];
     let ran = place.run_with_model(&[&args[..], &["--raw", "maps.safetensors"]].concat());
     assert!(ran.ok().starts_with(TEXT), "{}", ran.out);
     assert_eq!(ran.err, "attention: a.attention.png\nmaps: maps.safetensors\n");
     assert_eq!(place.files(), ["a.attention.png", "a.png", "maps.safetensors"]);
-    let maps = candle_core::safetensors::load(place.path("maps.safetensors"), &candle_core::Device::Cpu).unwrap();
+    let maps =
+        candle_core::safetensors::load(place.path("maps.safetensors"), &candle_core::Device::Cpu).unwrap();
     assert_eq!(maps.len(), 2);
     // 2 layers × 4 heads on a 4×4 grid, raw probabilities.
     assert_eq!(maps["phrase.0"].dims(), [8, 4, 4]);
@@ -138,7 +176,10 @@ fn a_model_and_the_registry_are_listed() {
     let place = Place::new();
     let ran = place.run_with_model(&["inspect", "model"]);
     let facts = listing(ran.ok());
-    assert_eq!((facts["lmm.layers"].as_str(), facts["maps.channels"].as_str(), facts["maps.grid"].as_str()), ("2", "8", "4×4"));
+    assert_eq!(
+        (facts["lmm.layers"].as_str(), facts["maps.channels"].as_str(), facts["maps.grid"].as_str()),
+        ("2", "8", "4×4")
+    );
     let as_json = json(place.run_with_model(&["inspect", "model", "--json"]).ok());
     assert_eq!(as_json["lmm"]["hidden_size"], 48);
     let known = json(place.run(&["inspect", "lmms", "--json"]).ok());

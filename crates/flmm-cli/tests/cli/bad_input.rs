@@ -16,7 +16,8 @@ fn pictures_that_cannot_be_used() {
     place.write("huge.png", &png_header(60_000, 60_000));
     std::fs::create_dir(place.path("folder")).unwrap();
     let before = place.files();
-    for name in ["text.png", "empty.png", "truncated.png", "nothing.png", "huge.png", "folder", "absent.png"] {
+    for name in ["text.png", "empty.png", "truncated.png", "nothing.png", "huge.png", "folder", "absent.png"]
+    {
         let ran = place.run_with_model(&["ground", name, "--text", "a dog"]);
         assert_eq!((ran.status, ran.out.as_str()), (1, ""), "{name}: {}", ran.err);
         assert_snapshot!(format!("picture_{}", name.replace('.', "_")), ran.err);
@@ -32,7 +33,9 @@ fn unusual_pictures_are_read() {
     picture.to_luma8().save(place.path("grey.png")).unwrap();
     let mut animation = Vec::new();
     GifEncoder::new(&mut animation)
-        .encode_frames([[255, 0, 0, 255], [0, 0, 255, 255]].map(|c| Frame::new(RgbaImage::from_pixel(40, 30, Rgba(c)))))
+        .encode_frames(
+            [[255, 0, 0, 255], [0, 0, 255, 255]].map(|c| Frame::new(RgbaImage::from_pixel(40, 30, Rgba(c)))),
+        )
         .unwrap();
     place.write("moving.gif", &animation);
     for name in ["deep.png", "grey.png", "moving.gif"] {

@@ -31,7 +31,10 @@ fn wrong_usage_exits_with_2() {
         ("no_threads", &["chat", "a.png", "hi", "--threads", "0"]),
         ("quiet_and_verbose", &["chat", "a.png", "hi", "-q", "-v"]),
         ("sam_without_model", &["chat", "a.png", "hi", "--sam", "b.pth"]),
-        ("third_level", &["world", "--out", "w", "--split", "val", "--count", "1", "--seed", "0", "--level", "3"]),
+        (
+            "third_level",
+            &["world", "--out", "w", "--split", "val", "--count", "1", "--seed", "0", "--level", "3"],
+        ),
     ];
     for (name, args) in wrong {
         let ran = place.run(args);

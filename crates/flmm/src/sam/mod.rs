@@ -12,7 +12,6 @@ mod init;
 mod mask_decoder;
 mod prompt_encoder;
 mod refiner;
-mod resize;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -30,8 +29,8 @@ pub use prompt_encoder::PromptEncoder;
 pub use refiner::{PromptOptions, Refiner};
 
 use crate::error::{Error, Result};
+use crate::vision::preprocess::sam_resize;
 use crate::weights::{Params, files, load_checkpoint};
-use resize::sam_resize;
 
 /// Name of the file with the sizes, beside a SAM checkpoint that is not one of the public sizes.
 pub const CONFIG_FILE: &str = "sam_config.json";

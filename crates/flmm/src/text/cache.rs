@@ -56,7 +56,12 @@ impl KvCache {
 
     /// Appends `keys`/`values` `[kv heads, T, head_dim]` of `layer` behind the tokens held, and returns all keys
     /// and values `[kv heads, len + T, head_dim]` as views. [`KvCache::advance`] makes the tokens permanent.
-    pub(crate) fn append(&mut self, layer: usize, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
+    pub(crate) fn append(
+        &mut self,
+        layer: usize,
+        keys: &Tensor,
+        values: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
         let len = self.len + keys.dim(1)?;
         if len > self.capacity {
             self.grow(len)?;
@@ -85,7 +90,8 @@ impl KvCache {
         match self.layers.get(layer) {
             Some(Some(buffers)) if start + len <= self.len => Ok(buffers.keys.narrow(1, start, len)?),
             _ => {
-                let what = format!("keys {start}..{} of layer {layer}: {} tokens are held", start + len, self.len);
+                let what =
+                    format!("keys {start}..{} of layer {layer}: {} tokens are held", start + len, self.len);
                 Err(candle_core::Error::Msg(what).into())
             }
         }

@@ -104,15 +104,18 @@ impl DecoderConfig {
         }
         let mut max_positions = config.size_or("max_position_embeddings", positions)?;
         // Within the window a sliding-window model is an ordinary one, so the window bounds the context.
-        let window = if model_type == "mistral" && !config.mentions("sliding_window") { Some(4096) } else { None };
-        if let Some(window) = config.get("sliding_window").map_or(Ok(window), |_| config.size("sliding_window").map(Some))? {
+        let window =
+            if model_type == "mistral" && !config.mentions("sliding_window") { Some(4096) } else { None };
+        if let Some(window) =
+            config.get("sliding_window").map_or(Ok(window), |_| config.size("sliding_window").map(Some))?
+        {
             max_positions = max_positions.min(window);
         }
         Ok(Self {
             vocab_size: config.size_or("vocab_size", vocab)?,
             hidden_size,
             intermediate_size: config.size_or("intermediate_size", intermediate)?,
-            num_layers: config.size_or("num_hidden_layers", layers)?,
+            num_layers: config.layers_or("num_hidden_layers", layers)?,
             num_heads,
             num_kv_heads,
             head_dim,
@@ -157,7 +160,8 @@ fn rope_theta(config: &Config) -> Result<f64> {
 
 /// The pinned library ignores Gemma's `hidden_act` and reads `hidden_activation` (`spec/models.md` §8).
 fn activation(config: &Config, gemma: bool) -> Result<Activation> {
-    let (key, default) = if gemma { ("hidden_activation", "gelu_pytorch_tanh") } else { ("hidden_act", "silu") };
+    let (key, default) =
+        if gemma { ("hidden_activation", "gelu_pytorch_tanh") } else { ("hidden_act", "silu") };
     match config.text_or(key, default)? {
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
@@ -207,7 +211,10 @@ mod tests {
             (json!({ "model_type": "mamba" }), vec!["model_type", "mamba", "llama, mistral, gemma"]),
             (json!({ "rope_scaling": { "type": "linear", "factor": 2.0 } }), vec!["rope_scaling", "linear"]),
             (json!({ "hidden_act": "relu" }), vec!["hidden_act", "relu"]),
-            (json!({ "num_attention_heads": 6, "num_key_value_heads": 4, "hidden_size": 12 }), vec!["num_key_value_heads"]),
+            (
+                json!({ "num_attention_heads": 6, "num_key_value_heads": 4, "hidden_size": 12 }),
+                vec!["num_key_value_heads"],
+            ),
             (json!({ "num_attention_heads": 4, "hidden_size": 12 }), vec!["head_dim"]),
         ] {
             let message = read(value.clone()).err().map(|error| error.to_string()).unwrap_or_default();

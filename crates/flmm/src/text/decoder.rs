@@ -25,7 +25,8 @@ impl Decoder {
     /// Reads `model.embed_tokens`, `model.layers.N.…`, `model.norm` and, unless tied, `lm_head`.
     pub fn load(config: DecoderConfig, params: &Params) -> Result<Self> {
         let model = params.pp("model");
-        let embed_tokens = model.pp("embed_tokens").get(&[config.vocab_size, config.hidden_size], "weight")?;
+        let embed_tokens =
+            model.pp("embed_tokens").get(&[config.vocab_size, config.hidden_size], "weight")?;
         let layers = (0..config.num_layers).map(|index| Layer::load(&config, &model.pp("layers").pp(index)));
         let layers = layers.collect::<Result<_>>()?;
         let norm = RmsNorm::load(&config, &model.pp("norm"))?;
