@@ -2,7 +2,7 @@
 //!
 //! [`generate`] makes one [`Scene`] in memory, a pure function of configuration, split, seed and index. Every
 //! sentence is decided from the masks with a margin, so that a careful observer of the picture agrees with it.
-//! Later stages put scenes on disk in the published formats.
+//! [`write`] puts scenes on disk in the published formats of the real datasets.
 
 mod affordances;
 mod catalog;
@@ -11,19 +11,23 @@ mod facts;
 mod narrate;
 mod paint;
 mod questions;
+mod records;
 mod refer;
 mod sprites;
 mod text;
 mod texture;
 mod vocabulary;
+mod write;
 
+pub use crate::mask::Mask;
 pub use affordances::{Affordance, affordances};
 pub use catalog::{Class, Colour, Level, Sprite, StuffClass, classes, stuff_classes};
-pub use paint::{Mask, Object, StuffRegion};
+pub use paint::{Object, StuffRegion};
 pub use text::{
     Link, Narration, NarrationSegment, Question, QuestionKind, Referring, ReferringKind, SegmentRef, Texts,
 };
 pub use vocabulary::vocabulary_texts;
+pub use write::{Settings, write};
 
 use dice::Dice;
 use facts::Facts;
