@@ -16,7 +16,7 @@ use flmm_data::world::{self, QuestionKind, Scene, SegmentRef, Split, WorldConfig
 use serde_json::{Value, json};
 
 use crate::lmm::rng_for;
-use crate::stage_head::{expressions, narration, union};
+use crate::stage_head::{Told, expressions, narration, union};
 
 /// What to evaluate on.
 #[derive(Debug, Clone, clap::Args)]
@@ -184,7 +184,7 @@ impl Report {
     /// A narration: pointing of every head, masks of every phrase, and whether the selector finds the phrases.
     fn narration(&mut self, grounder: &Grounder, raw: &tokenizers::Tokenizer, scene: &Scene) -> Result<()> {
         let tokenizer = grounder.lmm().tokenizer();
-        let (caption, segments) = narration(tokenizer, raw, scene, 0)?;
+        let Told { caption, segments, .. } = narration(raw, scene, 0)?;
         let observation = grounder.observe(&scene.image, &caption)?;
         self.point(scene, &observation, &segments)?;
         for (segments, (refined, coarse)) in segments.iter().zip(grounder.segment(&observation)?) {
@@ -241,7 +241,7 @@ impl Report {
 
 fn truth(scene: &Scene, segments: &[SegmentRef]) -> Result<Mask> {
     let (height, width) = (scene.image.height() as usize, scene.image.width() as usize);
-    Ok(Mask::new(width, height, union(scene, segments).iter().map(|v| *v > 0.5).collect())?)
+    Ok(Mask::new(width, height, union(scene, segments).iter().map(|v| *v > 0).collect())?)
 }
 
 fn percent(part: usize, whole: usize) -> f64 {

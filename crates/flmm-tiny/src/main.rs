@@ -129,10 +129,8 @@ fn main() -> Result<()> {
             Ok(())
         }
         Stage::Head(args) => {
-            let sam = load(&cli.out.join("sam/model.safetensors"))?.into_iter().collect();
-            let vars = stage_head::init(&setting.sizes, &sam, &mut rng)?;
-            let raw = setting.packer.tokenizer();
-            let tensors = stage_head::run(args, &bundle_folder, raw, &world, vars, &cli.out.join("head"))?;
+            let tokenizer = setting.packer.tokenizer();
+            let tensors = stage_head::run(args, &bundle_folder, tokenizer, &world, &cli.out.join("head"))?;
             bundle::head(&bundle_folder.join("head"), &setting.sizes, &tensors)
         }
         Stage::Sam(args) => {
