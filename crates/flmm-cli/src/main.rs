@@ -1,2 +1,57 @@
-//! placeholder
-fn main() {}
+//! `flmm`: ask about a picture and get an answer whose words carry masks.
+//!
+//! Results go to standard output, everything else to standard error. Exit status: 0 done, 1 failed, 2 wrong usage.
+
+mod args;
+mod chat;
+mod credits;
+mod embedded;
+mod failure;
+mod ground;
+mod inspect;
+mod model;
+mod picture;
+mod report;
+mod talk;
+mod world;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use args::{Cli, Command};
+use failure::{Failure, Result};
+use talk::Talk;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let talk = Talk::new(cli.global.quiet, cli.global.verbose);
+    match run(&cli, &talk) {
+        Ok(()) | Err(Failure::ReaderGone) => ExitCode::SUCCESS,
+        Err(failure) => {
+            talk.failure(&failure);
+            ExitCode::from(failure.exit_status())
+        }
+    }
+}
+
+fn run(cli: &Cli, talk: &Talk) -> Result<()> {
+    if let Some(threads) = cli.global.threads {
+        // Before anything computes: the pool cannot be changed later.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        pool.build_global()
+            .map_err(|e| Failure::usage(format!("cannot start {threads} threads: {e}"), "give fewer"))?;
+    }
+    match &cli.command {
+        Command::Chat(args) => chat::run(args, talk),
+        Command::Ground(args) => ground::run(args, talk),
+        Command::World(args) => world::run(args, talk),
+        Command::Inspect(args) => inspect::run(&args.what, talk),
+        Command::Credits => talk.print(&credits::text()),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "flmm", &mut script);
+            talk.print(&String::from_utf8_lossy(&script))
+        }
+    }
+}

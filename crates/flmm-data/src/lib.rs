@@ -1,1 +1,20 @@
-//! placeholder
+//! Datasets in their published file formats, and the synthetic world that writes them.
+//!
+//! - [`narratives`]: Panoptic Narrative Grounding with COCO panoptic masks,
+//! - [`refcoco`]: RefCOCO, RefCOCO+, RefCOCOg,
+//! - [`reasonseg`], [`gcg`], [`viscot`]: reasoning segmentation, grounded conversation, visual chain of thought,
+//! - [`world`]: made-up scenes with exact masks and true sentences, in memory or written in all of these formats.
+//!
+//! The same types read the files and write them. Readers know no tokenizer and decode no picture but panoptic masks.
+
+pub mod coco;
+pub mod gcg;
+mod mask;
+pub mod narratives;
+pub mod polygons;
+pub mod reasonseg;
+pub mod refcoco;
+pub mod viscot;
+pub mod world;
+
+pub use mask::Mask;

@@ -1,2 +1,134 @@
-//! placeholder
-fn main() {}
+//! Makes flmm-tiny, the model embedded in `flmm`: one command per stage, each resumable by running it again.
+
+mod config;
+mod decoder;
+mod lmm;
+mod pack;
+mod parallel;
+mod preprocess;
+mod progress;
+mod stage_lmm;
+mod stage_tower;
+mod store;
+mod symbolic;
+mod text;
+mod tower;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use candle_core::{Device, Tensor};
+use clap::{Parser, Subcommand};
+use flmm_data::world::{self, Level, WorldConfig};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use config::LmmSizes;
+use lmm::Setting;
+use store::Store;
+
+// Training allocates and frees the same large buffers at every step; the system allocator gives each back to the
+// kernel and takes it again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Makes flmm-tiny. Run the stages in order with `RAYON_NUM_THREADS=1`; each one resumes where it stopped.
+#[derive(Parser)]
+struct Cli {
+    /// Folder of the run: one sub-folder per stage.
+    #[arg(long, default_value = "runs/flmm-tiny", global = true)]
+    out: PathBuf,
+    /// Level of the world.
+    #[arg(long, default_value_t = 1, global = true, value_parser = clap::value_parser!(u8).range(1..=2))]
+    level: u8,
+    #[command(subcommand)]
+    stage: Stage,
+}
+
+#[derive(Subcommand)]
+enum Stage {
+    /// Train the tokenizer on the world's text.
+    Tokenizer,
+    /// Train the vision tower and the projector.
+    Tower(stage_tower::TowerArgs),
+    /// Train the decoder on codes in place of pictures; does not wait for the tower.
+    Codes(stage_lmm::LmmArgs),
+    /// Train the decoder on pictures, behind the frozen tower.
+    Lmm(stage_lmm::LmmArgs),
+}
+
+/// Seed of everything that is fixed before training: code book and initial tensors.
+const MODEL_SEED: u64 = 20;
+/// Text tokens packed behind one picture.
+const TEXT_BUDGET: usize = 112;
+
+fn main() -> Result<()> {
+    let cli = Cli::parse();
+    std::fs::create_dir_all(&cli.out).with_context(|| format!("cannot create {}", cli.out.display()))?;
+    let level = if cli.level == 1 { Level::One } else { Level::Two };
+    let world = WorldConfig::new(level);
+    let tokenizer_file = cli.out.join("tokenizer.json");
+    if let Stage::Tokenizer = cli.stage {
+        let tokenizer = text::train(world::vocabulary_texts(level).map(String::from))?;
+        let temporary = tokenizer_file.with_extension("partial");
+        std::fs::write(&temporary, text::to_json(&tokenizer)?)?;
+        std::fs::rename(&temporary, &tokenizer_file)?;
+        return Ok(());
+    }
+    let tokenizer = tokenizers::Tokenizer::from_file(&tokenizer_file)
+        .map_err(|e| anyhow!("{}: {e}; run the stage `tokenizer` first", tokenizer_file.display()))?;
+    let sizes = LmmSizes::shipped(tokenizer.get_vocab_size(true));
+    let codes = symbolic::Codes::new(level, sizes.width, MODEL_SEED);
+    let mut rng = ChaCha8Rng::seed_from_u64(MODEL_SEED);
+    let embeddings = codes.embeddings(level, &tokenizer, &mut rng)?;
+    let setting = Setting {
+        packer: pack::Packer::new(tokenizer, sizes.image_tokens(), TEXT_BUDGET)?,
+        processor: preprocess::Processor { side: sizes.image_size },
+        codes,
+        sizes,
+    };
+    match &cli.stage {
+        Stage::Tokenizer => Ok(()),
+        Stage::Tower(args) => {
+            let mut store = Store::new(tower::init(&setting.sizes, &mut rng)?)?;
+            let folder = cli.out.join("tower");
+            let gate = stage_tower::run(args, &setting, &world, &mut store, &folder);
+            save(&folder.join("model.safetensors"), store.tensors())?;
+            gate.map(drop)
+        }
+        Stage::Codes(args) => {
+            let mut store = Store::new(decoder::init(&setting.sizes, &embeddings, &mut rng)?)?;
+            let frozen = tower::init(&setting.sizes, &mut rng)?.into_iter().collect();
+            let folder = cli.out.join("codes");
+            stage_lmm::run(args, false, &setting, &world, &mut store, &frozen, &folder)?;
+            save(&folder.join("model.safetensors"), store.tensors())
+        }
+        Stage::Lmm(args) => {
+            let mut tensors = load(&cli.out.join("codes/model.safetensors"))?;
+            let (projector, tower): (BTreeMap<_, _>, BTreeMap<_, _>) =
+                load(&cli.out.join("tower/model.safetensors"))?
+                    .into_iter()
+                    .partition(|(name, _)| name.starts_with("multi_modal_projector"));
+            tensors.extend(projector);
+            let mut store = Store::new(tensors)?;
+            let frozen = tower.into_iter().collect();
+            let folder = cli.out.join("lmm");
+            stage_lmm::run(args, true, &setting, &world, &mut store, &frozen, &folder)?;
+            let mut all = store.tensors();
+            all.extend(frozen);
+            save(&folder.join("model.safetensors"), all)
+        }
+    }
+}
+
+fn save(file: &Path, tensors: BTreeMap<String, Tensor>) -> Result<()> {
+    let temporary = file.with_extension("partial");
+    candle_core::safetensors::save(&tensors.into_iter().collect::<HashMap<_, _>>(), &temporary)?;
+    std::fs::rename(&temporary, file).with_context(|| format!("cannot write {}", file.display()))
+}
+
+fn load(file: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let tensors = candle_core::safetensors::load(file, &Device::Cpu);
+    Ok(tensors.with_context(|| format!("cannot read {}", file.display()))?.into_iter().collect())
+}

@@ -23,7 +23,7 @@ pub struct Config {
 impl Config {
     /// Reads the JSON object in `file`.
     pub fn read(file: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(file).map_err(|source| Error::io(file, source))?;
+        let text = crate::weights::files::read_text(file)?;
         let value: Value = serde_json::from_str(&text).map_err(|source| {
             Error::config(file, format!("not valid JSON: {source}"), "download the file again")
         })?;

@@ -10,7 +10,7 @@ mod head;
 mod session;
 mod spans;
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 

@@ -7,6 +7,9 @@ mod activation;
 mod channel_norm;
 mod conv;
 mod conv3x3;
+mod cpu;
+mod cross_entropy;
+mod gated;
 #[cfg(test)]
 pub(crate) mod gradcheck;
 pub mod host;
@@ -14,13 +17,17 @@ mod linear;
 mod norm;
 mod pool;
 mod resize;
+mod rotary;
 mod softmax;
 
 pub use activation::{gelu, gelu_tanh, quick_gelu, relu, sigmoid, silu};
 pub use channel_norm::{GroupNorm1, LayerNorm2d};
 pub use conv::{Conv2d, ConvTranspose2d};
+pub use cross_entropy::cross_entropy;
+pub use gated::silu_mul;
 pub use linear::Linear;
 pub use norm::{LayerNorm, layer_norm, rms_norm};
 pub use pool::max_pool2x2;
 pub use resize::{bilinear, bilinear_scaled, nearest};
-pub use softmax::softmax_last_dim;
+pub use rotary::{RotaryTable, rotary_heads};
+pub use softmax::{PackedMask, packed_softmax, softmax_last_dim};

@@ -1,7 +1,10 @@
-//! Layer and root-mean-square normalisation with gradients.
+//! Layer and root-mean-square normalisation with gradients, fused on the CPU.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{
+    CpuStorage, CustomOp2, CustomOp3, D, DType, Layout, Result as CandleResult, Shape, Tensor,
+};
 
+use super::cpu::{is_cpu_f32, slice, with_slice};
 use crate::error::Result;
 use crate::weights::Params;
 
@@ -27,6 +30,10 @@ impl LayerNorm {
 
 /// Layer normalisation over the last axis, computed in f32 and returned in the type of `x`.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    if is_cpu_f32(x) && is_cpu_f32(weight) && is_cpu_f32(bias) {
+        let op = FusedLayerNorm { eps: eps as f32 };
+        return Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?);
+    }
     let dtype = x.dtype();
     let x = x.to_dtype(DType::F32)?;
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
@@ -40,9 +47,168 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 /// Root-mean-square normalisation over the last axis as Llama does it: normalised in f32, cast to the type of
 /// `x`, then multiplied by `weight` in that type (`spec/pipeline.md` §2.1 rule 5).
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if is_cpu_f32(x) && is_cpu_f32(weight) {
+        return Ok(x.contiguous()?.apply_op2(&weight.contiguous()?, FusedRmsNorm { eps: eps as f32 })?);
+    }
     let dtype = x.dtype();
     let x = x.to_dtype(DType::F32)?;
     let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
     let normed = x.broadcast_div(&(variance + eps)?.sqrt()?)?.to_dtype(dtype)?;
     Ok(normed.broadcast_mul(weight)?)
+}
+
+struct FusedLayerNorm {
+    eps: f32,
+}
+
+impl FusedLayerNorm {
+    /// Mean and reciprocal standard deviation of one row.
+    fn statistics(&self, row: &[f32]) -> (f32, f32) {
+        let n = row.len() as f32;
+        let mean = row.iter().sum::<f32>() / n;
+        let variance = row.iter().map(|v| (v - mean) * (v - mean)).sum::<f32>() / n;
+        (mean, 1.0 / (variance + self.eps).sqrt())
+    }
+}
+
+impl CustomOp3 for FusedLayerNorm {
+    fn name(&self) -> &'static str {
+        "layer-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> CandleResult<(CpuStorage, Shape)> {
+        let (x, weight) = (slice(x, x_layout)?, slice(weight, weight_layout)?);
+        let bias = slice(bias, bias_layout)?;
+        let mut out = vec![0f32; x.len()];
+        for (out, row) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
+            let (mean, scale) = self.statistics(row);
+            for (((out, v), w), b) in out.iter_mut().zip(row).zip(weight).zip(bias) {
+                *out = (v - mean) * scale * w + b;
+            }
+        }
+        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _bias: &Tensor,
+        _result: &Tensor,
+        grad: &Tensor,
+    ) -> CandleResult<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let size = weight.elem_count();
+        let mut dx = vec![0f32; x.elem_count()];
+        let (mut dw, mut db) = (vec![0f32; size], vec![0f32; size]);
+        let mut normed = vec![0f32; size];
+        with_slice(x, |x| {
+            with_slice(weight, |weight| {
+                with_slice(grad, |grad| {
+                    let rows =
+                        dx.chunks_exact_mut(size).zip(x.chunks_exact(size)).zip(grad.chunks_exact(size));
+                    for ((dx, x), grad) in rows {
+                        let (mean, scale) = self.statistics(x);
+                        let (mut sum, mut dot) = (0f32, 0f32);
+                        for i in 0..size {
+                            normed[i] = (x[i] - mean) * scale;
+                            dw[i] += grad[i] * normed[i];
+                            db[i] += grad[i];
+                            sum += grad[i] * weight[i];
+                            dot += grad[i] * weight[i] * normed[i];
+                        }
+                        let (sum, dot) = (sum / size as f32, dot / size as f32);
+                        for i in 0..size {
+                            dx[i] = scale * (grad[i] * weight[i] - sum - normed[i] * dot);
+                        }
+                    }
+                })
+            })
+        })???;
+        let device = x.device();
+        Ok((
+            Some(Tensor::from_vec(dx, x.shape(), device)?),
+            Some(Tensor::from_vec(dw, size, device)?),
+            Some(Tensor::from_vec(db, size, device)?),
+        ))
+    }
+}
+
+struct FusedRmsNorm {
+    eps: f32,
+}
+
+impl FusedRmsNorm {
+    /// Reciprocal root mean square of one row.
+    fn scale(&self, row: &[f32]) -> f32 {
+        let square = row.iter().map(|v| v * v).sum::<f32>() / row.len() as f32;
+        1.0 / (square + self.eps).sqrt()
+    }
+}
+
+impl CustomOp2 for FusedRmsNorm {
+    fn name(&self) -> &'static str {
+        "rms-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> CandleResult<(CpuStorage, Shape)> {
+        let (x, weight) = (slice(x, x_layout)?, slice(weight, weight_layout)?);
+        let mut out = vec![0f32; x.len()];
+        for (out, row) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
+            let scale = self.scale(row);
+            for ((out, v), w) in out.iter_mut().zip(row).zip(weight) {
+                *out = v * scale * w;
+            }
+        }
+        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _result: &Tensor,
+        grad: &Tensor,
+    ) -> CandleResult<(Option<Tensor>, Option<Tensor>)> {
+        let size = weight.elem_count();
+        let mut dx = vec![0f32; x.elem_count()];
+        let mut dw = vec![0f32; size];
+        with_slice(x, |x| {
+            with_slice(weight, |weight| {
+                with_slice(grad, |grad| {
+                    let rows =
+                        dx.chunks_exact_mut(size).zip(x.chunks_exact(size)).zip(grad.chunks_exact(size));
+                    for ((dx, x), grad) in rows {
+                        let scale = self.scale(x);
+                        let mut dot = 0f32;
+                        for i in 0..size {
+                            dw[i] += grad[i] * x[i] * scale;
+                            dot += grad[i] * weight[i] * x[i];
+                        }
+                        let dot = dot * scale * scale / size as f32;
+                        for i in 0..size {
+                            dx[i] = scale * (grad[i] * weight[i] - x[i] * dot);
+                        }
+                    }
+                })
+            })
+        })???;
+        Ok((
+            Some(Tensor::from_vec(dx, x.shape(), x.device())?),
+            Some(Tensor::from_vec(dw, size, x.device())?),
+        ))
+    }
 }

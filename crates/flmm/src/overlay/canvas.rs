@@ -92,7 +92,9 @@ impl Font {
         };
         let found = get_raster(plain, self.weight, self.height);
         // The question mark is part of every build of the font.
-        found.or_else(|| get_raster('?', self.weight, self.height)).unwrap_or_else(|| unreachable!("basic Latin"))
+        found
+            .or_else(|| get_raster('?', self.weight, self.height))
+            .unwrap_or_else(|| unreachable!("basic Latin"))
     }
 }
 

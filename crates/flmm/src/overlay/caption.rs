@@ -110,7 +110,8 @@ impl Style {
             let owner = line[at].owner();
             let run = line[at..].iter().take_while(|cell| cell.owner() == owner && owner.is_some()).count();
             if let Some(phrase) = owner {
-                let place = [places[at] - pad, top - pad, run as i64 * cell_width + 2 * pad, cell_height + 2 * pad];
+                let place =
+                    [places[at] - pad, top - pad, run as i64 * cell_width + 2 * pad, cell_height + 2 * pad];
                 canvas::rounded_box(strip, place, pad as f32 * 2.0, colour(phrase));
             }
             at += run.max(1);

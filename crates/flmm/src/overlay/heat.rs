@@ -9,7 +9,8 @@ use crate::Result;
 use crate::clusters::resize;
 
 /// Colours from low to high, dark blue over green to yellow, evenly growing in lightness.
-const RAMP: [[u8; 3]; 6] = [[68, 1, 84], [65, 68, 135], [42, 120, 142], [34, 168, 132], [122, 209, 81], [253, 231, 37]];
+const RAMP: [[u8; 3]; 6] =
+    [[68, 1, 84], [65, 68, 135], [42, 120, 142], [34, 168, 132], [122, 209, 81], [253, 231, 37]];
 const TITLE: Font = Font { weight: FontWeight::Bold, height: RasterHeight::Size20, zoom: 1 };
 const GAP: u32 = 6;
 
@@ -79,7 +80,9 @@ mod tests {
 
     #[test]
     fn panels_keep_their_order() {
-        let picture = |v: u8| ("a title that is much too long for it".to_owned(), RgbImage::from_pixel(4, 4, Rgb([v; 3])));
+        let picture = |v: u8| {
+            ("a title that is much too long for it".to_owned(), RgbImage::from_pixel(4, 4, Rgb([v; 3])))
+        };
         let sheet = panels(&[vec![picture(0), picture(255)], vec![picture(90)]]);
         assert_eq!(sheet.width(), 2 * 256 + 18);
         assert_eq!(sheet.get_pixel(100, 200).0, [0; 3]);

@@ -160,8 +160,9 @@ mod tests {
         let empty = Mask::empty(64, 48);
         // Unwritable letters, an endless word, ranges past the end, nine regions on one spot.
         let answer = format!("ein Käfer – 猫 {}", "x".repeat(300));
-        let regions: Vec<Region> =
-            (0..9).map(|i| Region { mask: if i == 4 { &empty } else { &mask }, chars: i * 3..i * 3 + 500 }).collect();
+        let regions: Vec<Region> = (0..9)
+            .map(|i| Region { mask: if i == 4 { &empty } else { &mask }, chars: i * 3..i * 3 + 500 })
+            .collect();
         draw(&image, &answer, &regions)?;
         draw(&RgbImage::new(1, 700), "tall", &[])?;
         Ok(())

@@ -47,7 +47,9 @@ impl Shape {
         for (x, y, pixel) in canvas.enumerate_pixels_mut() {
             let (x, y) = (i64::from(x), i64::from(y));
             let depth = self.depth_at(x, y);
-            let touches = || [(-1, 0), (1, 0), (0, -1), (0, 1)].iter().any(|(dx, dy)| self.depth_at(x + dx, y + dy) > 0);
+            let touches = || {
+                [(-1, 0), (1, 0), (0, -1), (0, 1)].iter().any(|(dx, dy)| self.depth_at(x + dx, y + dy) > 0)
+            };
             if depth == 0 && touches() {
                 blend(pixel, [255; 3], 0.7);
             } else if (1..=width as u32).contains(&depth) {

@@ -1,0 +1,262 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::builder::NonEmptyStringValueParser;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Ask about a picture and get an answer whose words carry masks.
+#[derive(Debug, Parser)]
+#[command(name = "flmm", version, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// Print results and errors only.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+    /// Also tell what was loaded and how long each stage took.
+    #[arg(short, long, global = true)]
+    pub(crate) verbose: bool,
+    /// Number of processor threads [default: RAYON_NUM_THREADS, else all].
+    #[arg(long, global = true, value_name = "N", value_parser = count)]
+    pub(crate) threads: Option<usize>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Answer questions about a picture and mark what the answer speaks of.
+    Chat(ChatArgs),
+    /// Mark in a picture what a given text speaks of.
+    Ground(GroundArgs),
+    /// Make pictures with exact masks and true sentences, in the published dataset formats.
+    World(WorldArgs),
+    /// Look inside: the models known, one model, the attention behind a mask.
+    Inspect(InspectArgs),
+    /// Say whose work is included and under which licences.
+    Credits,
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Which model to use.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct ModelArgs {
+    /// LMM in the Hugging Face layout, or a bundle with `lmm/`, `sam/` and `head/` [default: the embedded flmm-tiny].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// SAM checkpoint (.pth or .safetensors), for a model that is not a bundle.
+    #[arg(long, value_name = "FILE", requires = "model")]
+    pub(crate) sam: Option<PathBuf>,
+    /// Grounding head: a folder, or a .pth or .safetensors file, for a model that is not a bundle.
+    #[arg(long, value_name = "DIR", requires = "model")]
+    pub(crate) head: Option<PathBuf>,
+    /// Number type the LMM computes in.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) dtype: Precision,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum Precision {
+    /// 32-bit floats, exact and twice as large.
+    #[default]
+    F32,
+    /// 16-bit brain floats, as the published numbers were made.
+    Bf16,
+}
+
+/// What is written besides the answer.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Output")]
+pub(crate) struct OutputArgs {
+    /// Picture with the masks [default: next to IMAGE, its name ending in .overlay.png].
+    #[arg(long, value_name = "FILE", conflicts_with = "no_overlay")]
+    pub(crate) overlay: Option<PathBuf>,
+    /// Write no picture.
+    #[arg(long)]
+    pub(crate) no_overlay: bool,
+    /// Print one JSON object with the masks instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How an answer is generated.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Answer")]
+pub(crate) struct GenerateArgs {
+    /// Most tokens to generate.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = count)]
+    pub(crate) max_new_tokens: usize,
+    /// 0 takes the likeliest token; higher values choose more freely.
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    pub(crate) temperature: f64,
+    /// With a temperature: share of the probability that tokens are chosen from.
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
+    pub(crate) top_p: f64,
+    /// With a temperature: the same seed gives the same answer.
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ChatArgs {
+    /// The picture.
+    pub(crate) image: PathBuf,
+    /// The question; without it, questions are read line by line until an empty one or the end of input.
+    #[arg(value_parser = text())]
+    pub(crate) prompt: Option<String>,
+    /// Answer only; the text is the same with and without masks.
+    #[arg(long, conflicts_with = "overlay")]
+    pub(crate) no_ground: bool,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) generate: GenerateArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GroundArgs {
+    /// The picture.
+    pub(crate) image: PathBuf,
+    /// The text, read as if the model had said it.
+    #[arg(long, value_parser = text())]
+    pub(crate) text: String,
+    /// Part of the text to ground, may be repeated; without it, the model chooses.
+    #[arg(long, value_name = "SUBSTRING", value_parser = text())]
+    pub(crate) phrase: Vec<String>,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WorldArgs {
+    /// Folder to write to; it must not exist or be empty.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Which part of the data to make; the parts share no scene.
+    #[arg(long, value_enum)]
+    pub(crate) split: Split,
+    /// Number of scenes.
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub(crate) count: usize,
+    /// The same seed gives the same bytes.
+    #[arg(long, value_name = "S")]
+    pub(crate) seed: u64,
+    /// 1: one to three objects of few classes; 2: two to six of many, covering each other, with copies.
+    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub(crate) level: u8,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Split {
+    Train,
+    Val,
+    Test,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    #[command(subcommand)]
+    pub(crate) what: Inspect,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Inspect {
+    /// List the models this program can open.
+    Lmms {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the sizes of a model and its parts.
+    Model {
+        #[command(flatten)]
+        model: ModelArgs,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Draw the attention behind the masks: mean map, K-means clusters, coarse and refined mask.
+    Attention(AttentionArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("words").required(true).args(["prompt", "text"]))]
+pub(crate) struct AttentionArgs {
+    /// The picture.
+    pub(crate) image: PathBuf,
+    /// A question; the attention of its answer is drawn.
+    #[arg(value_parser = text())]
+    pub(crate) prompt: Option<String>,
+    /// A text, read as if the model had said it.
+    #[arg(long, value_parser = text())]
+    pub(crate) text: Option<String>,
+    /// Part of the text to draw, may be repeated; without it, the model chooses.
+    #[arg(long, value_name = "SUBSTRING", value_parser = text())]
+    pub(crate) phrase: Vec<String>,
+    /// Picture to write [default: next to IMAGE, its name ending in .attention.png].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Also write the maps, one `[channels, rows, columns]` tensor per phrase, as safetensors.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) raw: Option<PathBuf>,
+    /// Seed of the clustering.
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+}
+
+/// Text with at least one character that is not blank.
+fn text() -> impl clap::builder::TypedValueParser<Value = String> {
+    use clap::builder::TypedValueParser;
+    NonEmptyStringValueParser::new().try_map(|text| match text.trim().is_empty() {
+        true => Err("the text is blank"),
+        false => Ok(text),
+    })
+}
+
+fn count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(t) if t.is_finite() && t >= 0.0 => Ok(t),
+        _ => Err("must be a number of at least 0".into()),
+    }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(p) if p > 0.0 && p <= 1.0 => Ok(p),
+        _ => Err("must be above 0 and at most 1".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,266 @@
+//! Panoptic Narrative Grounding: narratives whose phrases are linked to COCO panoptic segments
+//! (`training.md` §2.1, §2.2, §3).
+
+use crate::coco::{id, ids, in_file, malformed, read_json};
+use crate::mask::Mask;
+use flmm::{Error, Result};
+use image::RgbImage;
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// One element of the narrative file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Narrative {
+    /// COCO image id.
+    #[serde(deserialize_with = "id")]
+    pub image_id: u64,
+    /// The whole text.
+    #[serde(default)]
+    pub caption: String,
+    /// Its utterances in order.
+    pub segments: Vec<NarrativeSegment>,
+}
+
+/// One utterance.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NarrativeSegment {
+    /// Its text.
+    pub utterance: String,
+    /// Panoptic segments it means; empty for connecting words. The file writes them as strings.
+    #[serde(deserialize_with = "ids", serialize_with = "as_strings")]
+    pub segment_ids: Vec<u64>,
+    /// Whether more than one object is meant.
+    pub plural: bool,
+    /// Whether it is a noun phrase.
+    #[serde(default)]
+    pub noun: bool,
+}
+
+fn as_strings<S: serde::Serializer>(ids: &[u64], serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_seq(ids.iter().map(u64::to_string))
+}
+
+/// A COCO panoptic annotation file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PanopticFile {
+    /// The pictures.
+    pub images: Vec<PanopticImage>,
+    /// Their segments.
+    pub annotations: Vec<PanopticAnnotation>,
+    /// The classes.
+    pub categories: Vec<PanopticCategory>,
+}
+
+/// A picture of a panoptic file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct PanopticImage {
+    pub id: u64,
+    pub file_name: String,
+    pub height: u32,
+    pub width: u32,
+}
+
+/// The segments of one picture.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PanopticAnnotation {
+    /// Which picture.
+    pub image_id: u64,
+    /// The id PNG.
+    pub file_name: String,
+    /// The segments.
+    pub segments_info: Vec<SegmentInfo>,
+}
+
+/// One panoptic segment.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SegmentInfo {
+    /// Unique within the picture: R + 256 G + 65536 B of its pixels.
+    pub id: u64,
+    /// Its class.
+    pub category_id: u64,
+    /// x, y, width, height.
+    pub bbox: [u32; 4],
+    /// Pixels.
+    pub area: u64,
+    /// 0 or 1.
+    pub iscrowd: u8,
+}
+
+/// A class of a panoptic file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PanopticCategory {
+    /// Its id.
+    pub id: u64,
+    /// Its name.
+    pub name: String,
+    /// 1 for countable things, 0 for stuff.
+    pub isthing: u8,
+}
+
+/// A narrative dataset: everything but the id PNGs is in memory.
+pub struct Narratives {
+    file: PathBuf,
+    mask_folder: PathBuf,
+    narratives: Vec<Narrative>,
+    images: HashMap<u64, PanopticImage>,
+    annotations: HashMap<u64, PanopticAnnotation>,
+    is_thing: HashMap<u64, bool>,
+}
+
+/// A narrative with its phrases decoded.
+#[derive(Debug, Clone)]
+pub struct NarrativeSample {
+    /// COCO image id.
+    pub image_id: u64,
+    /// File name of the picture.
+    pub file_name: String,
+    /// Height and width of the picture.
+    pub size: [u32; 2],
+    /// Utterances in order, each with the index of its phrase if it is one. Concatenated they are the text.
+    pub utterances: Vec<(String, Option<usize>)>,
+    /// The grounded phrases; empty for a narrative without any, which evaluation skips.
+    pub phrases: Vec<NarrativePhrase>,
+}
+
+/// A grounded phrase.
+#[derive(Debug, Clone)]
+pub struct NarrativePhrase {
+    /// Union of its segments.
+    pub mask: Mask,
+    /// Whether more than one object is meant.
+    pub plural: bool,
+    /// The class's flag for a single segment; always true for a plural, as in the reference.
+    pub is_thing: bool,
+}
+
+impl Narratives {
+    /// Opens a narrative file with its panoptic file and the folder of id PNGs.
+    pub fn open(narratives: &Path, panoptic: &Path, mask_folder: &Path) -> Result<Self> {
+        let panoptic: PanopticFile = read_json(panoptic)?;
+        Ok(Self {
+            narratives: read_json(narratives)?,
+            file: narratives.to_owned(),
+            mask_folder: mask_folder.to_owned(),
+            images: panoptic.images.into_iter().map(|image| (image.id, image)).collect(),
+            annotations: panoptic.annotations.into_iter().map(|a| (a.image_id, a)).collect(),
+            is_thing: panoptic.categories.iter().map(|c| (c.id, c.isthing != 0)).collect(),
+        })
+    }
+
+    /// Opens a split (`train2017`, `val2017` …) below a data root in the reference's layout.
+    pub fn open_split(root: &Path, split: &str) -> Result<Self> {
+        let folder = root.join("coco").join("annotations");
+        Self::open(
+            &folder.join(format!("png_coco_{split}.json")),
+            &folder.join(format!("panoptic_{split}.json")),
+            &folder.join(format!("panoptic_{split}")),
+        )
+    }
+
+    /// Number of narratives.
+    pub fn len(&self) -> usize {
+        self.narratives.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.narratives.is_empty()
+    }
+
+    /// Decodes a narrative. An error if a singular phrase has not exactly one segment, if its segment or picture is
+    /// unknown, or if the id PNG cannot be read or has another size.
+    pub fn sample(&self, index: usize) -> Result<NarrativeSample> {
+        let narrative = self.narratives.get(index).ok_or_else(|| {
+            Error::request(
+                format!("there is no narrative {index}, only {}", self.narratives.len()),
+                "narratives are numbered from 0",
+            )
+        })?;
+        self.decode(narrative).map_err(|error| in_file(&self.file, format!("narrative {index}"), error))
+    }
+
+    fn decode(&self, narrative: &Narrative) -> Result<NarrativeSample> {
+        let unknown =
+            |what: String| Error::request(what, "the narrative and panoptic files must belong together");
+        let image_id = narrative.image_id;
+        let image =
+            self.images.get(&image_id).ok_or_else(|| unknown(format!("unknown picture {image_id}")))?;
+        let annotation = self
+            .annotations
+            .get(&image_id)
+            .ok_or_else(|| unknown(format!("picture {image_id} has no segments")))?;
+        let grounded = narrative.segments.iter().any(|segment| !segment.segment_ids.is_empty());
+        let owner = if grounded { self.segment_ids(image, annotation)? } else { Vec::new() };
+
+        let mut utterances = Vec::with_capacity(narrative.segments.len());
+        let mut phrases = Vec::new();
+        for segment in &narrative.segments {
+            let ids = &segment.segment_ids;
+            if ids.is_empty() {
+                utterances.push((segment.utterance.clone(), None));
+                continue;
+            }
+            let is_thing = if segment.plural {
+                true
+            } else {
+                let [id] = ids[..] else {
+                    return Err(unknown(format!(
+                        "{:?} is singular but has {} segments",
+                        segment.utterance,
+                        ids.len()
+                    )));
+                };
+                let info = annotation.segments_info.iter().find(|info| info.id == id);
+                let info = info.ok_or_else(|| unknown(format!("picture {image_id} has no segment {id}")))?;
+                *self
+                    .is_thing
+                    .get(&info.category_id)
+                    .ok_or_else(|| unknown(format!("unknown category {}", info.category_id)))?
+            };
+            let width = image.width as usize;
+            let mask = Mask::from_fn(image.width, image.height, |x, y| {
+                ids.contains(&u64::from(owner[y as usize * width + x as usize]))
+            });
+            utterances.push((segment.utterance.clone(), Some(phrases.len())));
+            phrases.push(NarrativePhrase { mask, plural: segment.plural, is_thing });
+        }
+        let size = [image.height, image.width];
+        Ok(NarrativeSample { image_id, file_name: image.file_name.clone(), size, utterances, phrases })
+    }
+
+    /// The segment id of every pixel, row-major.
+    fn segment_ids(&self, image: &PanopticImage, annotation: &PanopticAnnotation) -> Result<Vec<u32>> {
+        // Only the file's own name counts: a path in the annotation must not lead out of the folder.
+        let name = Path::new(&annotation.file_name).file_name().unwrap_or_default();
+        let path = self.mask_folder.join(name);
+        let picture = open_picture(&path)?;
+        if picture.dimensions() != (image.width, image.height) {
+            let (w, h) = picture.dimensions();
+            let expected = format!("{} x {}", image.width, image.height);
+            return Err(malformed(
+                &path,
+                format!("{w} x {h} pixels, expected {expected}"),
+                "the id PNG of the picture",
+            ));
+        }
+        Ok(picture.pixels().map(|p| u32::from(p[0]) | u32::from(p[1]) << 8 | u32::from(p[2]) << 16).collect())
+    }
+}
+
+/// The id PNG of a picture: the inverse of reading it. `ids` is row-major, `width` x `height`, below 2^24.
+pub(crate) fn id_picture(width: u32, height: u32, ids: &[u32]) -> RgbImage {
+    RgbImage::from_fn(width, height, |x, y| {
+        let [r, g, b, _] = ids[y as usize * width as usize + x as usize].to_le_bytes();
+        image::Rgb([r, g, b])
+    })
+}
+
+fn open_picture(path: &Path) -> Result<RgbImage> {
+    let reader = image::ImageReader::open(path).map_err(|error| Error::io(path, error))?;
+    let picture = reader.with_guessed_format().map_err(|error| Error::io(path, error))?.decode();
+    let picture =
+        picture.map_err(|error| malformed(path, error.to_string(), "expected an RGB PNG of segment ids"))?;
+    Ok(picture.to_rgb8())
+}

@@ -1,0 +1,155 @@
+//! The Llama-shaped decoder in a form that trains: many conversations packed behind one image.
+//!
+//! The trained tensors are the ones `flmm` later loads as a frozen checkpoint; a test checks that both
+//! compute the same.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::Result;
+use candle_core::Tensor;
+use flmm::nn::{Linear, PackedMask, RotaryTable, packed_softmax, rms_norm, rotary_heads, silu_mul};
+use flmm::weights::Params;
+
+use crate::config::{LmmSizes, RMS_NORM_EPS, ROPE_THETA};
+use crate::store::Init;
+
+const MODEL: &str = "language_model.model";
+/// Longest sequence the rotary table covers.
+const MAX_POSITIONS: usize = 1024;
+
+/// Initial tensors by their Hugging Face names; `embeddings [vocab, width]` are given.
+pub fn init(
+    sizes: &LmmSizes,
+    embeddings: &Tensor,
+    rng: &mut rand_chacha::ChaCha8Rng,
+) -> Result<BTreeMap<String, Tensor>> {
+    let mut init = Init::new(rng);
+    let (d, ffn) = (sizes.width, sizes.ffn);
+    init.insert(format!("{MODEL}.embed_tokens.weight"), embeddings.clone());
+    init.insert("language_model.lm_head.weight", (embeddings * 0.3)?);
+    let std = (1.0 / d as f32).sqrt();
+    let residual = std / (2.0 * sizes.layers as f32).sqrt();
+    for layer in 0..sizes.layers {
+        let layer = format!("{MODEL}.layers.{layer}");
+        for (name, outputs, inputs, std) in [
+            ("self_attn.q_proj", d, d, std),
+            ("self_attn.k_proj", d, d, std),
+            ("self_attn.v_proj", d, d, std),
+            ("self_attn.o_proj", d, d, residual),
+            ("mlp.gate_proj", ffn, d, std),
+            ("mlp.up_proj", ffn, d, std),
+            ("mlp.down_proj", d, ffn, residual * (d as f32 / ffn as f32).sqrt()),
+        ] {
+            init.normal(format!("{layer}.{name}.weight"), &[outputs, inputs], std)?;
+        }
+        init.constant(format!("{layer}.input_layernorm.weight"), &[d], 1.0)?;
+        init.constant(format!("{layer}.post_attention_layernorm.weight"), &[d], 1.0)?;
+    }
+    init.constant(format!("{MODEL}.norm.weight"), &[d], 1.0)?;
+    Ok(init.finish())
+}
+
+struct Layer {
+    input_norm: Tensor,
+    attention: [Linear; 4],
+    post_norm: Tensor,
+    mlp: [Linear; 3],
+}
+
+/// The decoder, its embedding table and its output rows.
+pub struct Decoder {
+    embed_tokens: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    lm_head: Linear,
+    heads: usize,
+    table: Arc<RotaryTable>,
+}
+
+/// A packed forward pass.
+pub struct Output {
+    /// Final-normed states `[B, S, width]`.
+    pub hidden: Tensor,
+    /// Attention `[B, H, S, S]` of every layer, if it was asked for.
+    pub attention: Vec<Tensor>,
+}
+
+impl Decoder {
+    /// Reads the tensors that [`init`] made.
+    pub fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
+        let model = params.pp(MODEL);
+        let (d, ffn) = (sizes.width, sizes.ffn);
+        let mut layers = Vec::new();
+        for layer in 0..sizes.layers {
+            let params = model.pp("layers").pp(layer);
+            let attention = |name: &str| Linear::load(d, d, false, &params.pp("self_attn").pp(name));
+            let mlp = |name: &str, inputs, outputs| {
+                Linear::load(inputs, outputs, false, &params.pp("mlp").pp(name))
+            };
+            layers.push(Layer {
+                input_norm: params.pp("input_layernorm").get(&[d], "weight")?,
+                attention: [
+                    attention("q_proj")?,
+                    attention("k_proj")?,
+                    attention("v_proj")?,
+                    attention("o_proj")?,
+                ],
+                post_norm: params.pp("post_attention_layernorm").get(&[d], "weight")?,
+                mlp: [mlp("gate_proj", d, ffn)?, mlp("up_proj", d, ffn)?, mlp("down_proj", ffn, d)?],
+            });
+        }
+        Ok(Self {
+            embed_tokens: model.pp("embed_tokens").get(&[sizes.vocab, d], "weight")?,
+            layers,
+            norm: model.pp("norm").get(&[d], "weight")?,
+            lm_head: Linear::load(d, sizes.vocab, false, &params.pp("language_model.lm_head"))?,
+            heads: sizes.heads,
+            table: Arc::new(RotaryTable::new(MAX_POSITIONS, d / sizes.heads, ROPE_THETA)),
+        })
+    }
+
+    /// Embeddings `[B, T, width]` of `ids [B · T]`.
+    pub fn embed(&self, ids: &[u32], batch: usize) -> Result<Tensor> {
+        let ids_tensor = Tensor::new(ids, self.embed_tokens.device())?;
+        let width = self.embed_tokens.dim(1)?;
+        Ok(self.embed_tokens.index_select(&ids_tensor, 0)?.reshape((batch, ids.len() / batch, width))?)
+    }
+
+    /// `x [B, S, width]` through all layers under `mask`, rotated to `positions [B · S]`.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        positions: &Arc<Vec<u32>>,
+        mask: &Arc<PackedMask>,
+        keep_attention: bool,
+    ) -> Result<Output> {
+        let (batch, seq, width) = x.dims3()?;
+        let head = width / self.heads;
+        let mut x = x.clone();
+        let mut attention = Vec::new();
+        for layer in &self.layers {
+            let normed = rms_norm(&x, &layer.input_norm, RMS_NORM_EPS)?;
+            let [q, k, v, o] = &layer.attention;
+            let q = rotary_heads(&q.forward(&normed)?, self.heads, positions, &self.table)?;
+            let k = rotary_heads(&k.forward(&normed)?, self.heads, positions, &self.table)?;
+            let v =
+                v.forward(&normed)?.reshape((batch, seq, self.heads, head))?.transpose(1, 2)?.contiguous()?;
+            let probs = packed_softmax(&q.matmul(&k.t()?)?, (head as f32).sqrt().recip(), mask)?;
+            let y = probs.matmul(&v)?.transpose(1, 2)?.reshape((batch, seq, width))?;
+            x = (x + o.forward(&y)?)?;
+            if keep_attention {
+                attention.push(probs);
+            }
+            let normed = rms_norm(&x, &layer.post_norm, RMS_NORM_EPS)?;
+            let [gate, up, down] = &layer.mlp;
+            x = (x + down.forward(&silu_mul(&gate.forward(&normed)?, &up.forward(&normed)?)?)?)?;
+        }
+        Ok(Output { hidden: rms_norm(&x, &self.norm, RMS_NORM_EPS)?, attention })
+    }
+
+    /// Next-token logits `[rows, vocab]` of `hidden [rows, width]`.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(self.lm_head.forward(hidden)?)
+    }
+}

@@ -1,0 +1,278 @@
+//! The trainable LMM: batches of packed scenes in, answer loss out; and how well it answers and looks.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+use flmm::Geometry;
+use flmm::nn::{PackedMask, cross_entropy};
+use flmm::weights::Params;
+use flmm_data::world::{Scene, SegmentRef};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use crate::config::LmmSizes;
+use crate::decoder::{Decoder, Output};
+use crate::pack::{Kind, Packed, Packer};
+use crate::symbolic::{self, Codes, Thing};
+use crate::tower::{self, Projector, Tower};
+
+/// Where the image tokens of a batch come from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Source {
+    /// Noisy codes on a grid of this side (see [`crate::symbolic`]).
+    Codes {
+        /// Patches along one side.
+        grid: usize,
+        /// Noise, in units of a code's length.
+        noise: f32,
+    },
+    /// Rendered pictures through the frozen tower and the projector.
+    Pixels,
+}
+
+/// A scene prepared for one forward pass.
+pub struct Sample {
+    /// The packed conversations.
+    pub packed: Packed,
+    /// The thing under every image token.
+    pub things: Vec<Thing>,
+    /// Codes `[tokens · width]` or patches `[tokens · 3 · p · p]`.
+    pub image: Vec<f32>,
+}
+
+/// Everything that does not change during training.
+pub struct Setting {
+    /// Sizes.
+    pub sizes: LmmSizes,
+    /// The code book.
+    pub codes: Codes,
+    /// The packer for the full grid.
+    pub packer: Packer,
+    /// Picture preprocessing.
+    pub processor: crate::preprocess::Processor,
+}
+
+impl Setting {
+    /// Prepares `scene` with the packed sequence `packed`.
+    pub fn sample(
+        &self,
+        scene: &Scene,
+        packed: Packed,
+        source: Source,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Sample> {
+        let (things, image) = match source {
+            Source::Codes { grid, noise } => {
+                let geometry =
+                    self.processor.geometry(scene.image.height() as usize, scene.image.width() as usize);
+                let things = symbolic::things(scene, &geometry, grid);
+                let mut image = self.codes.tokens(scene, &things, &geometry);
+                symbolic::add_noise(&mut image, self.sizes.width, noise, rng);
+                (things, image)
+            }
+            Source::Pixels => self.pixels(scene)?,
+        };
+        Ok(Sample { packed, things, image })
+    }
+
+    /// The things under the patches of `scene` and its patches.
+    pub fn pixels(&self, scene: &Scene) -> Result<(Vec<Thing>, Vec<f32>)> {
+        let (pixels, geometry) = self.processor.process(&scene.image)?;
+        let things = symbolic::things(scene, &geometry, self.sizes.grid());
+        let pixels = pixels.flatten_all()?.to_vec1::<f32>()?;
+        Ok((things, tower::patches(&pixels, self.sizes.image_size, self.sizes.patch_size)))
+    }
+
+    /// The geometry of a scene's picture.
+    pub fn geometry(&self, scene: &Scene) -> Geometry {
+        self.processor.geometry(scene.image.height() as usize, scene.image.width() as usize)
+    }
+}
+
+/// Tower, projector and decoder over one set of tensors.
+pub struct Lmm {
+    tower: Tower,
+    projector: Projector,
+    decoder: Decoder,
+}
+
+impl Lmm {
+    /// Reads all tensors.
+    pub fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
+        let lmm = Self {
+            tower: Tower::load(sizes, params)?,
+            projector: Projector::load(sizes, params)?,
+            decoder: Decoder::load(sizes, params)?,
+        };
+        params.finish("rerun the stage that writes these tensors")?;
+        Ok(lmm)
+    }
+
+    /// Runs a batch; returns the output and the number of rows per sequence.
+    pub fn forward(&self, samples: &[Sample], source: Source, keep_attention: bool) -> Result<Output> {
+        let batch = samples.len();
+        let prefix = &samples[0].packed.prefix;
+        let tokens = samples[0].things.len();
+        let text = samples.iter().map(|s| s.packed.text.len()).max().unwrap_or(0);
+        let rows = prefix.len() + tokens + text;
+        let (mut ids, mut positions, mut starts) = (Vec::new(), Vec::new(), Vec::new());
+        for Sample { packed, .. } in samples {
+            let padding = text - packed.text.len();
+            ids.extend(packed.text.iter().copied().chain(std::iter::repeat_n(0, padding)));
+            positions.extend(packed.positions.iter().copied().chain(std::iter::repeat_n(0, padding)));
+            starts.extend(packed.starts.iter().copied().chain((rows - padding) as u32..rows as u32));
+        }
+        let image: Vec<f32> = samples.iter().flat_map(|s| s.image.iter().copied()).collect();
+        let image = Tensor::from_vec(image, (batch, tokens, samples[0].image.len() / tokens), &Device::Cpu)?;
+        let image = match source {
+            Source::Codes { .. } => image,
+            Source::Pixels => self.projector.forward(&self.tower.forward(&image)?.detach())?,
+        };
+        let before = self.decoder.embed(&prefix.repeat(batch), batch)?;
+        let x = Tensor::cat(&[&before, &image, &self.decoder.embed(&ids, batch)?], 1)?;
+        let mask = Arc::new(PackedMask { prefix: prefix.len() + tokens, starts });
+        self.decoder.forward(&x, &Arc::new(positions), &mask, keep_attention)
+    }
+
+    /// Logits `[targets, vocab]` at the supervised rows of all samples, in order, and what should follow.
+    pub fn supervised(&self, samples: &[Sample], output: &Output) -> Result<(Tensor, Vec<u32>)> {
+        let (batch, rows, width) = output.hidden.dims3()?;
+        let (mut at, mut targets) = (Vec::new(), Vec::new());
+        for (index, sample) in samples.iter().enumerate() {
+            at.extend(sample.packed.targets.iter().map(|(row, _)| (index * rows) as u32 + row));
+            targets.extend(sample.packed.targets.iter().map(|(_, id)| *id));
+        }
+        let at = Tensor::new(at, &Device::Cpu)?;
+        let hidden = output.hidden.reshape((batch * rows, width))?.index_select(&at, 0)?;
+        Ok((self.decoder.logits(&hidden)?, targets))
+    }
+
+    /// Mean answer loss of a batch.
+    pub fn loss(&self, samples: &[Sample], source: Source) -> Result<Tensor> {
+        let output = self.forward(samples, source, false)?;
+        let (logits, targets) = self.supervised(samples, &output)?;
+        Ok(cross_entropy(&logits, targets, None)?)
+    }
+}
+
+/// What an evaluation counts.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Right and all answers, per kind of question (teacher-forced argmax equals greedy exact match).
+    pub answers: BTreeMap<Kind, (usize, usize)>,
+    /// Right and all closed questions.
+    pub closed: (usize, usize),
+    /// Per head (layer-major): phrases whose strongest patch lies on the named thing.
+    pub pointing: Vec<usize>,
+    /// Phrases of objects.
+    pub phrases: usize,
+    loss: f64,
+    batches: usize,
+}
+
+impl Report {
+    /// Adds the outcome of one batch.
+    pub fn add(&mut self, lmm: &Lmm, samples: &[Sample], source: Source) -> Result<()> {
+        let output = lmm.forward(samples, source, true)?;
+        let (logits, targets) = lmm.supervised(samples, &output)?;
+        let best = logits.argmax(1)?.to_vec1::<u32>()?;
+        self.loss += f64::from(cross_entropy(&logits, targets.clone(), None)?.to_scalar::<f32>()?);
+        self.batches += 1;
+        let mut base = 0;
+        for sample in samples {
+            for answer in &sample.packed.answers {
+                let range = base + answer.targets.start..base + answer.targets.end;
+                let right = usize::from(best[range.clone()] == targets[range]);
+                let count = self.answers.entry(answer.kind).or_default();
+                *count = (count.0 + right, count.1 + 1);
+                if answer.closed {
+                    self.closed = (self.closed.0 + right, self.closed.1 + 1);
+                }
+            }
+            base += sample.packed.targets.len();
+        }
+        self.point(samples, &output)
+    }
+
+    fn point(&mut self, samples: &[Sample], output: &Output) -> Result<()> {
+        let heads = output.attention.first().map_or(0, |a| a.dims()[1]);
+        self.pointing.resize(output.attention.len() * heads, 0);
+        for (layer, attention) in output.attention.iter().enumerate() {
+            let (_, heads, rows, _) = attention.dims4()?;
+            let probs = attention.flatten_all()?.to_vec1::<f32>()?;
+            for (index, sample) in samples.iter().enumerate() {
+                let (first, tokens) = (sample.packed.prefix.len(), sample.things.len());
+                for phrase in &sample.packed.phrases {
+                    if !phrase.segments.iter().all(|s| matches!(s, SegmentRef::Object(_))) {
+                        continue;
+                    }
+                    if layer == 0 {
+                        self.phrases += 1;
+                    }
+                    for head in 0..heads {
+                        let mut map = vec![0f32; tokens];
+                        for row in phrase.rows.clone() {
+                            let start = ((index * heads + head) * rows + row) * rows + first;
+                            map.iter_mut().zip(&probs[start..start + tokens]).for_each(|(m, p)| *m += p);
+                        }
+                        let peak = (0..tokens).fold(0, |best, i| if map[i] > map[best] { i } else { best });
+                        let hit =
+                            phrase.segments.iter().any(|segment| match (segment, sample.things[peak]) {
+                                (SegmentRef::Object(a), Thing::Object(b)) => *a == b,
+                                _ => false,
+                            });
+                        self.pointing[layer * heads + head] += usize::from(hit);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Mean loss per batch.
+    pub fn loss(&self) -> f64 {
+        self.loss / self.batches.max(1) as f64
+    }
+
+    /// The best head's index and its pointing accuracy.
+    pub fn best_head(&self) -> (usize, f64) {
+        let best = (0..self.pointing.len()).max_by_key(|i| self.pointing[*i]).unwrap_or(0);
+        (best, self.pointing.get(best).map_or(0.0, |n| *n as f64 / self.phrases.max(1) as f64))
+    }
+
+    /// One line: loss, closed questions, pointing, then every kind.
+    pub fn line(&self) -> String {
+        let percent = |(right, all): (usize, usize)| 100.0 * right as f64 / all.max(1) as f64;
+        let (head, pointing) = self.best_head();
+        let mean =
+            self.pointing.iter().sum::<usize>() as f64 / (self.pointing.len() * self.phrases).max(1) as f64;
+        let mut line = format!(
+            "loss {:.3} closed {:.1} pointing {:.1} (head {head}, mean {:.1})",
+            self.loss(),
+            percent(self.closed),
+            100.0 * pointing,
+            100.0 * mean
+        );
+        for (kind, counts) in &self.answers {
+            let name = match kind {
+                Kind::Question(kind) => format!("{kind:?}"),
+                other => format!("{other:?}"),
+            };
+            line += &format!(" {name} {:.0}/{}", percent(*counts), counts.1);
+        }
+        line
+    }
+}
+
+/// Loads an [`Lmm`] from plain tensors.
+pub fn from_tensors(sizes: &LmmSizes, tensors: &HashMap<String, Tensor>) -> Result<Lmm> {
+    Lmm::load(sizes, &Params::new("LMM", tensors.clone()))
+}
+
+/// A random generator that depends only on what it is for, so that a resumed run draws what the
+/// uninterrupted one would have drawn.
+pub fn rng_for(seed: u64, step: usize, worker: usize) -> ChaCha8Rng {
+    ChaCha8Rng::seed_from_u64(seed ^ ((step as u64) << 20) ^ ((worker as u64) << 56))
+}

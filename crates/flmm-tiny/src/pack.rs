@@ -1,0 +1,258 @@
+//! Turns a scene's texts into one packed training sequence: the image once, then many conversations behind it
+//! that do not see one another. One image prefix gives eight conversations' worth of supervision.
+
+use std::ops::Range;
+
+use anyhow::{Result, anyhow};
+use flmm_data::world::{Link, Question, QuestionKind, Scene, SegmentRef};
+use rand::Rng;
+use rand::seq::{IndexedRandom, SliceRandom};
+use rand_chacha::ChaCha8Rng;
+use tokenizers::Tokenizer;
+
+use crate::text::DESCRIBE;
+
+/// A phrase of an answer and what it refers to.
+#[derive(Debug, Clone)]
+pub struct Phrase {
+    /// Rows of the packed sequence.
+    pub rows: Range<usize>,
+    /// Objects or stuff of the scene.
+    pub segments: Vec<SegmentRef>,
+    /// Whether the noun cannot be copied from the question.
+    pub from_image: bool,
+}
+
+/// What kind of conversation a piece of the sequence is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// A question about the picture.
+    Question(QuestionKind),
+    /// A narration of the whole picture.
+    Narration,
+    /// Referring expressions after the description instruction.
+    Referring,
+}
+
+/// One conversation's answer inside the packed sequence.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// Its kind.
+    pub kind: Kind,
+    /// Whether there is exactly one right answer.
+    pub closed: bool,
+    /// Indices into [`Packed::targets`].
+    pub targets: Range<usize>,
+}
+
+/// A packed sequence: prefix, image tokens, conversations.
+#[derive(Debug, Clone, Default)]
+pub struct Packed {
+    /// Ids before the image.
+    pub prefix: Vec<u32>,
+    /// Ids behind the image.
+    pub text: Vec<u32>,
+    /// Rotary position of every row (prefix, image, text).
+    pub positions: Vec<u32>,
+    /// First row of the conversation each row belongs to.
+    pub starts: Vec<u32>,
+    /// Supervised rows: (row, id that must follow).
+    pub targets: Vec<(u32, u32)>,
+    /// Phrases of the answers.
+    pub phrases: Vec<Phrase>,
+    /// Answers, for evaluation.
+    pub answers: Vec<Answer>,
+}
+
+/// A conversation before packing: the prompt and the answer in pieces, each encoded on its own.
+struct Conversation {
+    kind: Kind,
+    closed: bool,
+    prompt: String,
+    pieces: Vec<(String, Vec<Link>)>,
+}
+
+/// Packs conversations of scenes.
+pub struct Packer {
+    tokenizer: Tokenizer,
+    image_tokens: usize,
+    bos: u32,
+    eos: u32,
+    separator: u32,
+    /// Text tokens a sequence may have at most.
+    pub budget: usize,
+}
+
+impl Packer {
+    /// For a tokenizer of [`crate::text`] and a grid of `image_tokens`.
+    pub fn new(tokenizer: Tokenizer, image_tokens: usize, budget: usize) -> Result<Self> {
+        let id = |token: &str| tokenizer.token_to_id(token).ok_or_else(|| anyhow!("no token `{token}`"));
+        let (bos, eos) = (id("<s>")?, id("</s>")?);
+        let separator = *encode(&tokenizer, ".")?.0.last().ok_or_else(|| anyhow!("`.` has no token"))?;
+        Ok(Self { tokenizer, image_tokens, bos, eos, separator, budget })
+    }
+
+    /// The same texts behind another number of image tokens.
+    pub fn with_image_tokens(&self, image_tokens: usize) -> Self {
+        let Self { tokenizer, bos, eos, separator, budget, .. } = self;
+        Self {
+            tokenizer: tokenizer.clone(),
+            image_tokens,
+            bos: *bos,
+            eos: *eos,
+            separator: *separator,
+            budget: *budget,
+        }
+    }
+
+    /// A random choice of the scene's conversations, kinds drawn evenly, up to the token budget.
+    pub fn pack(&self, scene: &Scene, rng: &mut ChaCha8Rng) -> Result<Packed> {
+        let mut packed = self.start()?;
+        for conversation in self.draw(scene, rng) {
+            self.append(&mut packed, &conversation)?;
+        }
+        Ok(packed)
+    }
+
+    /// All questions of the scene, one sequence each group that fits the budget.
+    pub fn pack_all_questions(&self, scene: &Scene) -> Result<Vec<Packed>> {
+        let mut sequences = Vec::new();
+        let mut packed = self.start()?;
+        for question in scene.texts.questions.iter().chain(&scene.texts.reasoning) {
+            if !self.append(&mut packed, &asked(question))? {
+                sequences.push(std::mem::replace(&mut packed, self.start()?));
+                self.append(&mut packed, &asked(question))?;
+            }
+        }
+        sequences.push(packed);
+        Ok(sequences)
+    }
+
+    fn draw(&self, scene: &Scene, rng: &mut ChaCha8Rng) -> Vec<Conversation> {
+        let texts = &scene.texts;
+        let mut drawn = Vec::new();
+        if let (true, Some(narration)) = (rng.random_bool(0.7), texts.narrations.choose(rng)) {
+            // Encoded as one text, as the model itself will write it.
+            let (mut text, mut links) = (String::new(), Vec::new());
+            for segment in &narration.segments {
+                let start = text.chars().count();
+                text += &segment.utterance;
+                if !segment.segments.is_empty() {
+                    let range = start..text.chars().count();
+                    links.push(Link { range, segments: segment.segments.clone(), from_image: true });
+                }
+            }
+            drawn.push(Conversation {
+                kind: Kind::Narration,
+                closed: false,
+                prompt: DESCRIBE.into(),
+                pieces: vec![(text, links)],
+            });
+        }
+        if rng.random_bool(0.5) && !texts.referring.is_empty() {
+            let mut expressions: Vec<_> = texts.referring.iter().collect();
+            expressions.shuffle(rng);
+            let piece = |r: &&flmm_data::world::Referring| {
+                let link = Link {
+                    range: 0..r.text.chars().count(),
+                    segments: vec![SegmentRef::Object(r.target)],
+                    from_image: true,
+                };
+                (r.text.clone(), vec![link])
+            };
+            drawn.push(Conversation {
+                kind: Kind::Referring,
+                closed: false,
+                prompt: DESCRIBE.into(),
+                pieces: expressions.iter().take(3).map(piece).collect(),
+            });
+        }
+        let mut questions: Vec<_> = texts.questions.iter().chain(&texts.reasoning).collect();
+        questions.shuffle(rng);
+        // Evenly by kind: every kind once, then every kind twice, ….
+        let mut seen = std::collections::BTreeMap::new();
+        let mut order: Vec<(usize, &Question)> = questions
+            .into_iter()
+            .map(|question| {
+                let count = seen.entry(question.kind).or_insert(0);
+                *count += 1;
+                (*count, question)
+            })
+            .collect();
+        order.sort_by_key(|(count, _)| *count);
+        drawn.extend(order.into_iter().map(|(_, question)| asked(question)));
+        drawn
+    }
+
+    fn start(&self) -> Result<Packed> {
+        let mut prefix = vec![self.bos];
+        prefix.extend(encode(&self.tokenizer, "USER: ")?.0);
+        let rows = prefix.len() + self.image_tokens;
+        let positions = (0..rows as u32).collect();
+        Ok(Packed { prefix, positions, starts: vec![0; rows], ..Packed::default() })
+    }
+
+    /// Appends a conversation unless it would exceed the budget.
+    fn append(&self, packed: &mut Packed, conversation: &Conversation) -> Result<bool> {
+        let (prompt, _) = encode(&self.tokenizer, &format!("\n{} ASSISTANT:", conversation.prompt))?;
+        let base = packed.prefix.len() + self.image_tokens;
+        let start = base + packed.text.len();
+        let mut ids = prompt;
+        let mut phrases = Vec::new();
+        let answer_start = ids.len();
+        for (text, links) in &conversation.pieces {
+            let (piece, offsets) = encode(&self.tokenizer, text)?;
+            for link in links {
+                let inside =
+                    |range: &Range<usize>| range.start < link.range.end && range.end > link.range.start;
+                let rows: Vec<_> = (0..piece.len()).filter(|i| inside(&offsets[*i])).collect();
+                if let (Some(first), Some(last)) = (rows.first(), rows.last()) {
+                    phrases.push(Phrase {
+                        rows: start + ids.len() + first..start + ids.len() + last + 1,
+                        segments: link.segments.clone(),
+                        from_image: link.from_image,
+                    });
+                }
+            }
+            ids.extend(piece);
+            if conversation.kind == Kind::Referring {
+                ids.push(self.separator);
+            }
+        }
+        ids.push(self.eos);
+        if packed.text.len() + ids.len() > self.budget {
+            return Ok(false);
+        }
+        let first_target = packed.targets.len();
+        for at in answer_start..ids.len() {
+            packed.targets.push(((start + at - 1) as u32, ids[at]));
+        }
+        packed.positions.extend((0..ids.len() as u32).map(|i| base as u32 + i));
+        packed.starts.extend(std::iter::repeat_n(start as u32, ids.len()));
+        packed.text.extend(ids);
+        packed.phrases.extend(phrases);
+        packed.answers.push(Answer {
+            kind: conversation.kind,
+            closed: conversation.closed,
+            targets: first_target..packed.targets.len(),
+        });
+        Ok(true)
+    }
+}
+
+fn asked(question: &Question) -> Conversation {
+    Conversation {
+        kind: Kind::Question(question.kind),
+        closed: question.closed,
+        prompt: question.question.clone(),
+        pieces: vec![(question.answer.clone(), question.links.clone())],
+    }
+}
+
+/// Ids of `text` without special tokens, and the character range each id covers.
+fn encode(tokenizer: &Tokenizer, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+    let encoding =
+        tokenizer.encode_char_offsets(text, false).map_err(|e| anyhow!("cannot encode {text:?}: {e}"))?;
+    let offsets = encoding.get_offsets().iter().map(|(a, b)| *a..*b).collect();
+    Ok((encoding.get_ids().to_vec(), offsets))
+}

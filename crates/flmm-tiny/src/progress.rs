@@ -1,0 +1,75 @@
+//! What every training stage shares: a folder with a checkpoint and a log, a progress bar, the step schedule.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::store::Store;
+
+/// How often the checkpoint is written.
+const SAVE_EVERY: Duration = Duration::from_secs(150);
+
+/// A stage under way.
+pub struct Run {
+    checkpoint: PathBuf,
+    log: File,
+    bar: ProgressBar,
+    steps: usize,
+    first: usize,
+    started: Instant,
+    saved: Instant,
+    loss: f64,
+}
+
+impl Run {
+    /// Opens `folder`, restores its checkpoint into `store` if there is one.
+    pub fn open(folder: &Path, steps: usize, store: &mut Store) -> Result<Self> {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let checkpoint = folder.join("checkpoint.safetensors");
+        if checkpoint.exists() {
+            store.restore(&checkpoint)?;
+            eprintln!("resuming {} at step {}", folder.display(), store.step);
+        }
+        let style = ProgressStyle::with_template("{pos}/{len} {wide_bar} {eta} {msg}")?;
+        let bar = ProgressBar::new(steps as u64).with_style(style);
+        bar.set_position(store.step as u64);
+        let log = File::options().create(true).append(true).open(folder.join("log.txt"))?;
+        let now = Instant::now();
+        Ok(Self { checkpoint, log, bar, steps, first: store.step, started: now, saved: now, loss: f64::NAN })
+    }
+
+    /// Notes a finished step and writes the checkpoint when it is time.
+    pub fn stepped(&mut self, store: &Store, loss: f64, note: &str) -> Result<()> {
+        self.loss = if self.loss.is_nan() { loss } else { 0.98 * self.loss + 0.02 * loss };
+        self.bar.set_position(store.step as u64);
+        self.bar.set_message(format!("loss {:.3}", self.loss));
+        if store.step.is_multiple_of(25) {
+            let rate = (store.step - self.first) as f64 / self.started.elapsed().as_secs_f64();
+            writeln!(self.log, "step {} loss {:.4} steps/s {rate:.2} {note}", store.step, self.loss)?;
+        }
+        if self.saved.elapsed() > SAVE_EVERY || store.step >= self.steps {
+            store.save(&self.checkpoint)?;
+            self.saved = Instant::now();
+        }
+        Ok(())
+    }
+
+    /// Writes an evaluation to the log and above the bar.
+    pub fn report(&mut self, step: usize, line: &str) -> Result<()> {
+        writeln!(self.log, "eval {step} {line}")?;
+        self.bar.suspend(|| eprintln!("step {step}: {line}"));
+        Ok(())
+    }
+}
+
+/// Learning rate: warm-up over 100 steps, constant, cosine to a twentieth over the last `decay` share of `steps`.
+pub fn rate(peak: f64, step: usize, steps: usize, decay: f64) -> f64 {
+    let warm = ((step + 1) as f64 / 100.0).min(1.0);
+    let from = (steps as f64 * (1.0 - decay)) as usize;
+    let progress = (step.saturating_sub(from) as f64 / (steps - from).max(1) as f64).min(1.0);
+    peak * warm * (0.05 + 0.95 * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()))
+}
