@@ -111,7 +111,8 @@ fn main() -> Result<()> {
             gate.map(drop)
         }
         Stage::Codes(args) => {
-            let mut store = Store::new(decoder::init(&setting.sizes, &embeddings, &mut rng)?)?;
+            let mut store =
+                Store::new(decoder::init(&setting.sizes, &embeddings, setting.codes.marks(), &mut rng)?)?;
             let frozen = tower::init(&setting.sizes, &mut rng)?.into_iter().collect();
             let folder = cli.out.join("codes");
             stage_lmm::run(args, false, &setting, &world, &mut store, &frozen, &folder)?;
@@ -145,7 +146,12 @@ fn main() -> Result<()> {
                 load(&cli.out.join("tower/model.safetensors"))?
                     .into_iter()
                     .partition(|(name, _)| name.starts_with("multi_modal_projector"));
-            tensors.extend(projector);
+            for (name, tensor) in projector {
+                // From here on image tokens carry their mark.
+                let marked = name.ends_with("linear_2.bias");
+                let mark = Tensor::new(setting.codes.marks()[1], &Device::Cpu)?;
+                tensors.insert(name, if marked { (tensor + mark)? } else { tensor });
+            }
             let mut store = Store::new(tensors)?;
             let frozen = tower.into_iter().collect();
             let folder = cli.out.join("lmm");
