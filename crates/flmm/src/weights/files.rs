@@ -34,7 +34,9 @@ fn embedded(path: &Path) -> Option<Vec<(&'static Path, &'static [u8])>> {
     let folders = FOLDERS.read().unwrap_or_else(std::sync::PoisonError::into_inner);
     let below = folders.iter().filter_map(|(folder, files)| Some((path.strip_prefix(folder).ok()?, *files)));
     let found = below.flat_map(|(below, files)| {
-        files.iter().filter_map(move |(name, bytes)| Some((Path::new(*name).strip_prefix(below).ok()?, *bytes)))
+        files
+            .iter()
+            .filter_map(move |(name, bytes)| Some((Path::new(*name).strip_prefix(below).ok()?, *bytes)))
     });
     Some(found.collect())
 }
