@@ -221,7 +221,7 @@ fn chains(scene: &Scene) -> Vec<(String, [u32; 4], String)> {
             QuestionKind::Colour | QuestionKind::Where => {
                 question.answer.split_once(" is ")?.1.trim_end_matches('.')
             }
-            QuestionKind::Reason => &question.answer,
+            QuestionKind::Reason => question.answer.as_str(),
             _ => return None,
         };
         Some((question.question.clone(), [x, y, x + w, y + h], answer.to_owned()))
@@ -252,11 +252,9 @@ impl Records {
         let any = |_: &str| true;
         let without_place = |text: &str| !text.split(' ').any(|word| PLACE_WORDS.contains(&word));
         let long = |text: &str| text.split(' ').count() >= 4;
-        for (dataset, author, keep) in [
-            ("refcoco", "unc", &any as &dyn Fn(&str) -> bool),
-            ("refcoco+", "unc", &without_place),
-            ("refcocog", "umd", &long),
-        ] {
+        let datasets: [(&str, &str, &dyn Fn(&str) -> bool); 3] =
+            [("refcoco", "unc", &any), ("refcoco+", "unc", &without_place), ("refcocog", "umd", &long)];
+        for (dataset, author, keep) in datasets {
             let folder = paths.coco.join(dataset);
             write_json(&folder.join("instances.json"), &instances)?;
             let references = self.references(dataset, keep);
