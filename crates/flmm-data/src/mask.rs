@@ -44,6 +44,13 @@ impl Mask {
     }
 }
 
+/// The library's mask of the same pixels.
+impl From<&Mask> for flmm::masks::Mask {
+    fn from(mask: &Mask) -> Self {
+        Self::from_fn(mask.width as usize, mask.height as usize, |x, y| mask.get(x as u32, y as u32))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

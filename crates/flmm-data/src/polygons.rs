@@ -118,11 +118,13 @@ fn scan(mask: &mut Mask, edges: Vec<Edge>) {
         let mut xs: Vec<i64> = edges
             .iter()
             .filter(|edge| edge.y0 <= y && y < edge.y1)
-            .map(|edge| (edge.x + (y - edge.y0) * edge.dx) >> SHIFT)
+            .map(|edge| edge.x + (y - edge.y0) * edge.dx)
             .collect();
         xs.sort_unstable();
         for pair in xs.chunks_exact(2) {
-            let (x0, x1) = (pair[0].max(0), pair[1].min(i64::from(mask.width) - 1));
+            // Only pixels whose centre lies between the sides: rounded up on the left, down on the right.
+            let x0 = ((pair[0] + (1 << SHIFT) - 1) >> SHIFT).max(0);
+            let x1 = (pair[1] >> SHIFT).min(i64::from(mask.width) - 1);
             if x0 <= x1 {
                 let row = y as usize * mask.width as usize;
                 mask.data[row + x0 as usize..=row + x1 as usize].fill(true);

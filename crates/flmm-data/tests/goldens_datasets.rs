@@ -67,7 +67,9 @@ fn goldens_datasets_refcoco() {
     let mut masks_compared = 0;
     for (setup, entries) in expected["refcoco"].as_object().unwrap() {
         for (key, images) in entries.as_object().unwrap() {
-            let [dataset, split, mode, kind] = key.split('/').collect::<Vec<_>>()[..] else { panic!("{key}") };
+            let [dataset, split, mode, kind] = key.split('/').collect::<Vec<_>>()[..] else {
+                panic!("{key}")
+            };
             let mode = match mode {
                 "select_first" => TextMode::SelectFirst,
                 "original" => TextMode::Original,
@@ -129,7 +131,11 @@ fn goldens_datasets_reasonseg() {
         assert_eq!(json!(reasoning.instruction()), wanted["instruction"], "{name}");
         assert_eq!(json!(reasoning.is_sentence), wanted["is_sentence"], "{name}");
         let (height, width) = image_size(&folder.join(format!("tree/ReasonSeg/{name}.jpg")));
-        assert_eq!((json!(height), json!(width)), (wanted["height"].clone(), wanted["width"].clone()), "{name}");
+        assert_eq!(
+            (json!(height), json!(width)),
+            (wanted["height"].clone(), wanted["width"].clone()),
+            "{name}"
+        );
         let truth = reasoning.ground_truth(height, width);
         assert_eq!(json!(truth.foreground.area()), wanted["foreground_area"], "{name}");
         assert_eq!(json!(truth.ignore.area()), wanted["ignore_area"], "{name}");
@@ -173,7 +179,8 @@ fn goldens_datasets_gcg_and_viscot() {
         assert_eq!(json!(question.question), wanted["question"]);
         assert_eq!(json!(question.image), wanted["image"]);
         assert_eq!(json!(question.answer), wanted["answer"]);
-        let corners: Vec<f64> = wanted["gt_box"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
+        let corners: Vec<f64> =
+            wanted["gt_box"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
         assert_eq!(question.box_in_image.to_vec(), corners);
     }
 }

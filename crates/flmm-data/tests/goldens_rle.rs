@@ -26,7 +26,9 @@ fn decode(rle: &Value) -> Mask {
 }
 
 fn encode(mask: &Mask) -> String {
-    let Segmentation::Runs(RunLengths { counts: Counts::Compressed(text), .. }) = Segmentation::compress(mask) else {
+    let Segmentation::Runs(RunLengths { counts: Counts::Compressed(text), .. }) =
+        Segmentation::compress(mask)
+    else {
         panic!("expected compressed run lengths")
     };
     text
@@ -69,7 +71,11 @@ fn goldens_rle_merge_and_iou() {
         let union = Mask::from_fn(w, h, |x, y| inputs.iter().any(|mask| mask.get(x, y)));
         let both = Mask::from_fn(w, h, |x, y| inputs.iter().all(|mask| mask.get(x, y)));
         assert_eq!(encode(&union), item["union"]["counts"].as_str().unwrap(), "merge {index}: union");
-        assert_eq!(encode(&both), item["intersection"]["counts"].as_str().unwrap(), "merge {index}: intersection");
+        assert_eq!(
+            encode(&both),
+            item["intersection"]["counts"].as_str().unwrap(),
+            "merge {index}: intersection"
+        );
     }
     for (index, item) in case["iou"].as_array().unwrap().iter().enumerate() {
         let masks = |key: &str| -> Vec<Mask> { item[key].as_array().unwrap().iter().map(decode).collect() };
@@ -101,7 +107,11 @@ fn goldens_rle_polygons() {
         // A single polygon of the goldens is rasterised whatever its length.
         let size: Vec<u32> = numbers(&item["size"]);
         let runs = hotcoco::mask::fr_poly(&floats(&item["polygon"]), size[0], size[1]).unwrap();
-        assert_eq!(hotcoco::mask::rle_to_string(&runs), item["rle"]["counts"].as_str().unwrap(), "{name}: counts");
+        assert_eq!(
+            hotcoco::mask::rle_to_string(&runs),
+            item["rle"]["counts"].as_str().unwrap(),
+            "{name}: counts"
+        );
         if floats(&item["polygon"]).len() >= 6 {
             let mask = fill(&item["size"], &parts);
             assert_eq!(encode(&mask), item["rle"]["counts"].as_str().unwrap(), "{name}: mask");
@@ -119,6 +129,10 @@ fn goldens_rle_polygons() {
         let size: Vec<u32> = numbers(&item["size"]);
         let bbox: [f64; 4] = floats(&item["bbox"]).try_into().unwrap();
         let runs = hotcoco::mask::fr_bbox(&bbox, size[0], size[1]).unwrap();
-        assert_eq!(hotcoco::mask::rle_to_string(&runs), item["rle"]["counts"].as_str().unwrap(), "from_bbox {index}");
+        assert_eq!(
+            hotcoco::mask::rle_to_string(&runs),
+            item["rle"]["counts"].as_str().unwrap(),
+            "from_bbox {index}"
+        );
     }
 }

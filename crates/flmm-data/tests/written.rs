@@ -27,7 +27,8 @@ fn digest(folder: &Path) -> Vec<u8> {
     let mut hash = Sha256::new();
     let mut open = vec![folder.to_owned()];
     while let Some(path) = open.pop() {
-        let mut inside: Vec<_> = std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let mut inside: Vec<_> =
+            std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()).collect();
         inside.sort();
         for path in inside {
             if path.is_dir() {
@@ -82,7 +83,9 @@ fn narratives_and_panoptic_masks_come_back() {
 fn references_come_back() {
     let (_folder, out) = written(Split::Test, Level::Two, 2);
     let mut objects = 0;
-    for (dataset, split) in [("refcoco", "testA"), ("refcoco", "testB"), ("refcoco+", "testA"), ("refcocog", "test")] {
+    for (dataset, split) in
+        [("refcoco", "testA"), ("refcoco", "testB"), ("refcoco+", "testA"), ("refcocog", "test")]
+    {
         let data = RefCoco::open_split(&out, dataset, split).unwrap();
         for image in &data.images {
             let scene = scene(Level::Two, Split::Test, 2, image.image_id);
@@ -126,7 +129,10 @@ fn reasoning_captions_and_chains_come_back() {
         };
         // Polygons close holes, so the mask can only grow, and only a little.
         let mask = &scene.objects[target].mask;
-        assert!(mask.data.iter().zip(&truth.foreground.data).all(|(exact, polygon)| !exact || *polygon), "{stem}");
+        assert!(
+            mask.data.iter().zip(&truth.foreground.data).all(|(exact, polygon)| !exact || *polygon),
+            "{stem}"
+        );
         assert!(f64::from(truth.foreground.area()) < 1.25 * f64::from(mask.area()), "{stem}");
         assert!(path.with_extension("jpg").is_file());
     }
@@ -137,7 +143,8 @@ fn reasoning_captions_and_chains_come_back() {
         assert_eq!(masks.len(), sample.phrases.len());
         assert!(masks.iter().all(|mask| mask.area() > 0));
         assert!(sample.phrases.iter().all(|phrase| sample.caption.contains(phrase.as_str())));
-        let (w, h) = image::image_dimensions(out.join(format!("GranDf/images/{}.jpg", sample.image_id))).unwrap();
+        let (w, h) =
+            image::image_dimensions(out.join(format!("GranDf/images/{}.jpg", sample.image_id))).unwrap();
         assert_eq!(sample.size, [h, w]);
     }
     let questions = viscot::read(&out.join("viscot/world.json")).unwrap();
@@ -175,7 +182,12 @@ fn nothing_but_the_same_world_is_overwritten() {
 fn damaged_files_are_explained() {
     let (_folder, out) = written(Split::Train, Level::One, 4);
     let coco = out.join("coco");
-    let png = std::fs::read_dir(coco.join("annotations/panoptic_train2017")).unwrap().next().unwrap().unwrap().path();
+    let png = std::fs::read_dir(coco.join("annotations/panoptic_train2017"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
     std::fs::write(&png, b"no picture").unwrap();
     let narratives = Narratives::open_split(&out, "train2017").unwrap();
     let failures: Vec<String> =

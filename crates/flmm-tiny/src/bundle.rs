@@ -16,7 +16,12 @@ use crate::text::SPECIAL;
 const CONTEXT: usize = 512;
 
 /// Writes `lmm/` with f16 weights.
-pub fn lmm(folder: &Path, sizes: &LmmSizes, tensors: &BTreeMap<String, Tensor>, tokenizer: &str) -> Result<()> {
+pub fn lmm(
+    folder: &Path,
+    sizes: &LmmSizes,
+    tensors: &BTreeMap<String, Tensor>,
+    tokenizer: &str,
+) -> Result<()> {
     let config = json!({
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",

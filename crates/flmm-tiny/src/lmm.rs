@@ -69,6 +69,7 @@ impl Setting {
                 let things = symbolic::things(scene, &geometry, grid);
                 let mut image = self.codes.tokens(scene, &things, &geometry);
                 symbolic::add_noise(&mut image, self.sizes.width, noise, rng);
+                self.codes.mark_image(&mut image);
                 (things, image)
             }
             Source::Pixels => self.pixels(scene)?,

@@ -3,6 +3,7 @@
 mod bundle;
 mod config;
 mod decoder;
+mod evaluate;
 mod lmm;
 mod pack;
 mod parallel;
@@ -65,6 +66,8 @@ enum Stage {
     Freeze,
     /// Train the grounding head on the frozen models.
     Head(stage_head::HeadArgs),
+    /// Measure the bundle on unseen scenes.
+    Evaluate(evaluate::EvaluateArgs),
 }
 
 /// Seed of everything that is fixed before training: code book and initial tensors.
@@ -108,7 +111,8 @@ fn main() -> Result<()> {
             gate.map(drop)
         }
         Stage::Codes(args) => {
-            let mut store = Store::new(decoder::init(&setting.sizes, &embeddings, &mut rng)?)?;
+            let mut store =
+                Store::new(decoder::init(&setting.sizes, &embeddings, setting.codes.marks(), &mut rng)?)?;
             let frozen = tower::init(&setting.sizes, &mut rng)?.into_iter().collect();
             let folder = cli.out.join("codes");
             stage_lmm::run(args, false, &setting, &world, &mut store, &frozen, &folder)?;
@@ -120,11 +124,14 @@ fn main() -> Result<()> {
             bundle::lmm(&bundle_folder.join("lmm"), &setting.sizes, &tensors, &json)?;
             bundle::sam(&bundle_folder.join("sam"), &load(&cli.out.join("sam/model.safetensors"))?)
         }
+        Stage::Evaluate(args) => {
+            let report = evaluate::run(args, &bundle_folder, setting.packer.tokenizer(), &world)?;
+            println!("{}", serde_json::to_string_pretty(&report)?);
+            Ok(())
+        }
         Stage::Head(args) => {
-            let sam = load(&cli.out.join("sam/model.safetensors"))?.into_iter().collect();
-            let vars = stage_head::init(&setting.sizes, &sam, &mut rng)?;
-            let raw = setting.packer.tokenizer();
-            let tensors = stage_head::run(args, &bundle_folder, raw, &world, vars, &cli.out.join("head"))?;
+            let tokenizer = setting.packer.tokenizer();
+            let tensors = stage_head::run(args, &bundle_folder, tokenizer, &world, &cli.out.join("head"))?;
             bundle::head(&bundle_folder.join("head"), &setting.sizes, &tensors)
         }
         Stage::Sam(args) => {
@@ -139,7 +146,12 @@ fn main() -> Result<()> {
                 load(&cli.out.join("tower/model.safetensors"))?
                     .into_iter()
                     .partition(|(name, _)| name.starts_with("multi_modal_projector"));
-            tensors.extend(projector);
+            for (name, tensor) in projector {
+                // From here on image tokens carry their mark.
+                let marked = name.ends_with("linear_2.bias");
+                let mark = Tensor::new(setting.codes.marks()[1], &Device::Cpu)?;
+                tensors.insert(name, if marked { (tensor + mark)? } else { tensor });
+            }
             let mut store = Store::new(tensors)?;
             let frozen = tower.into_iter().collect();
             let folder = cli.out.join("lmm");

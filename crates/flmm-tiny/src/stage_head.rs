@@ -1,33 +1,29 @@
 //! Stage `head`: the grounding head learns on what the frozen LMM and the frozen SAM encoder observe of scenes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use flmm::Grounder;
-use flmm::capture::weighted_hidden;
-use flmm::grounder::{Caption, GroundingHead, HeadSizes, Observation};
-use flmm::mask_head::{UNet, UNetConfig};
-use flmm::nn::nearest;
+use flmm::grounder::{Caption, GroundingHead, HeadSizes};
+use flmm::lmm::{GROUNDING_INSTRUCTION, Lmm, Turn};
 use flmm::sam::Sam;
-use flmm::text::tokenizer::Tokenizer;
 use flmm::weights::{Params, load_checkpoint};
-use flmm_data::world::{self, Scene, SegmentRef, Split, WorldConfig};
-use flmm_train::losses::{bce, dice, stats};
-use flmm_train::optim::Vars;
+use flmm_data::world::{self, Link, Question, Scene, SegmentRef, Split, WorldConfig};
+use flmm_train::head::{self, HeadConfig, HeadSample, HeadTask, RefinedTarget};
 use flmm_train::samples::from_fn;
-use flmm_train::task::{Losses, Metric, Task};
+use flmm_train::selector::SelectorConfig;
 use flmm_train::trainer::{RunOptions, TrainConfig, Trainer};
 use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand_chacha::ChaCha8Rng;
+use tokenizers::Tokenizer;
 
-use crate::config::LmmSizes;
 use crate::lmm::rng_for;
 use crate::stage_sam;
-use crate::store::Init;
 
 /// How long and how fast to train.
 #[derive(Debug, Clone, clap::Args)]
@@ -51,93 +47,55 @@ pub struct HeadArgs {
 
 /// Base width of the mask head.
 const BASE_CHANNELS: usize = 16;
-/// Share of narrations; the rest are referring expressions.
-const NARRATIONS: f64 = 0.5;
+/// Shares of narrations and of referring expressions; the rest are answers to questions.
+const NARRATIONS: f64 = 0.4;
+const REFERRING: f64 = 0.35;
 /// Most phrases of one scene.
 const MOST_PHRASES: usize = 4;
 
-/// Opens the bundle's frozen parts with a head made of `vars`.
-pub fn grounder(bundle: &Path, vars: &HashMap<String, Tensor>) -> Result<Grounder> {
-    let lmm = flmm::lmm::open(&bundle.join("lmm"), candle_core::DType::F32, &Device::Cpu)?;
-    let config = stage_sam::config();
-    let sam = load_checkpoint(bundle.join("sam"), Some(candle_core::DType::F32), &Device::Cpu)?;
-    let sam = Sam::load(&config, &Params::new(bundle.join("sam"), sam))?;
-    let sizes = HeadSizes {
-        channels: lmm.spec().channels,
-        layers: lmm.spec().layers,
-        hidden_size: lmm.decoder().config().hidden_size,
-        sam: config,
-    };
-    let params = Params::new("head", vars.clone());
-    let head = GroundingHead::from_params(&sizes, &params)?;
-    params.finish("rerun the stage `head`")?;
-    Ok(Grounder::from_parts(lmm, sam, head))
+/// A text with its phrases, what was asked, and what each phrase refers to.
+pub struct Told {
+    /// The user's turn.
+    pub prompt: String,
+    /// The text.
+    pub caption: Caption,
+    /// Per phrase the segments it refers to.
+    pub segments: Vec<Vec<SegmentRef>>,
 }
 
-/// Initial tensors of the head: the refiner goes on from the stage `sam`.
-pub fn init(sizes: &LmmSizes, sam: &HashMap<String, Tensor>, rng: &mut ChaCha8Rng) -> Result<Vars> {
-    let unet = UNetConfig { in_channels: sizes.layers * sizes.heads, base_channels: BASE_CHANNELS, input_size: 64 };
-    let mut tensors: Vec<(String, Tensor)> = Vec::new();
-    for (name, tensor) in UNet::init(&unet, rng)? {
-        tensors.push((format!("mask_head.{name}"), tensor));
-    }
-    for (name, tensor) in sam {
-        if !name.starts_with("image_encoder.") {
-            tensors.push((format!("sam.model.{name}"), tensor.clone()));
-        }
-    }
-    let mut init = Init::new(rng);
-    let (d, c) = (sizes.width, stage_sam::config().prompt_embed_dim);
-    let std = (1.0 / (3.0 * d as f32)).sqrt();
-    init.normal("text_proj.weight", &[c, d], std)?;
-    init.constant("text_proj.bias", &[c], 0.0)?;
-    init.constant("text_layer_weights", &[sizes.layers], 1.0)?;
-    init.normal("keyword_selector.weight", &[1, d], std)?;
-    init.constant("keyword_selector.bias", &[1], 0.0)?;
-    tensors.extend(init.finish());
-    let vars = tensors.into_iter().map(|(name, tensor)| Ok((name, candle_core::Var::from_tensor(&tensor)?)));
-    vars.collect()
-}
-
-/// What the frozen models see of one scene, and what the head should make of it.
-pub struct HeadSample {
-    observation: Observation,
-    /// `[N, H, W]`, 0 or 1.
-    masks: Tensor,
-    /// Per token of the text whether it belongs to a phrase; only for narrations.
-    keywords: Option<Vec<f32>>,
-}
-
-/// A text of the scene with its phrases, and the segments each phrase refers to.
-pub fn narration(
-    tokenizer: &Tokenizer,
-    raw: &tokenizers::Tokenizer,
-    scene: &Scene,
-    index: usize,
-) -> Result<(Caption, Vec<Vec<SegmentRef>>)> {
-    let narration = &scene.texts.narrations[index];
-    let text: String = narration.segments.iter().map(|s| s.utterance.as_str()).collect();
-    let encoding =
-        raw.encode_char_offsets(text.as_str(), false).map_err(|e| anyhow::anyhow!("cannot encode {text:?}: {e}"))?;
-    let mut caption = Caption { token_ids: tokenizer.encode(&text, false)?, mask_ids: Vec::new() };
-    caption.mask_ids = vec![-1; caption.token_ids.len()];
-    let (mut segments, mut start) = (Vec::new(), 0);
-    for segment in &narration.segments {
-        let end = start + segment.utterance.chars().count();
-        if !segment.segments.is_empty() {
-            for (id, (from, to)) in caption.mask_ids.iter_mut().zip(encoding.get_offsets()) {
-                if *from < end && *to > start {
-                    *id = segments.len() as i32;
-                }
+/// A text encoded in one piece, as the model itself would write it, with `links` as its phrases.
+fn told(tokenizer: &Tokenizer, prompt: &str, text: &str, links: &[Link]) -> Result<Told> {
+    let encoding = tokenizer
+        .encode_char_offsets(text, false)
+        .map_err(|e| anyhow::anyhow!("cannot encode {text:?}: {e}"))?;
+    let token_ids = encoding.get_ids().to_vec();
+    let mut mask_ids = vec![-1; token_ids.len()];
+    for (phrase, link) in links.iter().enumerate() {
+        for (id, (from, to)) in mask_ids.iter_mut().zip(encoding.get_offsets()) {
+            if *from < link.range.end && *to > link.range.start {
+                *id = phrase as i32;
             }
-            segments.push(segment.segments.clone());
         }
-        start = end;
     }
-    Ok((caption, segments))
+    let segments = links.iter().map(|link| link.segments.clone()).collect();
+    Ok(Told { prompt: prompt.into(), caption: Caption { token_ids, mask_ids }, segments })
 }
 
-/// Up to `most` referring expressions of different objects, in random order.
+/// One of the scene's narrations.
+pub fn narration(tokenizer: &Tokenizer, scene: &Scene, index: usize) -> Result<Told> {
+    let (mut text, mut links) = (String::new(), Vec::new());
+    for segment in &scene.texts.narrations[index].segments {
+        let start = text.chars().count();
+        text += &segment.utterance;
+        if !segment.segments.is_empty() {
+            let range = start..text.chars().count();
+            links.push(Link { range, segments: segment.segments.clone(), from_image: true });
+        }
+    }
+    told(tokenizer, GROUNDING_INSTRUCTION, &text, &links)
+}
+
+/// Referring expressions of up to `most` different objects, in random order.
 pub fn expressions<'a>(scene: &'a Scene, most: usize, rng: &mut ChaCha8Rng) -> Vec<(&'a str, usize)> {
     let mut chosen = Vec::new();
     let mut objects: Vec<usize> = (0..scene.objects.len()).collect();
@@ -145,7 +103,8 @@ pub fn expressions<'a>(scene: &'a Scene, most: usize, rng: &mut ChaCha8Rng) -> V
     for object in objects {
         let of_object: Vec<_> = scene.texts.referring.iter().filter(|r| r.target == object).collect();
         if let Some(referring) = of_object.choose(rng) {
-            let texts: Vec<&String> = std::iter::once(&referring.text).chain(&referring.alternatives).collect();
+            let texts: Vec<&String> =
+                std::iter::once(&referring.text).chain(&referring.alternatives).collect();
             if let Some(text) = texts.choose(rng) {
                 chosen.push((text.as_str(), object));
             }
@@ -155,111 +114,106 @@ pub fn expressions<'a>(scene: &'a Scene, most: usize, rng: &mut ChaCha8Rng) -> V
     chosen
 }
 
-/// The union of segments as 0 and 1, row by row.
-pub fn union(scene: &Scene, segments: &[SegmentRef]) -> Vec<f32> {
-    let mut out = vec![0f32; (scene.image.width() * scene.image.height()) as usize];
+/// The union of segments, `H · W` values of 0 and 1.
+pub fn union(scene: &Scene, segments: &[SegmentRef]) -> Vec<u8> {
+    let mut out = vec![0u8; (scene.image.width() * scene.image.height()) as usize];
     for segment in segments {
         let mask = match segment {
             SegmentRef::Object(i) => &scene.objects[*i].mask,
             SegmentRef::Stuff(i) => &scene.stuff[*i].mask,
         };
-        for (value, inside) in out.iter_mut().zip(stage_sam::mask_values(mask)) {
-            *value = value.max(inside);
-        }
+        out.iter_mut().zip(&mask.data).for_each(|(value, inside)| *value |= u8::from(*inside));
     }
     out
 }
 
 /// Draws and observes one sample.
-pub fn sample(
+fn sample(
     grounder: &Grounder,
-    raw: &tokenizers::Tokenizer,
+    tokenizer: &Tokenizer,
     scene: &Scene,
     rng: &mut ChaCha8Rng,
 ) -> Result<HeadSample> {
-    let tokenizer = grounder.lmm().tokenizer();
-    let as_narration = rng.random_bool(NARRATIONS) || scene.texts.referring.is_empty();
-    let (caption, segments) = if as_narration {
-        narration(tokenizer, raw, scene, rng.random_range(0..scene.texts.narrations.len()))?
+    let draw: f64 = rng.random();
+    let linked = |q: &&Question| !q.links.is_empty();
+    let questions: Vec<&Question> = scene.texts.questions.iter().filter(linked).collect();
+    let chosen = expressions(scene, MOST_PHRASES, rng);
+    let (told, labelled) = if draw < REFERRING && !chosen.is_empty() {
+        let caption =
+            Caption::from_expressions(grounder.lmm().tokenizer(), chosen.iter().map(|(text, _)| *text))?;
+        let segments = chosen.iter().map(|(_, object)| vec![SegmentRef::Object(*object)]).collect();
+        (Told { prompt: GROUNDING_INSTRUCTION.into(), caption, segments }, false)
+    } else if let (true, Some(question)) = (draw > REFERRING + NARRATIONS, questions.choose(rng)) {
+        (told(tokenizer, &question.question, &question.answer, &question.links)?, true)
     } else {
-        let chosen = expressions(scene, MOST_PHRASES, rng);
-        let caption = Caption::from_expressions(tokenizer, chosen.iter().map(|(text, _)| *text))?;
-        (caption, chosen.iter().map(|(_, object)| vec![SegmentRef::Object(*object)]).collect())
+        (narration(tokenizer, scene, rng.random_range(0..scene.texts.narrations.len()))?, true)
     };
-    let keywords = as_narration.then(|| caption.mask_ids.iter().map(|id| f32::from(u8::from(*id >= 0))).collect());
-    let observation = grounder.observe(&scene.image, &caption)?;
-    let masks: Vec<f32> = segments.iter().flat_map(|s| union(scene, s)).collect();
+    let labels: Vec<f32> = told.caption.mask_ids.iter().map(|id| f32::from(u8::from(*id >= 0))).collect();
+    let token_labels = if labelled { Some(Tensor::new(labels, &Device::Cpu)?) } else { None };
+    let mut session = grounder.start(&scene.image)?;
+    let observation = grounder.observe_in(&mut session, &[Turn::user(&told.prompt)], &told.caption)?;
+    let masks: Vec<u8> = told.segments.iter().flat_map(|s| union(scene, s)).collect();
     let (height, width) = (scene.image.height() as usize, scene.image.width() as usize);
-    let masks = Tensor::from_vec(masks, (segments.len(), height, width), &Device::Cpu)?;
-    Ok(HeadSample { observation, masks, keywords })
+    let masks = Tensor::from_vec(masks, (told.segments.len(), height, width), &Device::Cpu)?;
+    Ok(HeadSample { observation, masks, token_labels })
 }
 
-struct HeadTask<'a> {
-    grounder: &'a Grounder,
-}
-
-impl Task for HeadTask<'_> {
-    type Sample = HeadSample;
-
-    fn weights(&self, sample: &HeadSample) -> Vec<f64> {
-        let masks = sample.masks.dims()[0] as f64;
-        vec![masks, if sample.keywords.is_some() { 1.0 } else { 0.0 }]
-    }
-
-    fn losses(&self, sample: &HeadSample) -> flmm::Result<Losses> {
-        let head = self.grounder.head();
-        let logits = self.grounder.decode(&sample.observation)?;
-        let (_, height, width) = logits.coarse.dims3()?;
-        let small = nearest(&sample.masks.unsqueeze(0)?, height, width)?.squeeze(0)?;
-        let coarse = (bce(&logits.coarse, &small)? + dice(&logits.coarse, &small)?)?;
-        let refined = (bce(&logits.refined, &sample.masks)? + dice(&logits.refined, &sample.masks)?)?;
-        let weight = sample.masks.dims()[0] as f64;
-        let metric = |name, value| Metric { name, value, weight };
-        let metrics = vec![
-            metric("coarse_aiou", stats(&logits.coarse, &small)?.aiou),
-            metric("refined_aiou", stats(&logits.refined, &sample.masks)?.aiou),
-        ];
-        let keywords = match (&sample.keywords, &head.keyword_selector) {
-            (Some(labels), Some(selector)) => {
-                let hidden = sample.observation.hidden.detach();
-                let states = weighted_hidden(&hidden, &head.text_layer_weights.detach())?;
-                let labels = Tensor::from_slice(labels, (1, 1, labels.len()), &Device::Cpu)?;
-                bce(&selector.forward(&states)?.t()?.unsqueeze(0)?, &labels)?
-            }
-            _ => Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?,
-        };
-        Ok(Losses { terms: vec![(coarse + refined)?, keywords], metrics })
+/// What a head for `lmm` and flmm-tiny's SAM must fit.
+fn sizes(lmm: &dyn Lmm) -> HeadSizes {
+    HeadSizes {
+        channels: lmm.spec().channels,
+        layers: lmm.spec().layers,
+        hidden_size: lmm.decoder().config().hidden_size,
+        sam: stage_sam::config(),
     }
 }
 
-/// Trains and returns the head's tensors.
+/// Trains on the frozen parts in `bundle` and returns the head's tensors.
 pub fn run(
     args: &HeadArgs,
     bundle: &Path,
-    raw: &tokenizers::Tokenizer,
+    tokenizer: &Tokenizer,
     world: &WorldConfig,
-    vars: Vars,
     folder: &Path,
-) -> Result<std::collections::BTreeMap<String, Tensor>> {
-    let tensors = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
-    let grounder = grounder(bundle, &tensors)?;
-    let task = HeadTask { grounder: &grounder };
-    let config =
-        TrainConfig { seed: args.seed, epochs: 1, batch_size: args.batch, learning_rate: args.lr, ..TrainConfig::default() };
+) -> Result<BTreeMap<String, Tensor>> {
+    let lmm = flmm::lmm::open(&bundle.join("lmm"), DType::F32, &Device::Cpu)?;
+    let sizes = sizes(lmm.as_ref());
+    let sam: HashMap<String, Tensor> = load_checkpoint(bundle.join("sam"), Some(DType::F32), &Device::Cpu)?;
+    let selector = SelectorConfig { positive_rate: 0.4, ..SelectorConfig::default() };
+    let mut tensors = head::init(&sizes, BASE_CHANNELS, Some(&selector), Some(&sam), args.seed)?;
+    let (trainable, vars) = head::trainable(&sizes, &tensors)?;
+    // Observing needs the frozen parts only; the head beside them is never run.
+    let frozen =
+        GroundingHead::from_params(&sizes, &Params::new("head", tensors.clone().into_iter().collect()))?;
+    let sam = Sam::load(&sizes.sam, &Params::new(bundle.join("sam"), sam))?;
+    let grounder = Grounder::from_parts(lmm, sam, frozen);
+    let config = HeadConfig {
+        refined_target: RefinedTarget::Exact,
+        selector: Some(selector),
+        ..HeadConfig::default()
+    };
+    let task = HeadTask::new(trainable, config)?;
+    let train = TrainConfig {
+        seed: args.seed,
+        epochs: 1,
+        batch_size: args.batch,
+        learning_rate: args.lr,
+        ..TrainConfig::default()
+    };
     let options = RunOptions {
         workers: args.workers,
         progress: true,
-        checkpoint_every: std::time::Duration::from_secs(150),
+        checkpoint_every: Duration::from_secs(150),
         ..RunOptions::new(folder)
     };
-    let trained = vars.iter().filter(|(name, _)| !name.ends_with("gaussian_matrix"));
-    let trained = trained.map(|(name, var)| (name.clone(), var.clone())).collect();
-    let mut trainer = Trainer::new(&task, trained, config, serde_json::json!({ "head": "flmm-tiny" }), options)?;
+    let mut trainer = Trainer::new(&task, vars.clone(), train, serde_json::to_value(config)?, options)?;
     let samples = from_fn(args.scenes, |index, _| {
         let scene = world::generate(world, Split::Train, args.seed, index as u64);
-        sample(&grounder, raw, &scene, &mut rng_for(args.seed, index, 0))
-            .map_err(|e| flmm::Error::request(format!("scene {index}: {e:#}"), "this is a bug in flmm-tiny"))
+        sample(&grounder, tokenizer, &scene, &mut rng_for(args.seed, index, 0)).map_err(|e| {
+            flmm::Error::request(format!("scene {index}: {e:#}"), "report this: the world made it")
+        })
     });
     trainer.run(&samples, |_| ControlFlow::Continue(()))?;
-    Ok(vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect())
+    tensors.extend(vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())));
+    Ok(tensors)
 }

@@ -179,8 +179,7 @@ mod tests {
             "config.json: required key `text_config.hidden_size` is missing"
         );
         assert!(
-            message(inner.size("layers"))
-                .contains("`text_config.layers`: expected a whole number from 1")
+            message(inner.size("layers")).contains("`text_config.layers`: expected a whole number from 1")
         );
         assert_eq!(inner.size_or("heads", 7)?, 7);
         let huge = Config::new(Path::new("config.json"), json!({ "layers": 2000, "width": 1u64 << 40 }))?;

@@ -10,8 +10,8 @@ mod head;
 mod session;
 mod spans;
 
-use std::ops::Range;
 use std::ops::ControlFlow;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 

@@ -2,7 +2,7 @@
 //!
 //! [`generate`] makes one [`Scene`] in memory, a pure function of configuration, split, seed and index. Every
 //! sentence is decided from the masks with a margin, so that a careful observer of the picture agrees with it.
-//! [`write`] puts scenes on disk in the published formats of the real datasets.
+//! [`write()`] puts scenes on disk in the published formats of the real datasets.
 
 mod affordances;
 mod catalog;

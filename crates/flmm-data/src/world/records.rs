@@ -7,8 +7,8 @@ use crate::coco::Segmentation;
 use crate::gcg::{Caption, CaptionFile, GcgImage, MaskFile, PhraseMask};
 use crate::mask::Mask;
 use crate::narratives::{
-    Narrative, NarrativeSegment, PanopticAnnotation, PanopticCategory, PanopticFile, PanopticImage, SegmentInfo,
-    id_picture,
+    Narrative, NarrativeSegment, PanopticAnnotation, PanopticCategory, PanopticFile, PanopticImage,
+    SegmentInfo, id_picture,
 };
 use crate::polygons;
 use crate::reasonseg::{Reasoning, Shape};
@@ -55,7 +55,9 @@ impl Record {
             .write_image(scene.image.as_raw(), width, height, ExtendedColorType::Rgb8)
             .map_err(encoding)?;
         let mut id_png = Cursor::new(Vec::new());
-        id_picture(width, height, &owners(scene)).write_to(&mut id_png, ImageFormat::Png).map_err(encoding)?;
+        id_picture(width, height, &owners(scene))
+            .write_to(&mut id_png, ImageFormat::Png)
+            .map_err(encoding)?;
 
         let referring = scene.texts.referring.iter().map(|referring| {
             let alternatives = referring.alternatives.iter().cloned();
@@ -105,7 +107,9 @@ impl Record {
 fn segment_id(scene: &Scene, segment: SegmentRef) -> u64 {
     match segment {
         SegmentRef::Object(index) => (scene.objects[index].class as u64 + 1) * 1000 + index as u64 + 1,
-        SegmentRef::Stuff(region) => (scene.stuff[region].class as u64 + FIRST_STUFF) * 1000 + region as u64 + 1,
+        SegmentRef::Stuff(region) => {
+            (scene.stuff[region].class as u64 + FIRST_STUFF) * 1000 + region as u64 + 1
+        }
     }
 }
 
@@ -214,8 +218,10 @@ fn chains(scene: &Scene) -> Vec<(String, [u32; 4], String)> {
         let [x, y, w, h] = scene.objects[only_object(question)?].bbox;
         let answer = match question.kind {
             // The gold answers of the benchmark are short where they can be.
-            QuestionKind::Colour | QuestionKind::Where => question.answer.split_once(" is ")?.1.trim_end_matches('.'),
-            QuestionKind::Reason => &question.answer,
+            QuestionKind::Colour | QuestionKind::Where => {
+                question.answer.split_once(" is ")?.1.trim_end_matches('.')
+            }
+            QuestionKind::Reason => question.answer.as_str(),
             _ => return None,
         };
         Some((question.question.clone(), [x, y, x + w, y + h], answer.to_owned()))
@@ -246,11 +252,9 @@ impl Records {
         let any = |_: &str| true;
         let without_place = |text: &str| !text.split(' ').any(|word| PLACE_WORDS.contains(&word));
         let long = |text: &str| text.split(' ').count() >= 4;
-        for (dataset, author, keep) in [
-            ("refcoco", "unc", &any as &dyn Fn(&str) -> bool),
-            ("refcoco+", "unc", &without_place),
-            ("refcocog", "umd", &long),
-        ] {
+        let datasets: [(&str, &str, &dyn Fn(&str) -> bool); 3] =
+            [("refcoco", "unc", &any), ("refcoco+", "unc", &without_place), ("refcocog", "umd", &long)];
+        for (dataset, author, keep) in datasets {
             let folder = paths.coco.join(dataset);
             write_json(&folder.join("instances.json"), &instances)?;
             let references = self.references(dataset, keep);
@@ -266,7 +270,8 @@ impl Records {
     fn panoptic(&self) -> PanopticFile {
         let things = classes(self.level).iter().enumerate();
         let things = things.map(|(i, class)| (i as u64 + 1, class.name, 1));
-        let stuff = stuff_classes().iter().enumerate().map(|(i, class)| (i as u64 + FIRST_STUFF, class.name, 0));
+        let stuff =
+            stuff_classes().iter().enumerate().map(|(i, class)| (i as u64 + FIRST_STUFF, class.name, 0));
         PanopticFile {
             images: self
                 .records
@@ -354,7 +359,8 @@ impl Records {
     }
 
     fn gcg(&self) -> (CaptionFile, MaskFile) {
-        let image = |record: &Record| GcgImage { id: record.image_id, height: record.size[0], width: record.size[1] };
+        let image =
+            |record: &Record| GcgImage { id: record.image_id, height: record.size[0], width: record.size[1] };
         let images: Vec<GcgImage> = self.records.iter().map(image).collect();
         let (mut captions, mut masks) = (Vec::new(), Vec::new());
         for record in &self.records {

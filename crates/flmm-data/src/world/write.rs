@@ -201,8 +201,9 @@ pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let bytes = serde_json::to_vec(value)
-        .map_err(|error| Error::request(format!("cannot write {}: {error}", path.display()), "this is a bug"))?;
+    let bytes = serde_json::to_vec(value).map_err(|error| {
+        Error::request(format!("cannot write {}: {error}", path.display()), "this is a bug")
+    })?;
     write_file(path, &bytes)
 }
 

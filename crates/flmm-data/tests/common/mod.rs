@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 /// The folder of a golden case: `$FLMM_GOLDENS`, else `../shared/goldens` beside the repository, else `fixtures`.
 /// `None` if the case is in none of them.
-pub fn golden_dir(case: &str) -> Option<PathBuf> {
+pub(crate) fn golden_dir(case: &str) -> Option<PathBuf> {
     let repository = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
     let fixtures = repository.join("fixtures").join(case);
     let shared = repository.join("../shared/goldens");

@@ -82,7 +82,8 @@ pub fn draw_mask(image: &RgbImage, mask: &Mask, index: usize) -> Result<RgbImage
     let (mut canvas, factor) = prepare(image, [mask])?;
     let shape = shape::Shape::new(mask, factor)?;
     shape.fill(&mut canvas, colour(index));
-    shape.outline(&mut canvas, colour(index), line_width(&canvas));
+    let width = line_width(&canvas);
+    shape.outline(&mut canvas, colour(index), width);
     Ok(canvas)
 }
 

@@ -25,6 +25,7 @@ pub struct Normalisation {
     pub std: [f32; 3],
 }
 
+#[allow(clippy::excessive_precision, reason = "digits as published")]
 impl Normalisation {
     /// What CLIP towers expect.
     pub const CLIP: Self = Self {

@@ -39,7 +39,7 @@ pub(super) enum Value {
 }
 
 /// A record of the archive, as a persistent id names it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Storage {
     pub(super) element: Element,
     /// The record's name below `data/`.
@@ -49,7 +49,7 @@ pub(super) struct Storage {
 }
 
 /// A view into a storage; lengths in elements, not yet checked against the storage.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct TensorRef {
     pub(super) storage: Storage,
     pub(super) offset: usize,
