@@ -25,7 +25,12 @@ fn main() -> std::io::Result<()> {
         println!("cargo:rerun-if-changed={}", file.display());
         let mut parts = file.components().rev().map(|part| part.as_os_str().to_string_lossy().into_owned());
         let (name, folder) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-        writeln!(table, "    ({:?}, include_bytes!({:?})),", format!("{folder}/{name}"), file.display().to_string())?;
+        writeln!(
+            table,
+            "    ({:?}, include_bytes!({:?})),",
+            format!("{folder}/{name}"),
+            file.display().to_string()
+        )?;
     }
     writeln!(table, "]")
 }

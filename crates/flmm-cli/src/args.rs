@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::failure::{self, Failure};
 
 /// Ask about a picture and get an answer whose words carry masks.
 #[derive(Debug, Parser)]
@@ -112,7 +113,6 @@ pub(crate) struct ChatArgs {
     /// The picture.
     pub(crate) image: PathBuf,
     /// The question; without it, questions are read line by line until an empty one or the end of input.
-    #[arg(value_parser = text())]
     pub(crate) prompt: Option<String>,
     /// Answer only; the text is the same with and without masks.
     #[arg(long, conflicts_with = "overlay")]
@@ -130,10 +130,10 @@ pub(crate) struct GroundArgs {
     /// The picture.
     pub(crate) image: PathBuf,
     /// The text, read as if the model had said it.
-    #[arg(long, value_parser = text())]
+    #[arg(long)]
     pub(crate) text: String,
     /// Part of the text to ground, may be repeated; without it, the model chooses.
-    #[arg(long, value_name = "SUBSTRING", value_parser = text())]
+    #[arg(long, value_name = "SUBSTRING")]
     pub(crate) phrase: Vec<String>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
@@ -199,13 +199,12 @@ pub(crate) struct AttentionArgs {
     /// The picture.
     pub(crate) image: PathBuf,
     /// A question; the attention of its answer is drawn.
-    #[arg(value_parser = text())]
     pub(crate) prompt: Option<String>,
     /// A text, read as if the model had said it.
-    #[arg(long, value_parser = text())]
+    #[arg(long)]
     pub(crate) text: Option<String>,
     /// Part of the text to draw, may be repeated; without it, the model chooses.
-    #[arg(long, value_name = "SUBSTRING", value_parser = text())]
+    #[arg(long, value_name = "SUBSTRING")]
     pub(crate) phrase: Vec<String>,
     /// Picture to write [default: next to IMAGE, its name ending in .attention.png].
     #[arg(long, value_name = "FILE")]
@@ -220,13 +219,14 @@ pub(crate) struct AttentionArgs {
     pub(crate) model: ModelArgs,
 }
 
-/// Text with at least one character that is not blank.
-fn text() -> impl clap::builder::TypedValueParser<Value = String> {
-    use clap::builder::TypedValueParser;
-    NonEmptyStringValueParser::new().try_map(|text| match text.trim().is_empty() {
-        true => Err("the text is blank"),
-        false => Ok(text),
-    })
+/// Refuses text that is blank; `name` is what the user calls it.
+pub(crate) fn check_text(name: &str, text: &str) -> failure::Result<()> {
+    match text.trim().is_empty() {
+        true => {
+            Err(Failure::usage(format!("{name} is blank"), "write something between the quotation marks"))
+        }
+        false => Ok(()),
+    }
 }
 
 fn count(text: &str) -> Result<usize, String> {

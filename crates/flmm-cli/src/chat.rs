@@ -7,12 +7,15 @@ use flmm::grounder::{AnswerOptions, GroundOptions, GroundedAnswer, Sampling};
 use flmm::phrases::PhraseChoice;
 use image::RgbImage;
 
-use crate::args::{ChatArgs, GenerateArgs, OutputArgs};
+use crate::args::{ChatArgs, GenerateArgs, OutputArgs, check_text};
 use crate::failure::{Failure, Result};
 use crate::talk::Talk;
 use crate::{model, picture, report};
 
 pub(crate) fn run(args: &ChatArgs, talk: &Talk) -> Result<()> {
+    if let Some(prompt) = &args.prompt {
+        check_text("the question", prompt)?;
+    }
     let overlay = if args.no_ground { None } else { overlay_place(&args.image, &args.output)? };
     let image = picture::read(&args.image)?;
     let model = model::open(&args.model, talk)?;
@@ -79,6 +82,9 @@ impl Show<'_> {
             false => report::text(answer, talk.colour()),
         };
         talk.print(&text)?;
+        if answer.answer.trim().is_empty() {
+            talk.note("the model said nothing");
+        }
         if let Some(path) = &self.overlay {
             // Without a phrase there is nothing to draw, unless the user named the file.
             if answer.phrases.is_empty() && self.output.overlay.is_none() {

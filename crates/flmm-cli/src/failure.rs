@@ -13,12 +13,7 @@ pub(crate) enum Failure {
     /// The library refused: exit status 1.
     Library(flmm::Error),
     /// Anything else that went wrong: exit status 1.
-    Other {
-        /// What is wrong.
-        what: String,
-        /// What to do, where there is something.
-        hint: Option<String>,
-    },
+    Other(String),
     /// Whoever read standard output has closed it: nothing to complain about.
     ReaderGone,
 }
@@ -31,13 +26,13 @@ impl Failure {
     }
 
     pub(crate) fn other(what: impl Into<String>) -> Self {
-        Self::Other { what: what.into(), hint: None }
+        Self::Other(what.into())
     }
 
     pub(crate) fn exit_status(&self) -> u8 {
         match self {
             Self::Usage { .. } => 2,
-            Self::Library(_) | Self::Other { .. } => 1,
+            Self::Library(_) | Self::Other(_) => 1,
             Self::ReaderGone => 0,
         }
     }
@@ -46,8 +41,7 @@ impl Failure {
         match self {
             Self::Usage { hint, .. } => Some(hint),
             Self::Library(error) => error.hint(),
-            Self::Other { hint, .. } => hint.as_deref(),
-            Self::ReaderGone => None,
+            Self::Other(_) | Self::ReaderGone => None,
         }
     }
 }
@@ -55,7 +49,7 @@ impl Failure {
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Usage { what, .. } | Self::Other { what, .. } => f.write_str(what),
+            Self::Usage { what, .. } | Self::Other(what) => f.write_str(what),
             Self::Library(error) => write!(f, "{error}"),
             Self::ReaderGone => f.write_str("standard output was closed"),
         }

@@ -3,7 +3,7 @@
 use flmm::grounder::GroundOptions;
 use flmm::phrases::{PhraseChoice, find_phrases};
 
-use crate::args::GroundArgs;
+use crate::args::{GroundArgs, check_text};
 use crate::chat::{Show, overlay_place};
 use crate::failure::{Failure, Result};
 use crate::talk::Talk;
@@ -23,10 +23,13 @@ pub(crate) fn run(args: &GroundArgs, talk: &Talk) -> Result<()> {
 
 /// The phrases the user gave, checked against the text; without any, the model chooses.
 pub(crate) fn choice(text: &str, phrases: &[String]) -> Result<PhraseChoice> {
+    check_text("the text", text)?;
+    phrases.iter().try_for_each(|phrase| check_text("the phrase", phrase))?;
     if phrases.is_empty() {
         return Ok(PhraseChoice::Keywords);
     }
-    find_phrases(text, phrases)
-        .map_err(|e| Failure::usage(e.to_string(), e.hint().unwrap_or("give a part of the text").to_owned()))?;
+    find_phrases(text, phrases).map_err(|e| {
+        Failure::usage(e.to_string(), e.hint().unwrap_or("give a part of the text").to_owned())
+    })?;
     Ok(PhraseChoice::Given(phrases.to_vec()))
 }

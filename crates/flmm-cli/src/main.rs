@@ -39,7 +39,8 @@ fn run(cli: &Cli, talk: &Talk) -> Result<()> {
     if let Some(threads) = cli.global.threads {
         // Before anything computes: the pool cannot be changed later.
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-        pool.build_global().map_err(|e| Failure::usage(format!("cannot start {threads} threads: {e}"), "give fewer"))?;
+        pool.build_global()
+            .map_err(|e| Failure::usage(format!("cannot start {threads} threads: {e}"), "give fewer"))?;
     }
     match &cli.command {
         Command::Chat(args) => chat::run(args, talk),

@@ -37,23 +37,27 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
 fn choose(args: &ModelArgs) -> Result<(String, ModelPaths)> {
     let Some(model) = &args.model else {
         let bundle = embedded::bundle().ok_or_else(|| {
-            Failure::usage("this build has no embedded model", "give --model, --sam and --head, or build with models/flmm-tiny")
+            Failure::usage(
+                "this build has no embedded model",
+                "give --model, --sam and --head, or build with models/flmm-tiny",
+            )
         })?;
         return Ok((embedded::NAME.to_owned(), ModelPaths::bundle(&bundle)));
     };
     let bundle = ModelPaths::bundle(model);
     let is_bundle = !model.join("config.json").is_file() && bundle.model.is_dir();
     let (lmm, sam, head) = match is_bundle {
-        true => (
-            bundle.model,
-            args.sam.clone().unwrap_or(bundle.sam),
-            args.head.clone().unwrap_or(bundle.head),
-        ),
+        true => {
+            (bundle.model, args.sam.clone().unwrap_or(bundle.sam), args.head.clone().unwrap_or(bundle.head))
+        }
         false => match (&args.sam, &args.head) {
             (Some(sam), Some(head)) => (model.clone(), sam.clone(), head.clone()),
             _ => {
                 return Err(Failure::usage(
-                    format!("{} is not a bundle: its SAM and its grounding head are not known", model.display()),
+                    format!(
+                        "{} is not a bundle: its SAM and its grounding head are not known",
+                        model.display()
+                    ),
                     "add --sam FILE and --head DIR",
                 ));
             }
@@ -61,7 +65,10 @@ fn choose(args: &ModelArgs) -> Result<(String, ModelPaths)> {
     };
     for path in [&lmm, &sam, &head] {
         if !path.exists() {
-            return Err(Failure::usage(format!("{}: no such file or folder", path.display()), "check the path"));
+            return Err(Failure::usage(
+                format!("{}: no such file or folder", path.display()),
+                "check the path",
+            ));
         }
     }
     Ok((name_of(model), ModelPaths { model: lmm, sam, head }))

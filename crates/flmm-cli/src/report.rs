@@ -97,7 +97,8 @@ pub(crate) fn text(answer: &GroundedAnswer, coloured: bool) -> String {
                 0 => "nothing found".to_owned(),
                 _ => format!("{w}×{h} at {x},{y}, {share:.1} % of the picture"),
             };
-            let _ = write!(out, "\n{} {}: {place}, score {:.2}", superscript(i + 1), phrase.text, phrase.score);
+            let _ =
+                write!(out, "\n{} {}: {place}, score {:.2}", superscript(i + 1), phrase.text, phrase.score);
         }
     }
     out
@@ -137,8 +138,11 @@ fn superscript(number: usize) -> String {
 
 /// The picture with the masks of an answer.
 pub(crate) fn overlay(image: &RgbImage, answer: &GroundedAnswer) -> Result<RgbImage> {
-    let regions: Vec<Region> =
-        answer.phrases.iter().map(|phrase| Region { mask: &phrase.mask, chars: phrase.start..phrase.end }).collect();
+    let regions: Vec<Region> = answer
+        .phrases
+        .iter()
+        .map(|phrase| Region { mask: &phrase.mask, chars: phrase.start..phrase.end })
+        .collect();
     Ok(flmm::overlay::draw(image, &answer.answer, &regions)?)
 }
 

@@ -62,5 +62,6 @@ impl LmmSizes {
 pub const LAYER_NORM_EPS: f64 = 1e-5;
 /// Epsilon of the decoder's norms, as Vicuna.
 pub const RMS_NORM_EPS: f64 = 1e-5;
-/// Base of the rotary frequencies, as Llama.
-pub const ROPE_THETA: f64 = 1e4;
+/// Base of the rotary frequencies: high enough that most pairs of a 32-wide head hardly turn over the length of a
+/// picture, so that a word can be compared with a patch by content.
+pub const ROPE_THETA: f64 = 1e6;

@@ -1,6 +1,6 @@
 //! The trainable LMM: batches of packed scenes in, answer loss out; and how well it answers and looks.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -51,7 +51,7 @@ pub struct Setting {
     /// The packer for the full grid.
     pub packer: Packer,
     /// Picture preprocessing.
-    pub processor: crate::preprocess::Processor,
+    pub processor: flmm::vision::preprocess::LlavaProcessor,
 }
 
 impl Setting {
@@ -65,11 +65,11 @@ impl Setting {
     ) -> Result<Sample> {
         let (things, image) = match source {
             Source::Codes { grid, noise } => {
-                let geometry =
-                    self.processor.geometry(scene.image.height() as usize, scene.image.width() as usize);
+                let geometry = self.geometry(scene)?;
                 let things = symbolic::things(scene, &geometry, grid);
                 let mut image = self.codes.tokens(scene, &things, &geometry);
                 symbolic::add_noise(&mut image, self.sizes.width, noise, rng);
+                self.codes.mark_image(&mut image);
                 (things, image)
             }
             Source::Pixels => self.pixels(scene)?,
@@ -86,8 +86,8 @@ impl Setting {
     }
 
     /// The geometry of a scene's picture.
-    pub fn geometry(&self, scene: &Scene) -> Geometry {
-        self.processor.geometry(scene.image.height() as usize, scene.image.width() as usize)
+    pub fn geometry(&self, scene: &Scene) -> Result<Geometry> {
+        Ok(self.processor.geometry((scene.image.height() as usize, scene.image.width() as usize))?)
     }
 }
 
@@ -264,11 +264,6 @@ impl Report {
         }
         line
     }
-}
-
-/// Loads an [`Lmm`] from plain tensors.
-pub fn from_tensors(sizes: &LmmSizes, tensors: &HashMap<String, Tensor>) -> Result<Lmm> {
-    Lmm::load(sizes, &Params::new("LMM", tensors.clone()))
 }
 
 /// A random generator that depends only on what it is for, so that a resumed run draws what the

@@ -1,13 +1,18 @@
 //! Makes flmm-tiny, the model embedded in `flmm`: one command per stage, each resumable by running it again.
 
+mod bundle;
 mod config;
 mod decoder;
+mod evaluate;
 mod lmm;
 mod pack;
 mod parallel;
-mod preprocess;
+#[cfg(test)]
+mod parity;
 mod progress;
+mod stage_head;
 mod stage_lmm;
+mod stage_sam;
 mod stage_tower;
 mod store;
 mod symbolic;
@@ -20,6 +25,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use candle_core::{Device, Tensor};
 use clap::{Parser, Subcommand};
+use flmm::vision::preprocess::{LlavaProcessor, Normalisation, SizeRule};
 use flmm_data::world::{self, Level, WorldConfig};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -56,6 +62,14 @@ enum Stage {
     Codes(stage_lmm::LmmArgs),
     /// Train the decoder on pictures, behind the frozen tower.
     Lmm(stage_lmm::LmmArgs),
+    /// Train the small SAM on the world's masks.
+    Sam(stage_sam::SamArgs),
+    /// Write the LMM and SAM as folders that `flmm` opens.
+    Freeze,
+    /// Train the grounding head on the frozen models.
+    Head(stage_head::HeadArgs),
+    /// Measure the bundle on unseen scenes.
+    Evaluate(evaluate::EvaluateArgs),
 }
 
 /// Seed of everything that is fixed before training: code book and initial tensors.
@@ -68,6 +82,7 @@ fn main() -> Result<()> {
     std::fs::create_dir_all(&cli.out).with_context(|| format!("cannot create {}", cli.out.display()))?;
     let level = if cli.level == 1 { Level::One } else { Level::Two };
     let world = WorldConfig::new(level);
+    let bundle_folder = cli.out.join("bundle");
     let tokenizer_file = cli.out.join("tokenizer.json");
     if let Stage::Tokenizer = cli.stage {
         let tokenizer = text::train(world::vocabulary_texts(level).map(String::from))?;
@@ -84,7 +99,7 @@ fn main() -> Result<()> {
     let embeddings = codes.embeddings(level, &tokenizer, &mut rng)?;
     let setting = Setting {
         packer: pack::Packer::new(tokenizer, sizes.image_tokens(), TEXT_BUDGET)?,
-        processor: preprocess::Processor { side: sizes.image_size },
+        processor: LlavaProcessor::new(sizes.image_size, SizeRule::MultiplyFirst, Normalisation::CLIP),
         codes,
         sizes,
     };
@@ -98,10 +113,33 @@ fn main() -> Result<()> {
             gate.map(drop)
         }
         Stage::Codes(args) => {
-            let mut store = Store::new(decoder::init(&setting.sizes, &embeddings, &mut rng)?)?;
+            let mut store =
+                Store::new(decoder::init(&setting.sizes, &embeddings, setting.codes.marks(), &mut rng)?)?;
             let frozen = tower::init(&setting.sizes, &mut rng)?.into_iter().collect();
             let folder = cli.out.join("codes");
             stage_lmm::run(args, false, &setting, &world, &mut store, &frozen, &folder)?;
+            save(&folder.join("model.safetensors"), store.tensors())
+        }
+        Stage::Freeze => {
+            let json = std::fs::read_to_string(&tokenizer_file)?;
+            let tensors = load(&cli.out.join("lmm/model.safetensors"))?;
+            bundle::lmm(&bundle_folder.join("lmm"), &setting.sizes, &tensors, &json)?;
+            bundle::sam(&bundle_folder.join("sam"), &load(&cli.out.join("sam/model.safetensors"))?)
+        }
+        Stage::Evaluate(args) => {
+            let report = evaluate::run(args, &bundle_folder, setting.packer.tokenizer(), &world)?;
+            println!("{}", serde_json::to_string_pretty(&report)?);
+            Ok(())
+        }
+        Stage::Head(args) => {
+            let tokenizer = setting.packer.tokenizer();
+            let tensors = stage_head::run(args, &bundle_folder, tokenizer, &world, &cli.out.join("head"))?;
+            bundle::head(&bundle_folder.join("head"), &setting.sizes, &tensors)
+        }
+        Stage::Sam(args) => {
+            let mut store = Store::new(flmm::sam::Sam::init(&stage_sam::config(), MODEL_SEED)?)?;
+            let folder = cli.out.join("sam");
+            stage_sam::run(args, &setting, &world, &mut store, &folder)?;
             save(&folder.join("model.safetensors"), store.tensors())
         }
         Stage::Lmm(args) => {
@@ -110,7 +148,12 @@ fn main() -> Result<()> {
                 load(&cli.out.join("tower/model.safetensors"))?
                     .into_iter()
                     .partition(|(name, _)| name.starts_with("multi_modal_projector"));
-            tensors.extend(projector);
+            for (name, tensor) in projector {
+                // From here on image tokens carry their mark.
+                let marked = name.ends_with("linear_2.bias");
+                let mark = Tensor::new(setting.codes.marks()[1], &Device::Cpu)?;
+                tensors.insert(name, if marked { (tensor + mark)? } else { tensor });
+            }
             let mut store = Store::new(tensors)?;
             let frozen = tower.into_iter().collect();
             let folder = cli.out.join("lmm");

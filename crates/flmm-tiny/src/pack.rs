@@ -92,6 +92,11 @@ impl Packer {
         Ok(Self { tokenizer, image_tokens, bos, eos, separator, budget })
     }
 
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
     /// The same texts behind another number of image tokens.
     pub fn with_image_tokens(&self, image_tokens: usize) -> Self {
         let Self { tokenizer, bos, eos, separator, budget, .. } = self;

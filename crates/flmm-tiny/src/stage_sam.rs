@@ -64,7 +64,13 @@ pub fn config() -> SamConfig {
 const LOGIT_SIDE: usize = 64;
 
 /// Trains; the store holds the whole SAM under its public names.
-pub fn run(args: &SamArgs, setting: &Setting, world: &WorldConfig, store: &mut Store, folder: &Path) -> Result<()> {
+pub fn run(
+    args: &SamArgs,
+    setting: &Setting,
+    world: &WorldConfig,
+    store: &mut Store,
+    folder: &Path,
+) -> Result<()> {
     let mut run = Run::open(folder, args.steps, store)?;
     let adam = AdamW { betas: (0.9, 0.98), weight_decay: 0.02, max_norm: 1.0 };
     while store.step < args.steps {
@@ -81,7 +87,8 @@ pub fn run(args: &SamArgs, setting: &Setting, world: &WorldConfig, store: &mut S
                     None => loss,
                 });
             }
-            let loss = (total.ok_or_else(|| anyhow::anyhow!("--batch must be at least 1"))? / args.batch as f64)?;
+            let loss =
+                (total.ok_or_else(|| anyhow::anyhow!("--batch must be at least 1"))? / args.batch as f64)?;
             Ok((f64::from(loss.to_scalar::<f32>()?), store.gradients(&loss)?))
         })?;
         let norm = store.update(&grads, &adam, |_| progress::rate(args.lr, step, args.steps, 0.5))?;
@@ -97,7 +104,10 @@ pub fn run(args: &SamArgs, setting: &Setting, world: &WorldConfig, store: &mut S
             }
             let percent = |a: u64, b: u64| 100.0 * a as f64 / b.max(1) as f64;
             let coarse = percent(counts[0], counts[1]);
-            run.report(store.step, &format!("cIoU coarse {coarse:.1} refined {:.1}", percent(counts[2], counts[3])))?;
+            run.report(
+                store.step,
+                &format!("cIoU coarse {coarse:.1} refined {:.1}", percent(counts[2], counts[3])),
+            )?;
         }
     }
     Ok(())
@@ -114,7 +124,7 @@ fn refine(
     rng: &mut ChaCha8Rng,
 ) -> Result<(Tensor, [u64; 4])> {
     let scene = world::generate(world, split, seed, index);
-    let geometry = setting.geometry(&scene);
+    let geometry = setting.geometry(&scene)?;
     let mut masks: Vec<&Mask> = scene.objects.iter().map(|o| &o.mask).collect();
     masks.push(&scene.stuff[rng.random_range(0..scene.stuff.len())].mask);
     let mut logits = Vec::new();
@@ -129,8 +139,12 @@ fn refine(
     let target = Tensor::from_vec(target, (masks.len(), height, width), &Device::Cpu)?;
     let (pixels, sam_geometry) = sam.pixel_values(&scene.image)?;
     let embedding = sam.image_encoder().forward(&pixels.unsqueeze(0)?)?;
-    let no_text = vec![Tensor::zeros((1, config().prompt_embed_dim), candle_core::DType::F32, &Device::Cpu)?; masks.len()];
-    let options = PromptOptions { text_prompt: false, box_prompt: rng.random_bool(0.7), ..PromptOptions::default() };
+    let no_text = vec![
+        Tensor::zeros((1, config().prompt_embed_dim), candle_core::DType::F32, &Device::Cpu)?;
+        masks.len()
+    ];
+    let options =
+        PromptOptions { text_prompt: false, box_prompt: rng.random_bool(0.7), ..PromptOptions::default() };
     let refined = sam.refiner().refine(&embedding, &logits, &no_text, &sam_geometry, &options)?;
     let loss = (flmm_train::losses::dice(&refined, &target)?
         + (flmm_train::losses::bce(&refined, &target)? * 3.0)?)?;
@@ -149,15 +163,14 @@ fn refine(
 
 /// A mask as 0 and 1, row by row.
 pub fn mask_values(mask: &Mask) -> Vec<f32> {
-    let (width, height) = mask.size();
-    (0..height).flat_map(|y| (0..width).map(move |x| f32::from(u8::from(mask.get(x, y))))).collect()
+    mask.data.iter().map(|inside| f32::from(u8::from(*inside))).collect()
 }
 
 /// What a mask head might say of `mask`: shrunk to its logit map, shifted, blurred, with holes and noise.
 fn coarse_logits(mask: &Mask, geometry: &Geometry, rng: &mut ChaCha8Rng) -> Vec<f32> {
     let rect = geometry.picture_rect(LOGIT_SIDE, LOGIT_SIDE);
     let (h, w) = (rect.height, rect.width);
-    let (width, height) = mask.size();
+    let (width, height) = (mask.width, mask.height);
     let shift: [f64; 2] = std::array::from_fn(|_| rng.random_range(-1.5..1.5));
     let mut map = vec![0f32; h * w];
     for (at, value) in map.iter_mut().enumerate() {

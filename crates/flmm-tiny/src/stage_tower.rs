@@ -43,6 +43,8 @@ pub struct TowerArgs {
 
 /// Sharpness of the word classification.
 const COSINE_SCALE: f64 = 15.0;
+/// Weight of the squared distance to the whole code, beside the words.
+const DISTANCE_WEIGHT: f64 = 0.5;
 /// Weight of patches that show background and padding.
 const STUFF_WEIGHT: f32 = 0.25;
 const PADDING_WEIGHT: f32 = 0.1;
@@ -110,7 +112,7 @@ fn batch(
         let scene = world::generate(world, split, seed, index);
         let (things, pixels) = setting.pixels(&scene)?;
         patches.extend(pixels);
-        codes.extend(setting.codes.tokens(&scene, &things, &setting.geometry(&scene)));
+        codes.extend(setting.codes.tokens(&scene, &things, &setting.geometry(&scene)?));
         for thing in things {
             classes.push(setting.codes.class_of(&scene, thing) as u32);
             weights.push(match thing {
@@ -148,7 +150,7 @@ fn loss(tokens: &Tensor, directions: &Tensor, batch: &Batch) -> Result<Tensor> {
     let total: f32 = batch.weights.iter().sum();
     let weights = Tensor::new(batch.weights.as_slice(), &Device::Cpu)?;
     let distance = (tokens.flatten(0, 1)? - &batch.codes)?.sqr()?.sum(D::Minus1)?;
-    Ok((words + ((distance * weights)?.sum_all()? / f64::from(total))?)?)
+    Ok((words + ((distance * weights)?.sum_all()? * (DISTANCE_WEIGHT / f64::from(total)))?)?)
 }
 
 /// Shares of right classifications.

@@ -26,6 +26,9 @@ pub struct Codes {
     stuff: Vec<Vec<f32>>,
     colours: Vec<Vec<f32>>,
     padding: Vec<f32>,
+    /// Directions that every word and every image token carries, so that an attention head can tell them apart.
+    text_mark: Vec<f32>,
+    image_mark: Vec<f32>,
     /// `[COORDINATES · BINS, width]`
     places: Vec<Vec<f32>>,
 }
@@ -67,6 +70,20 @@ impl Codes {
             colours: colours.iter().map(|_| unit()).collect(),
             padding: unit(),
             places: (0..COORDINATES * BINS).map(|_| unit()).collect(),
+            text_mark: unit(),
+            image_mark: unit(),
+        }
+    }
+
+    /// What every word's embedding and every image token is marked with.
+    pub fn marks(&self) -> [&[f32]; 2] {
+        [&self.text_mark, &self.image_mark]
+    }
+
+    /// Adds the image mark to image tokens.
+    pub fn mark_image(&self, tokens: &mut [f32]) {
+        for token in tokens.chunks_exact_mut(self.width) {
+            token.iter_mut().zip(&self.image_mark).for_each(|(value, mark)| *value += mark);
         }
     }
 
@@ -106,6 +123,9 @@ impl Codes {
             for (value, code) in rows[row..row + self.width].iter_mut().zip(code) {
                 *value = code + 0.15 * *value;
             }
+        }
+        for row in rows.chunks_exact_mut(self.width) {
+            row.iter_mut().zip(&self.text_mark).for_each(|(value, mark)| *value += mark);
         }
         Ok(Tensor::from_vec(rows, (vocab, self.width), &Device::Cpu)?)
     }

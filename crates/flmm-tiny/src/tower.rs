@@ -50,7 +50,8 @@ pub fn init(sizes: &LmmSizes, rng: &mut rand_chacha::ChaCha8Rng) -> Result<BTree
     }
     init.normal(format!("{PROJECTOR}.linear_1.weight"), &[sizes.width, d], std)?;
     init.constant(format!("{PROJECTOR}.linear_1.bias"), &[sizes.width], 0.0)?;
-    let std = (1.0 / sizes.width as f32).sqrt();
+    // Small at first: codes have length 1 to 2, and an output that starts ten times longer drowns the words.
+    let std = 0.1 * (1.0 / sizes.width as f32).sqrt();
     init.normal(format!("{PROJECTOR}.linear_2.weight"), &[sizes.width, sizes.width], std)?;
     init.constant(format!("{PROJECTOR}.linear_2.bias"), &[sizes.width], 0.0)?;
     Ok(init.finish())

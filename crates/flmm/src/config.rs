@@ -6,6 +6,12 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
+/// The largest size accepted: far above any model's, and products of two of them do not overflow.
+pub const MAX_SIZE: usize = 1 << 24;
+
+/// The largest number of layers accepted.
+const MAX_LAYERS: usize = 1 << 10;
+
 /// One JSON object of a configuration file, with the path of keys that led to it.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -17,7 +23,7 @@ pub struct Config {
 impl Config {
     /// Reads the JSON object in `file`.
     pub fn read(file: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(file).map_err(|source| Error::io(file, source))?;
+        let text = crate::weights::files::read_text(file)?;
         let value: Value = serde_json::from_str(&text).map_err(|source| {
             Error::config(file, format!("not valid JSON: {source}"), "download the file again")
         })?;
@@ -64,18 +70,30 @@ impl Config {
         }
     }
 
-    /// A whole number of at least one; missing is an error.
+    /// A whole number from 1 to [`MAX_SIZE`]; missing is an error.
     pub fn size(&self, key: &str) -> Result<usize> {
         let value = self.get(key).ok_or_else(|| self.missing(key))?;
         match value.as_u64().and_then(|number| usize::try_from(number).ok()) {
-            Some(number) if (1..1 << 31).contains(&number) => Ok(number),
-            _ => Err(self.wrong(key, "a whole number of at least 1", value)),
+            Some(number) if (1..=MAX_SIZE).contains(&number) => Ok(number),
+            _ => Err(self.wrong(key, &format!("a whole number from 1 to {MAX_SIZE}"), value)),
         }
     }
 
-    /// A whole number of at least one, or `default` where the key is left out.
+    /// As [`Config::size`], or `default` where the key is left out.
     pub fn size_or(&self, key: &str, default: usize) -> Result<usize> {
         if self.get(key).is_some() { self.size(key) } else { Ok(default) }
+    }
+
+    /// A number of layers, or `default` where the key is left out.
+    pub fn layers_or(&self, key: &str, default: usize) -> Result<usize> {
+        match self.size_or(key, default)? {
+            layers if layers <= MAX_LAYERS => Ok(layers),
+            layers => Err(self.error(
+                key,
+                format!("expected at most {MAX_LAYERS} layers, found {layers}"),
+                "correct the value in the file",
+            )),
+        }
     }
 
     /// A whole number, possibly negative, or `default` where the key is left out.
@@ -161,10 +179,12 @@ mod tests {
             "config.json: required key `text_config.hidden_size` is missing"
         );
         assert!(
-            message(inner.size("layers"))
-                .contains("`text_config.layers`: expected a whole number of at least 1")
+            message(inner.size("layers")).contains("`text_config.layers`: expected a whole number from 1")
         );
         assert_eq!(inner.size_or("heads", 7)?, 7);
+        let huge = Config::new(Path::new("config.json"), json!({ "layers": 2000, "width": 1u64 << 40 }))?;
+        assert!(message(huge.layers_or("layers", 1)).contains("at most 1024 layers"));
+        assert!(message(huge.size("width")).contains("from 1 to"));
         assert!(Config::new(Path::new("config.json"), json!([1])).is_err());
         Ok(())
     }

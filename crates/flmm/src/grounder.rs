@@ -11,6 +11,7 @@ mod session;
 mod spans;
 
 use std::ops::ControlFlow;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -118,10 +119,20 @@ impl Grounder {
     /// One teacher-forced pass over the grounding prompt and the caption (`spec/pipeline.md` §2). Nothing of the
     /// result can be differentiated.
     pub fn observe(&self, picture: &RgbImage, caption: &Caption) -> Result<Observation> {
-        let mut session = self.start(picture)?;
-        let capture = self.read_caption(&mut session, caption)?;
-        self.encode(&mut session)?;
-        self.observation(&session, &capture, caption.phrases()?)
+        self.observe_in(&mut self.start(picture)?, &[Turn::user(GROUNDING_INSTRUCTION)], caption)
+    }
+
+    /// As [`Grounder::observe`], behind the prompt of any conversation, and reusing what the session has read.
+    pub fn observe_in(
+        &self,
+        session: &mut Session,
+        turns: &[Turn],
+        caption: &Caption,
+    ) -> Result<Observation> {
+        let phrases = caption.phrases()?;
+        let capture = self.read_caption(session, turns, caption)?;
+        self.encode(session)?;
+        self.observation(session, &capture, phrases)
     }
 
     /// Mask logits of every phrase observed; differentiable in the head.
@@ -253,7 +264,10 @@ impl Grounder {
         options: &GroundOptions,
     ) -> Result<GroundedAnswer> {
         if text.trim().is_empty() {
-            return Err(Error::request("the text to ground is empty", "give a text that describes the picture"));
+            return Err(Error::request(
+                "the text to ground is empty",
+                "give a text that describes the picture",
+            ));
         }
         let tokenizer = self.lmm.tokenizer();
         let ranges = match choice {
@@ -266,7 +280,7 @@ impl Grounder {
             _ => Caption::from_segments(tokenizer, [(text, None)])?,
         };
         let clock = Instant::now();
-        let capture = self.read_caption(session, &caption)?;
+        let capture = self.read_caption(session, &[Turn::user(GROUNDING_INSTRUCTION)], &caption)?;
         let timings = Timings { read: clock.elapsed(), ..Timings::default() };
 
         let positions: Vec<usize> = capture.positions().collect();
@@ -279,12 +293,12 @@ impl Grounder {
         };
         let spans = match &ranges {
             Some(ranges) if !spans::overlapping(ranges) => {
-                let tokens = caption.phrases()?;
-                let span = |(chars, tokens): (&Range<usize>, &Vec<usize>)| Span {
+                let phrases = caption.phrases()?;
+                let spans = ranges.iter().zip(&phrases).map(|(chars, tokens)| Span {
                     chars: chars.clone(),
-                    tokens: tokens[0]..tokens[tokens.len() - 1] + 1,
-                };
-                ranges.iter().zip(&tokens).map(span).collect()
+                    tokens: tokens[0]..tokens[0] + tokens.len(),
+                });
+                spans.collect()
             }
             _ => {
                 let (text, offsets) = spans::token_offsets(tokenizer, &caption.token_ids);
@@ -297,11 +311,14 @@ impl Grounder {
     }
 
     /// Reads prompt and caption; the capture holds the caption's rows.
-    fn read_caption(&self, session: &mut Session, caption: &Caption) -> Result<Capture> {
+    fn read_caption(&self, session: &mut Session, turns: &[Turn], caption: &Caption) -> Result<Capture> {
         if caption.token_ids.is_empty() {
-            return Err(Error::request("the text to ground has no tokens", "give a text that describes the picture"));
+            return Err(Error::request(
+                "the text to ground has no tokens",
+                "give a text that describes the picture",
+            ));
         }
-        let mut ids = session.prompt(self.lmm(), &[Turn::user(GROUNDING_INSTRUCTION)])?;
+        let mut ids = session.prompt(self.lmm(), turns)?;
         let mut capture = Capture::from_position(ids.len());
         ids.extend_from_slice(&caption.token_ids);
         session.read(self.lmm(), &ids, Some(&mut capture))?;
@@ -324,10 +341,8 @@ impl Grounder {
         phrases: Vec<Vec<usize>>,
     ) -> Result<Observation> {
         let rows = capture.positions();
-        let positions: Vec<Vec<usize>> = phrases
-            .iter()
-            .map(|phrase| phrase.iter().map(|token| rows.start + token).collect())
-            .collect();
+        let positions: Vec<Vec<usize>> =
+            phrases.iter().map(|phrase| phrase.iter().map(|token| rows.start + token).collect()).collect();
         let maps = capture.phrase_maps(&session.cache, session.layout(), &positions, Merge::Mean)?;
         let hidden = capture.hidden_rows(&rows.collect::<Vec<_>>())?;
         let Some((sam_embedding, sam_geometry)) = session.sam.clone() else {
@@ -357,7 +372,8 @@ impl Grounder {
         let phrases = spans.iter().map(|span| span.tokens.clone().collect()).collect();
         let observation = self.observation(session, capture, phrases)?;
         let chars: Vec<char> = result.answer.chars().collect();
-        for (number, (span, (mask, coarse_mask))) in spans.iter().zip(self.segment(&observation)?).enumerate() {
+        for (number, (span, (mask, coarse_mask))) in spans.iter().zip(self.segment(&observation)?).enumerate()
+        {
             let score = |probs: &[f32]| probs.iter().sum::<f32>() / probs.len() as f32;
             result.phrases.push(GroundedPhrase {
                 text: chars[span.chars.clone()].iter().collect(),

@@ -3,8 +3,8 @@
 use std::io::Cursor;
 use std::path::Path;
 
-use image::error::{ImageError, LimitErrorKind};
-use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
+use image::error::ImageError;
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
 
 use crate::error::{Error, Result};
 
@@ -27,6 +27,8 @@ impl Default for Limits {
 }
 
 const SUPPORTED: &str = "use a PNG, JPEG, WebP, GIF, BMP or TIFF file";
+/// Memory in bytes for what is not pixels.
+const HEADER_MEMORY: u64 = 64 << 20;
 const BROKEN: &str = "copy or download the picture again, or open and save it in an image editor";
 
 /// Reads and decodes the picture in `path` with the default [`Limits`]; see [`decode_image`].
@@ -76,47 +78,54 @@ pub fn decode_image_with(bytes: &[u8], name: &str, limits: &Limits) -> Result<Rg
         let what = format!("`{name}` is {} bytes long (limit {})", bytes.len(), limits.bytes);
         return Err(Error::image(what, "make the picture smaller"));
     }
-    let mut reader =
-        ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| Error::io(name, e))?;
-    let Some(format) = reader.format() else {
-        return Err(Error::image(format!("`{name}` is not a picture of a known kind"), SUPPORTED));
-    };
+    let format = image::guess_format(bytes)
+        .map_err(|_| Error::image(format!("`{name}` is not a picture of a known kind"), SUPPORTED))?;
     let explain = |error| explain(error, name, format, limits);
-    // Decoders get both limits: a side that is too long fails while the header is read, and intermediate
-    // buffers are bounded by the largest allowed picture of four 16-bit channels.
-    let mut allowed = image::Limits::no_limits();
-    allowed.max_image_width = Some(limits.side);
-    allowed.max_image_height = Some(limits.side);
-    allowed.max_alloc = Some(limits.pixels.saturating_mul(8).saturating_add(64 << 20));
-    reader.limits(allowed);
-    let decoder = reader.into_decoder().map_err(explain)?;
-    let (width, height) = decoder.dimensions();
+    // First the header alone, with little memory for what it brings along (colour profiles can be bombs), then
+    // the pixels, with memory for four 16-bit channels of the size that the header told.
+    let (width, height) = decoder(bytes, format, limits, 0).map_err(explain)?.dimensions();
     if width == 0 || height == 0 {
         let what = format!("`{name}` is {width} × {height}: it has no pixels");
         return Err(Error::image(what, "choose another picture"));
     }
-    if width > limits.side || height > limits.side || u64::from(width) * u64::from(height) > limits.pixels {
+    let pixels = u64::from(width) * u64::from(height);
+    if width > limits.side || height > limits.side || pixels > limits.pixels {
         return Err(too_large(name, Some((width, height)), limits));
     }
     if format == ImageFormat::Jpeg && !jpeg_is_complete(bytes) {
         // The decoder would fill what is missing with grey.
         return Err(Error::image(format!("`{name}` is truncated: its JPEG data has no end"), BROKEN));
     }
-    let colour = decoder.color_type();
-    let decoded = DynamicImage::from_decoder(decoder).map_err(explain)?;
-    Ok(to_rgb(decoded, colour))
+    let decoder = decoder(bytes, format, limits, pixels).map_err(explain)?;
+    Ok(to_rgb(DynamicImage::from_decoder(decoder).map_err(explain)?))
+}
+
+/// A decoder with its header read, and memory for `pixels`.
+fn decoder<'a>(
+    bytes: &'a [u8],
+    format: ImageFormat,
+    limits: &Limits,
+    pixels: u64,
+) -> Result<impl ImageDecoder + 'a, ImageError> {
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let mut allowed = image::Limits::no_limits();
+    allowed.max_image_width = Some(limits.side);
+    allowed.max_image_height = Some(limits.side);
+    allowed.max_alloc = Some(pixels.saturating_mul(8).saturating_add(HEADER_MEMORY));
+    reader.limits(allowed);
+    reader.into_decoder()
 }
 
 /// Eight bits per channel, no alpha.
-fn to_rgb(image: DynamicImage, colour: ColorType) -> RgbImage {
+fn to_rgb(image: DynamicImage) -> RgbImage {
     // Wide channels keep their high byte, as Pillow does; rounding would differ by one.
     let high = |wide: u16| (wide >> 8) as u8;
     let (width, height) = (image.width(), image.height());
-    let bytes = match (&image, colour) {
-        (DynamicImage::ImageLuma16(wide), _) => wide.iter().flat_map(|&v| [high(v); 3]).collect(),
-        (DynamicImage::ImageLumaA16(wide), _) => wide.pixels().flat_map(|p| [high(p.0[0]); 3]).collect(),
-        (DynamicImage::ImageRgb16(wide), _) => wide.iter().map(|&v| high(v)).collect(),
-        (DynamicImage::ImageRgba16(wide), _) => {
+    let bytes = match &image {
+        DynamicImage::ImageLuma16(wide) => wide.iter().flat_map(|&v| [high(v); 3]).collect(),
+        DynamicImage::ImageLumaA16(wide) => wide.pixels().flat_map(|p| [high(p.0[0]); 3]).collect(),
+        DynamicImage::ImageRgb16(wide) => wide.iter().map(|&v| high(v)).collect(),
+        DynamicImage::ImageRgba16(wide) => {
             wide.pixels().flat_map(|p| [p.0[0], p.0[1], p.0[2]].map(high)).collect()
         }
         _ => return image.into_rgb8(),
@@ -128,9 +137,6 @@ fn to_rgb(image: DynamicImage, colour: ColorType) -> RgbImage {
 fn explain(error: ImageError, name: &str, format: ImageFormat, limits: &Limits) -> Error {
     let kind = format!("{format:?}").to_uppercase();
     match error {
-        ImageError::Limits(e) if matches!(e.kind(), LimitErrorKind::DimensionError) => {
-            too_large(name, None, limits)
-        }
         ImageError::Limits(_) => too_large(name, None, limits),
         ImageError::Unsupported(e) => {
             Error::image(format!("`{name}`: this kind of {kind} is not supported: {e}"), SUPPORTED)

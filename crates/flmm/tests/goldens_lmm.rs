@@ -241,6 +241,7 @@ fn check_grounding(case: &mut Case, grounder: &Grounder) -> TestResult {
         check_refiner(case, grounder, &observation, &logits.coarse, 3e-3, 1e-2)?;
         check_sam_logits(case, &logits.refined, 1e-2)?;
     }
+    check_heads_alone(case, grounder, observation)?;
 
     let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?;
     let next = lmm.decoder().logits(&last)?.squeeze(0)?;
@@ -286,6 +287,29 @@ fn check_refiner(
     let low =
         refiner.low_res(&observation.sam_embedding, coarse, &text, geometry, &PromptOptions::default())?;
     case.golden.check("sam_low_res_stride8", &strided(&low, 8)?, low_res)
+}
+
+/// The heads on the recorded maps, logits and text embeddings, whatever the LMM's arithmetic.
+fn check_heads_alone(case: &mut Case, grounder: &Grounder, mut observation: Observation) -> TestResult {
+    observation.maps = case.golden.get("attn_merged")?.to_dtype(DType::F32)?;
+    let coarse = grounder.decode(&observation)?.coarse;
+    let recorded = case.golden.get("cnn_logits")?.clone();
+    let off = max_abs_diff(&coarse, &recorded)?;
+    println!("{}: U-Net alone: {off:.1e}", case.golden.case);
+    assert!(off <= 1e-3, "{}: U-Net alone: {off:e}", case.golden.case);
+
+    let embeds = case.golden.get("text_embeds")?.clone();
+    let counts: Vec<usize> = case.list("phrase_token_counts")?;
+    let mut first = 0;
+    let text = counts.iter().map(|&count| {
+        first += count;
+        embeds.narrow(0, first - count, count)
+    });
+    let text = text.collect::<Result<Vec<_>, _>>()?;
+    let (refiner, geometry) = (&grounder.head().refiner, &observation.sam_geometry);
+    let refined =
+        refiner.refine(&observation.sam_embedding, &recorded, &text, geometry, &PromptOptions::default())?;
+    check_sam_logits(case, &refined, 5e-3)
 }
 
 /// Greedy generation with rows of the generated tokens.
@@ -347,32 +371,6 @@ fn check_generation(case: &mut Case, grounder: &Grounder) -> TestResult {
     case.check("gen.hidden_rows", &capture.hidden_rows(&positions)?, 2e-4, 0.04)
 }
 
-/// The heads on the recorded maps, logits and text embeddings, whatever the LMM's arithmetic.
-fn check_heads_alone(case: &mut Case, grounder: &Grounder) -> TestResult {
-    let picture = read_image(&case.picture)?;
-    let caption = caption(grounder.lmm(), &case.record["text"])?;
-    let mut observation = grounder.observe(&picture, &caption)?;
-    observation.maps = case.golden.get("attn_merged")?.to_dtype(DType::F32)?;
-    let coarse = grounder.decode(&observation)?.coarse;
-    let recorded = case.golden.get("cnn_logits")?.clone();
-    let off = max_abs_diff(&coarse, &recorded)?;
-    println!("{}: U-Net alone: {off:.1e}", case.golden.case);
-    assert!(off <= 1e-3, "{}: U-Net alone: {off:e}", case.golden.case);
-
-    let embeds = case.golden.get("text_embeds")?.clone();
-    let counts: Vec<usize> = case.list("phrase_token_counts")?;
-    let mut first = 0;
-    let text = counts.iter().map(|&count| {
-        first += count;
-        embeds.narrow(0, first - count, count)
-    });
-    let text = text.collect::<Result<Vec<_>, _>>()?;
-    let (refiner, geometry) = (&grounder.head().refiner, &observation.sam_geometry);
-    let refined =
-        refiner.refine(&observation.sam_embedding, &recorded, &text, geometry, &PromptOptions::default())?;
-    check_sam_logits(case, &refined, 5e-3)
-}
-
 fn check_families(
     suffix: &str,
     dtype: DType,
@@ -405,12 +403,6 @@ fn goldens_lmm_generation_f32() -> TestResult {
 #[test]
 fn goldens_lmm_generation_bf16() -> TestResult {
     check_families("bf16", DType::BF16, check_generation)
-}
-
-#[test]
-fn goldens_lmm_heads_alone() -> TestResult {
-    check_families("f32", DType::F32, check_heads_alone)?;
-    check_families("bf16", DType::BF16, check_heads_alone)
 }
 
 #[test]

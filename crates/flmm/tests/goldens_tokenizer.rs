@@ -87,9 +87,15 @@ fn goldens_tokenizer_prompts() -> TestResult {
                 continue;
             }
             let recorded = json(&file)?;
-            let Some(list) = recorded["input_ids"].as_array() else { continue };
+            let list: Vec<i64> = match &recorded["input_ids_rle"] {
+                Value::Null => serde_json::from_value(recorded["input_ids"].clone())?,
+                runs => {
+                    let runs: Vec<(i64, usize)> = serde_json::from_value(runs.clone())?;
+                    runs.into_iter().flat_map(|(id, count)| std::iter::repeat_n(id, count)).collect()
+                }
+            };
             // The sentinel -200 stands for the image where the reference expands it itself.
-            let input: Vec<u32> = list.iter().map(|id| id.as_u64().map_or(image, |id| id as u32)).collect();
+            let input: Vec<u32> = list.into_iter().map(|id| u32::try_from(id).unwrap_or(image)).collect();
             let copies = input.iter().filter(|&&id| id == image).count();
             let question = Turn::user("Please give me a description of the image.");
             let fits = MODELS.iter().any(|(_, format)| {

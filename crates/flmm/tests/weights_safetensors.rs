@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use candle_core::{DType, Device, Tensor};
 use flmm::Error;
@@ -148,11 +149,15 @@ fn recognises_a_git_lfs_pointer_and_a_missing_file() {
     assert!(matches!(missing, Err(Error::Io { .. })));
 }
 
+/// [`saved`], written once.
+static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| saved(tempfile::tempdir().unwrap().path()).1);
+
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn random_damage_never_panics(cuts in prop::collection::vec((0usize..600, any::<u8>()), 1..8), keep in 0usize..700) {
-        let folder = tempfile::tempdir().unwrap();
-        let (_, mut bytes) = saved(folder.path());
+        let mut bytes = BYTES.clone();
         bytes.truncate(keep);
         for (at, value) in cuts {
             if let Some(byte) = bytes.get_mut(at) {

@@ -9,11 +9,11 @@ use flmm::grounder::{AnswerOptions, GroundOptions, GroundedPhrase};
 use flmm::lmm::Turn;
 use flmm::masks::Mask;
 use flmm::nn::bilinear;
-use flmm::overlay::{Region, draw, heat_map, panels, save_png};
+use flmm::overlay::{draw_mask, heat_map, panels, save_png};
 use flmm::phrases::PhraseChoice;
 use image::RgbImage;
 
-use crate::args::AttentionArgs;
+use crate::args::{AttentionArgs, check_text};
 use crate::failure::Result;
 use crate::talk::Talk;
 use crate::{ground, model, picture};
@@ -22,6 +22,9 @@ use crate::{ground, model, picture};
 const LOGIT_SIDE: usize = 64;
 
 pub(crate) fn run(args: &AttentionArgs, talk: &Talk) -> Result<()> {
+    if let Some(prompt) = &args.prompt {
+        check_text("the question", prompt)?;
+    }
     let out = picture::destination(&args.image, args.out.as_deref(), "attention.png")?;
     if let Some(raw) = &args.raw {
         picture::check_place(raw)?;
@@ -65,7 +68,8 @@ pub(crate) fn run(args: &AttentionArgs, talk: &Talk) -> Result<()> {
     talk.note(format_args!("attention: {}", out.display()));
     if let Some(path) = &args.raw {
         let texts = answer.phrases.iter().enumerate().map(|(i, p)| (format!("phrase.{i}"), p.text.clone()));
-        let metadata: BTreeMap<String, String> = texts.chain([("text".to_owned(), answer.answer.clone())]).collect();
+        let metadata: BTreeMap<String, String> =
+            texts.chain([("text".to_owned(), answer.answer.clone())]).collect();
         flmm::weights::save_safetensors(path, &raw, &metadata)?;
         talk.note(format_args!("maps: {}", path.display()));
     }
@@ -86,8 +90,9 @@ fn draw_phrase(
     let (partition, _) = attention_partition(&maps, seed)?;
     let [first, other] = sides(&partition, (height, width), &phrase.mask)?;
     let better = if first.soft_iou > other.soft_iou { first } else { other };
-    let mean = maps.mean(0).and_then(|mean| mean.flatten_all()?.to_vec1::<f32>()).map_err(flmm::Error::from)?;
-    let masked = |mask: &Mask| draw(image, "", &[Region { mask, chars: 0..0 }]);
+    let mean =
+        maps.mean(0).and_then(|mean| mean.flatten_all()?.to_vec1::<f32>()).map_err(flmm::Error::from)?;
+    let masked = |mask: &Mask| draw_mask(image, mask, index);
     let row = vec![
         (format!("{} {}", index + 1, phrase.text), image.clone()),
         ("mean attention".to_owned(), heat_map(image, &mean, (height, width))?),

@@ -17,7 +17,7 @@ pub(crate) fn run(args: &ModelArgs, as_json: bool, talk: &Talk) -> Result<()> {
             "family": spec.model_type,
             "layers": spec.layers,
             "heads": spec.heads,
-            "key_value_heads": decoder.num_key_value_heads,
+            "key_value_heads": decoder.num_kv_heads,
             "hidden_size": decoder.hidden_size,
             "vocabulary": lmm.tokenizer().vocabulary_size(),
             "context": decoder.max_positions,
@@ -29,7 +29,6 @@ pub(crate) fn run(args: &ModelArgs, as_json: bool, talk: &Talk) -> Result<()> {
             "embed_dim": sam.embed_dim,
             "depth": sam.depth,
             "heads": sam.num_heads,
-            "out_chans": sam.out_chans,
         },
         "head": { "keyword_selector": head.keyword_selector.is_some() },
     });

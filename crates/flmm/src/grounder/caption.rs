@@ -44,7 +44,10 @@ impl Caption {
     ) -> Result<Self> {
         let separator = tokenizer.encode(".", false)?;
         let separator = separator.last().copied().ok_or_else(|| {
-            Error::request("the tokenizer has no token for `.`", "use the tokenizer that belongs to the model")
+            Error::request(
+                "the tokenizer has no token for `.`",
+                "use the tokenizer that belongs to the model",
+            )
         })?;
         let mut caption = Self::default();
         for (number, text) in expressions.into_iter().enumerate() {
@@ -68,7 +71,9 @@ impl Caption {
             let range = phrases[number].clone();
             let (Some(between), Some(phrase)) = (cut(end..range.start), cut(range.clone())) else {
                 return Err(Error::request(
-                    format!("the phrases at characters {range:?} and before {end} overlap, or leave the text"),
+                    format!(
+                        "the phrases at characters {range:?} and before {end} overlap, or leave the text"
+                    ),
                     "give phrases that do not overlap",
                 ));
             };
@@ -122,7 +127,8 @@ mod tests {
 
     #[test]
     fn phrases_must_be_numbered_without_gaps() -> Result<()> {
-        let caption = |mask_ids: &[i32]| Caption { token_ids: vec![7; mask_ids.len()], mask_ids: mask_ids.to_vec() };
+        let caption =
+            |mask_ids: &[i32]| Caption { token_ids: vec![7; mask_ids.len()], mask_ids: mask_ids.to_vec() };
         assert_eq!(caption(&[-1, 1, 0, 0, -1, 1]).phrases()?, vec![vec![2, 3], vec![1, 5]]);
         assert!(caption(&[0, 2]).phrases().is_err());
         assert!(Caption { token_ids: vec![1], mask_ids: Vec::new() }.phrases().is_err());

@@ -63,7 +63,12 @@ impl GroundingHead {
         };
         Ok(Self {
             mask_head: UNet::load(&unet, &mask_head)?,
-            text_proj: Linear::load(sizes.hidden_size, sizes.sam.prompt_embed_dim, true, &params.pp("text_proj"))?,
+            text_proj: Linear::load(
+                sizes.hidden_size,
+                sizes.sam.prompt_embed_dim,
+                true,
+                &params.pp("text_proj"),
+            )?,
             text_layer_weights: params.get(&[sizes.layers], "text_layer_weights")?,
             refiner: Refiner::load(&sizes.sam, &params.pp("sam.model"))?,
             keyword_selector,
@@ -86,12 +91,17 @@ impl GroundingHead {
         Ok(head)
     }
 
-    /// Coarse and refined logits of every phrase. Differentiable in every tensor of the head.
-    pub fn decode(&self, observation: &Observation) -> Result<MaskLogits> {
+    /// Coarse logits `[N, mh, mw]` of every phrase, the LMM's padding cut off (`spec/pipeline.md` §4).
+    pub fn coarse(&self, observation: &Observation) -> Result<Tensor> {
         let logits = self.mask_head.forward(&observation.maps)?;
         let (_, height, width) = logits.dims3()?;
         let rect = observation.geometry.picture_rect(height, width);
-        let coarse = logits.narrow(1, rect.y0, rect.height)?.narrow(2, rect.x0, rect.width)?;
+        Ok(logits.narrow(1, rect.y0, rect.height)?.narrow(2, rect.x0, rect.width)?)
+    }
+
+    /// Coarse and refined logits of every phrase. Differentiable in every tensor of the head.
+    pub fn decode(&self, observation: &Observation) -> Result<MaskLogits> {
+        let coarse = self.coarse(observation)?;
         let refined = self.refine(observation, &coarse)?;
         Ok(MaskLogits { coarse, refined })
     }

@@ -27,7 +27,8 @@ pub(super) fn select(
     let ranges = match (choice, probs) {
         (PhraseChoice::Keywords, Some(probs)) => {
             let chars: Vec<char> = text.chars().collect();
-            let texts: Vec<String> = offsets.iter().map(|&(start, end)| chars[start..end].iter().collect()).collect();
+            let texts: Vec<String> =
+                offsets.iter().map(|&(start, end)| chars[start..end].iter().collect()).collect();
             let spans = select_keywords(probs, &texts, lambda).into_iter().map(|tokens| {
                 let covered = offsets[tokens.start].0..offsets[tokens.end - 1].1;
                 Span { chars: trimmed(&chars, covered), tokens }

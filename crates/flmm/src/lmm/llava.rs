@@ -16,7 +16,7 @@ use crate::text::tokenizer::Tokenizer;
 use crate::text::{Decoder, DecoderConfig};
 use crate::vision::clip::{ClipConfig, ClipVision};
 use crate::vision::preprocess::LlavaProcessor;
-use crate::weights::{Params, load_checkpoint};
+use crate::weights::{Params, files, load_checkpoint};
 
 /// The published model.
 pub const LLAVA_1_5_7B: LmmSpec = LmmSpec {
@@ -120,7 +120,10 @@ impl Lmm for Llava {
         let side = self.vision.config().image_size;
         if pixel_values.dims() != [3, side, side] {
             return Err(Error::image(
-                format!("the processor makes pictures of shape {:?}, the vision tower reads {side} × {side}", pixel_values.dims()),
+                format!(
+                    "the processor makes pictures of shape {:?}, the vision tower reads {side} × {side}",
+                    pixel_values.dims()
+                ),
                 "preprocessor_config.json and config.json of the model do not belong together",
             ));
         }
@@ -189,7 +192,7 @@ fn image_token(config: &Config) -> Result<u32> {
 fn stop_ids(dir: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
     let file = dir.join("generation_config.json");
     let mut ids = Vec::new();
-    if file.is_file() {
+    if files::is_file(&file) {
         let config = Config::read(&file)?;
         let listed = match config.get("eos_token_id") {
             Some(serde_json::Value::Array(list)) => list.clone(),

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result as CandleResult, Shape, Tensor};
 
-use super::cpu::{exp, slice, with_slice};
+use super::activation::exp;
+use super::host::{Elements, elements};
 use crate::error::Result;
 
 /// The mean over rows of `−log softmax(logits)[target]`, a scalar; `logits [rows, classes]` (f32, CPU).
@@ -35,7 +36,7 @@ impl CustomOp1 for CrossEntropy {
 
     fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> CandleResult<(CpuStorage, Shape)> {
         let (_, classes) = layout.shape().dims2()?;
-        let logits = slice(logits, layout)?;
+        let logits = elements(logits, layout)?;
         let mut loss = 0f64;
         for ((row, target), weight) in logits.chunks_exact(classes).zip(&*self.targets).zip(&self.weights) {
             let max = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
@@ -49,19 +50,19 @@ impl CustomOp1 for CrossEntropy {
         let (_, classes) = logits.dims2()?;
         let grad = grad.to_scalar::<f32>()?;
         let mut out = vec![0f32; logits.elem_count()];
-        with_slice(logits, |logits| {
-            let rows = out.chunks_exact_mut(classes).zip(logits.chunks_exact(classes));
-            for (((out, row), target), weight) in rows.zip(&*self.targets).zip(&self.weights) {
-                let max = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
-                for (out, v) in out.iter_mut().zip(row) {
-                    *out = exp(v - max);
-                }
-                let scale = grad * weight / self.total;
-                let norm = scale / out.iter().sum::<f32>();
-                out.iter_mut().for_each(|v| *v *= norm);
-                out[*target as usize] -= scale;
+        let elements = Elements::of(logits);
+        let found = elements.get()?;
+        let rows = out.chunks_exact_mut(classes).zip(found.chunks_exact(classes));
+        for (((out, row), target), weight) in rows.zip(&*self.targets).zip(&self.weights) {
+            let max = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+            for (out, v) in out.iter_mut().zip(row) {
+                *out = exp(v - max);
             }
-        })?;
+            let scale = grad * weight / self.total;
+            let norm = scale / out.iter().sum::<f32>();
+            out.iter_mut().for_each(|v| *v *= norm);
+            out[*target as usize] -= scale;
+        }
         Ok(Some(Tensor::from_vec(out, logits.shape(), logits.device())?))
     }
 }

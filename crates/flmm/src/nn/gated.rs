@@ -2,12 +2,13 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result as CandleResult, Shape, Tensor};
 
-use super::cpu::{exp, is_cpu_f32, slice, with_slice};
+use super::activation::exp;
+use super::host::{Elements, elements, fusable};
 use crate::error::Result;
 
 /// `silu(gate) · up`, element by element.
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    if is_cpu_f32(gate) && is_cpu_f32(up) {
+    if fusable(&[gate, up]) {
         return Ok(gate.contiguous()?.apply_op2(&up.contiguous()?, SiluMul)?);
     }
     Ok((gate.silu()? * up)?)
@@ -27,7 +28,7 @@ impl CustomOp2 for SiluMul {
         up: &CpuStorage,
         up_layout: &Layout,
     ) -> CandleResult<(CpuStorage, Shape)> {
-        let (gate, up) = (slice(gate, gate_layout)?, slice(up, up_layout)?);
+        let (gate, up) = (elements(gate, gate_layout)?, elements(up, up_layout)?);
         let out = gate.iter().zip(up).map(|(g, u)| g / (1.0 + exp(-g)) * u).collect();
         Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
     }
@@ -41,18 +42,15 @@ impl CustomOp2 for SiluMul {
     ) -> CandleResult<(Option<Tensor>, Option<Tensor>)> {
         let mut d_gate = vec![0f32; gate.elem_count()];
         let mut d_up = vec![0f32; gate.elem_count()];
-        with_slice(gate, |gate| {
-            with_slice(up, |up| {
-                with_slice(grad, |grad| {
-                    for i in 0..gate.len() {
-                        let sigmoid = 1.0 / (1.0 + exp(-gate[i]));
-                        let silu = gate[i] * sigmoid;
-                        d_gate[i] = grad[i] * up[i] * (sigmoid + silu * (1.0 - sigmoid));
-                        d_up[i] = grad[i] * silu;
-                    }
-                })
-            })
-        })???;
+        let grad = grad.contiguous()?;
+        let (gates, ups, grads) = (Elements::of(gate), Elements::of(up), Elements::of(&grad));
+        let (gates, ups, grads) = (gates.get()?, ups.get()?, grads.get()?);
+        for i in 0..gates.len() {
+            let sigmoid = 1.0 / (1.0 + exp(-gates[i]));
+            let silu = gates[i] * sigmoid;
+            d_gate[i] = grads[i] * ups[i] * (sigmoid + silu * (1.0 - sigmoid));
+            d_up[i] = grads[i] * silu;
+        }
         let shape = gate.shape();
         Ok((
             Some(Tensor::from_vec(d_gate, shape, gate.device())?),

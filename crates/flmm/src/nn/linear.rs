@@ -1,6 +1,6 @@
 //! Affine maps.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::error::Result;
 use crate::weights::Params;
@@ -32,14 +32,21 @@ impl Linear {
         let (outputs, inputs) = self.weight.dims2()?;
         let mut dims = x.dims().to_vec();
         let rows = x.elem_count() / inputs;
-        let y = x.reshape((rows, inputs))?.matmul(&self.weight.t()?)?;
+        let x = x.reshape((rows, inputs))?;
+        let y = match &self.bias {
+            None => x.matmul(&self.weight.t()?)?,
+            // A reduced type is rounded once, after the addition, as the reference's fused product does. On the
+            // CPU that is free: candle widens both factors to f32 anyway.
+            Some(bias) if matches!(x.dtype(), DType::BF16 | DType::F16) && x.device().is_cpu() => {
+                let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
+                let y = wide(&x)?.matmul(&wide(&self.weight)?.t()?)?;
+                y.broadcast_add(&wide(bias)?)?.to_dtype(x.dtype())?
+            }
+            Some(bias) => x.matmul(&self.weight.t()?)?.broadcast_add(bias)?,
+        };
         if let Some(last) = dims.last_mut() {
             *last = outputs;
         }
-        let y = y.reshape(dims)?;
-        Ok(match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
-        })
+        Ok(y.reshape(dims)?)
     }
 }

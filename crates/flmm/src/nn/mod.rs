@@ -7,7 +7,6 @@ mod activation;
 mod channel_norm;
 mod conv;
 mod conv3x3;
-mod cpu;
 mod cross_entropy;
 mod gated;
 #[cfg(test)]

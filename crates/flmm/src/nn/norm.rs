@@ -4,7 +4,7 @@ use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, D, DType, Layout, Result as CandleResult, Shape, Tensor,
 };
 
-use super::cpu::{is_cpu_f32, slice, with_slice};
+use super::host::{Elements, elements, fusable};
 use crate::error::Result;
 use crate::weights::Params;
 
@@ -30,7 +30,7 @@ impl LayerNorm {
 
 /// Layer normalisation over the last axis, computed in f32 and returned in the type of `x`.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    if is_cpu_f32(x) && is_cpu_f32(weight) && is_cpu_f32(bias) {
+    if fusable(&[x, weight, bias]) {
         let op = FusedLayerNorm { eps: eps as f32 };
         return Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?);
     }
@@ -47,7 +47,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 /// Root-mean-square normalisation over the last axis as Llama does it: normalised in f32, cast to the type of
 /// `x`, then multiplied by `weight` in that type (`spec/pipeline.md` §2.1 rule 5).
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    if is_cpu_f32(x) && is_cpu_f32(weight) {
+    if fusable(&[x, weight]) {
         return Ok(x.contiguous()?.apply_op2(&weight.contiguous()?, FusedRmsNorm { eps: eps as f32 })?);
     }
     let dtype = x.dtype();
@@ -85,8 +85,8 @@ impl CustomOp3 for FusedLayerNorm {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> CandleResult<(CpuStorage, Shape)> {
-        let (x, weight) = (slice(x, x_layout)?, slice(weight, weight_layout)?);
-        let bias = slice(bias, bias_layout)?;
+        let (x, weight) = (elements(x, x_layout)?, elements(weight, weight_layout)?);
+        let bias = elements(bias, bias_layout)?;
         let mut out = vec![0f32; x.len()];
         for (out, row) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
             let (mean, scale) = self.statistics(row);
@@ -109,29 +109,25 @@ impl CustomOp3 for FusedLayerNorm {
         let mut dx = vec![0f32; x.elem_count()];
         let (mut dw, mut db) = (vec![0f32; size], vec![0f32; size]);
         let mut normed = vec![0f32; size];
-        with_slice(x, |x| {
-            with_slice(weight, |weight| {
-                with_slice(grad, |grad| {
-                    let rows =
-                        dx.chunks_exact_mut(size).zip(x.chunks_exact(size)).zip(grad.chunks_exact(size));
-                    for ((dx, x), grad) in rows {
-                        let (mean, scale) = self.statistics(x);
-                        let (mut sum, mut dot) = (0f32, 0f32);
-                        for i in 0..size {
-                            normed[i] = (x[i] - mean) * scale;
-                            dw[i] += grad[i] * normed[i];
-                            db[i] += grad[i];
-                            sum += grad[i] * weight[i];
-                            dot += grad[i] * weight[i] * normed[i];
-                        }
-                        let (sum, dot) = (sum / size as f32, dot / size as f32);
-                        for i in 0..size {
-                            dx[i] = scale * (grad[i] * weight[i] - sum - normed[i] * dot);
-                        }
-                    }
-                })
-            })
-        })???;
+        let grad = grad.contiguous()?;
+        let (x_elements, weights, grads) = (Elements::of(x), Elements::of(weight), Elements::of(&grad));
+        let (values, weights, grads) = (x_elements.get()?, weights.get()?, grads.get()?);
+        let rows = dx.chunks_exact_mut(size).zip(values.chunks_exact(size)).zip(grads.chunks_exact(size));
+        for ((dx, row), grad) in rows {
+            let (mean, scale) = self.statistics(row);
+            let (mut sum, mut dot) = (0f32, 0f32);
+            for i in 0..size {
+                normed[i] = (row[i] - mean) * scale;
+                dw[i] += grad[i] * normed[i];
+                db[i] += grad[i];
+                sum += grad[i] * weights[i];
+                dot += grad[i] * weights[i] * normed[i];
+            }
+            let (sum, dot) = (sum / size as f32, dot / size as f32);
+            for i in 0..size {
+                dx[i] = scale * (grad[i] * weights[i] - sum - normed[i] * dot);
+            }
+        }
         let device = x.device();
         Ok((
             Some(Tensor::from_vec(dx, x.shape(), device)?),
@@ -165,7 +161,7 @@ impl CustomOp2 for FusedRmsNorm {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> CandleResult<(CpuStorage, Shape)> {
-        let (x, weight) = (slice(x, x_layout)?, slice(weight, weight_layout)?);
+        let (x, weight) = (elements(x, x_layout)?, elements(weight, weight_layout)?);
         let mut out = vec![0f32; x.len()];
         for (out, row) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
             let scale = self.scale(row);
@@ -186,26 +182,22 @@ impl CustomOp2 for FusedRmsNorm {
         let size = weight.elem_count();
         let mut dx = vec![0f32; x.elem_count()];
         let mut dw = vec![0f32; size];
-        with_slice(x, |x| {
-            with_slice(weight, |weight| {
-                with_slice(grad, |grad| {
-                    let rows =
-                        dx.chunks_exact_mut(size).zip(x.chunks_exact(size)).zip(grad.chunks_exact(size));
-                    for ((dx, x), grad) in rows {
-                        let scale = self.scale(x);
-                        let mut dot = 0f32;
-                        for i in 0..size {
-                            dw[i] += grad[i] * x[i] * scale;
-                            dot += grad[i] * weight[i] * x[i];
-                        }
-                        let dot = dot * scale * scale / size as f32;
-                        for i in 0..size {
-                            dx[i] = scale * (grad[i] * weight[i] - x[i] * dot);
-                        }
-                    }
-                })
-            })
-        })???;
+        let grad = grad.contiguous()?;
+        let (x_elements, weights, grads) = (Elements::of(x), Elements::of(weight), Elements::of(&grad));
+        let (values, weights, grads) = (x_elements.get()?, weights.get()?, grads.get()?);
+        let rows = dx.chunks_exact_mut(size).zip(values.chunks_exact(size)).zip(grads.chunks_exact(size));
+        for ((dx, row), grad) in rows {
+            let scale = self.scale(row);
+            let mut dot = 0f32;
+            for i in 0..size {
+                dw[i] += grad[i] * row[i] * scale;
+                dot += grad[i] * weights[i] * row[i];
+            }
+            let dot = dot * scale * scale / size as f32;
+            for i in 0..size {
+                dx[i] = scale * (grad[i] * weights[i] - row[i] * dot);
+            }
+        }
         Ok((
             Some(Tensor::from_vec(dx, x.shape(), x.device())?),
             Some(Tensor::from_vec(dw, size, x.device())?),

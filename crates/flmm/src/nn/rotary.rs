@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result as CandleResult, Shape, Tensor};
 
-use super::cpu::{slice, with_slice};
+use super::host::{Elements, elements};
 use crate::error::Result;
 
 /// `cos` and `sin` per position: `[positions, head_dim / 2]` each, flattened.
@@ -74,7 +74,7 @@ impl CustomOp1 for Rotary {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> CandleResult<(CpuStorage, Shape)> {
         let (batch, seq, _) = layout.shape().dims3()?;
-        let (x, half) = (slice(x, layout)?, self.table.half);
+        let (x, half) = (elements(x, layout)?, self.table.half);
         let mut out = vec![0f32; x.len()];
         self.for_each(batch, seq, |merged, split, cos, sin| {
             let (a, b) = x[merged..merged + 2 * half].split_at(half);
@@ -91,16 +91,17 @@ impl CustomOp1 for Rotary {
         let (batch, seq, _) = x.dims3()?;
         let half = self.table.half;
         let mut dx = vec![0f32; x.elem_count()];
-        with_slice(grad, |grad| {
-            self.for_each(batch, seq, |merged, split, cos, sin| {
-                let (a, b) = grad[split..split + 2 * half].split_at(half);
-                let (dx_a, dx_b) = dx[merged..merged + 2 * half].split_at_mut(half);
-                for i in 0..half {
-                    dx_a[i] = a[i] * cos[i] + b[i] * sin[i];
-                    dx_b[i] = b[i] * cos[i] - a[i] * sin[i];
-                }
-            });
-        })?;
+        let grad = grad.contiguous()?;
+        let grads = Elements::of(&grad);
+        let grad = grads.get()?;
+        self.for_each(batch, seq, |merged, split, cos, sin| {
+            let (a, b) = grad[split..split + 2 * half].split_at(half);
+            let (dx_a, dx_b) = dx[merged..merged + 2 * half].split_at_mut(half);
+            for i in 0..half {
+                dx_a[i] = a[i] * cos[i] + b[i] * sin[i];
+                dx_b[i] = b[i] * cos[i] - a[i] * sin[i];
+            }
+        });
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Result as CandleResult, Shape, Tensor};
 
-use super::cpu::{exp, is_cpu_f32, slice, with_slice};
+use super::activation::exp;
+use super::host::{Elements, elements, fusable};
 use crate::error::Result;
 
 /// Softmax over the last axis, computed in f32 and returned in the type of `x`.
 pub fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
-    if is_cpu_f32(x) {
+    if fusable(&[x]) {
         return Ok(x.contiguous()?.apply_op1(FusedSoftmax { scale: 1.0, mask: None })?);
     }
     let dtype = x.dtype();
@@ -66,7 +67,7 @@ impl CustomOp1 for FusedSoftmax {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> CandleResult<(CpuStorage, Shape)> {
-        let x = slice(x, layout)?;
+        let x = elements(x, layout)?;
         let keys = layout.dims().last().copied().unwrap_or(1);
         let heads = Self::heads(layout.dims());
         let mut out = vec![0f32; x.len()];
@@ -96,25 +97,23 @@ impl CustomOp1 for FusedSoftmax {
         let keys = x.dims().last().copied().unwrap_or(1);
         let heads = Self::heads(x.dims());
         let mut dx = vec![0f32; x.elem_count()];
-        with_slice(probs, |probs| {
-            with_slice(grad, |grad| {
-                let rows =
-                    dx.chunks_exact_mut(keys).zip(probs.chunks_exact(keys)).zip(grad.chunks_exact(keys));
-                for (index, ((dx, p), g)) in rows.enumerate() {
-                    let spans = self.spans(index, heads, keys);
-                    let mut dot = 0f32;
-                    for span in spans.clone() {
-                        dot += p[span.clone()].iter().zip(&g[span]).map(|(p, g)| p * g).sum::<f32>();
-                    }
-                    for span in spans {
-                        let (p, g) = (&p[span.clone()], &g[span.clone()]);
-                        for ((dx, p), g) in dx[span].iter_mut().zip(p).zip(g) {
-                            *dx = self.scale * p * (g - dot);
-                        }
-                    }
+        let grad = grad.contiguous()?;
+        let (probs, grads) = (Elements::of(probs), Elements::of(&grad));
+        let (probs, grads) = (probs.get()?, grads.get()?);
+        let rows = dx.chunks_exact_mut(keys).zip(probs.chunks_exact(keys)).zip(grads.chunks_exact(keys));
+        for (index, ((dx, p), g)) in rows.enumerate() {
+            let spans = self.spans(index, heads, keys);
+            let mut dot = 0f32;
+            for span in spans.clone() {
+                dot += p[span.clone()].iter().zip(&g[span]).map(|(p, g)| p * g).sum::<f32>();
+            }
+            for span in spans {
+                let (p, g) = (&p[span.clone()], &g[span.clone()]);
+                for ((dx, p), g) in dx[span].iter_mut().zip(p).zip(g) {
+                    *dx = self.scale * p * (g - dot);
                 }
-            })
-        })??;
+            }
+        }
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }

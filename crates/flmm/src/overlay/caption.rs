@@ -72,7 +72,6 @@ impl Style {
     fn number(&self, canvas: &mut RgbImage, (cx, cy): (i64, i64), index: usize, ink: [u8; 3]) {
         let digits = (index + 1).to_string();
         let (w, h) = self.bold.cell();
-        // The raster's cell includes one column of space that only shows for numbers of two digits.
         let left = cx - w * digits.len() as i64 / 2;
         for (i, digit) in digits.chars().enumerate() {
             canvas::letter(canvas, digit, (left + i as i64 * w, cy - h / 2), self.bold, ink);

@@ -46,24 +46,7 @@ pub fn colour(index: usize) -> [u8; 3] {
 /// The picture with every region's mask, outline and number, and the answer below it with its phrases in the same
 /// colours. Small pictures are enlarged by a whole factor. An error if a mask has another size than the picture.
 pub fn draw(image: &RgbImage, answer: &str, regions: &[Region]) -> Result<RgbImage> {
-    let (width, height) = (image.width() as usize, image.height() as usize);
-    if width == 0 || height == 0 {
-        return Err(Error::image("the picture has no pixels", "use a picture of at least 1×1"));
-    }
-    for region in regions {
-        if (region.mask.width(), region.mask.height()) != (width, height) {
-            return Err(Error::request(
-                format!(
-                    "a {}×{} mask does not fit the {width}×{height} picture",
-                    region.mask.width(),
-                    region.mask.height()
-                ),
-                "masks must have the size of the picture",
-            ));
-        }
-    }
-    let factor = SMALLEST_SIDE.div_ceil(width.max(height)).max(1);
-    let mut canvas = enlarge(image, factor);
+    let (mut canvas, factor) = prepare(image, regions.iter().map(|region| region.mask))?;
     let shapes: Vec<shape::Shape> =
         regions.iter().map(|region| shape::Shape::new(region.mask, factor)).collect::<Result<_>>()?;
 
@@ -73,7 +56,7 @@ pub fn draw(image: &RgbImage, answer: &str, regions: &[Region]) -> Result<RgbIma
     for &i in &order {
         shapes[i].fill(&mut canvas, colour(i));
     }
-    let line = (canvas.width().max(canvas.height()) as usize).div_ceil(400).max(2);
+    let line = line_width(&canvas);
     for &i in &order {
         shapes[i].outline(&mut canvas, colour(i), line);
     }
@@ -91,6 +74,38 @@ pub fn draw(image: &RgbImage, answer: &str, regions: &[Region]) -> Result<RgbIma
             canvas::stack(&canvas, &strip)
         }
     })
+}
+
+/// The picture with one mask in the colour of phrase number `index`, without number or text; small pictures are
+/// enlarged as by [`draw`]. An error if the mask has another size than the picture.
+pub fn draw_mask(image: &RgbImage, mask: &Mask, index: usize) -> Result<RgbImage> {
+    let (mut canvas, factor) = prepare(image, [mask])?;
+    let shape = shape::Shape::new(mask, factor)?;
+    shape.fill(&mut canvas, colour(index));
+    let width = line_width(&canvas);
+    shape.outline(&mut canvas, colour(index), width);
+    Ok(canvas)
+}
+
+/// The picture at drawing size and by what factor it was enlarged, once it is clear that all masks fit it.
+fn prepare<'a>(image: &RgbImage, masks: impl IntoIterator<Item = &'a Mask>) -> Result<(RgbImage, usize)> {
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    if width == 0 || height == 0 {
+        return Err(Error::image("the picture has no pixels", "use a picture of at least 1×1"));
+    }
+    if let Some(mask) = masks.into_iter().find(|mask| (mask.width(), mask.height()) != (width, height)) {
+        return Err(Error::request(
+            format!("a {}×{} mask does not fit the {width}×{height} picture", mask.width(), mask.height()),
+            "masks must have the size of the picture",
+        ));
+    }
+    let factor = SMALLEST_SIDE.div_ceil(width.max(height)).max(1);
+    Ok((enlarge(image, factor), factor))
+}
+
+/// Width of outlines that suits a picture.
+fn line_width(canvas: &RgbImage) -> usize {
+    (canvas.width().max(canvas.height()) as usize).div_ceil(400).max(2)
 }
 
 /// Writes a PNG through a temporary file in the same folder, so that no partial picture can be left behind.

@@ -140,7 +140,7 @@ impl SamConfig {
 
     /// Reads and checks a `sam_config.json`.
     pub fn from_file(file: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(file).map_err(|e| Error::io(file, e))?;
+        let text = crate::weights::files::read_text(file)?;
         let config: Self = serde_json::from_str(&text).map_err(|e| {
             Error::config(
                 file,

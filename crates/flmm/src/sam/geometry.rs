@@ -3,6 +3,7 @@
 use candle_core::{Device, Tensor};
 
 use crate::error::Result;
+use crate::vision::preprocess::sam_size;
 
 /// Sizes `(height, width)` of a picture before and after SAM's resize (`spec/pipeline.md` §5.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -16,10 +17,7 @@ pub struct SamGeometry {
 impl SamGeometry {
     /// The geometry of an `original` picture for a SAM of input side `image_size`.
     pub fn new(original: (usize, usize), image_size: usize) -> Self {
-        let scale = image_size as f64 / original.0.max(original.1).max(1) as f64;
-        // Very long pictures round to an empty side; one row or column is kept.
-        let side = |len: usize| ((len as f64 * scale + 0.5) as usize).clamp(1, image_size);
-        Self { original, resized: (side(original.0), side(original.1)) }
+        Self { original, resized: sam_size(original, image_size) }
     }
 
     /// Box `(x0, y0, x1, y1)` from picture pixels to pixels of SAM's input (f64, as published).

@@ -12,7 +12,6 @@ mod init;
 mod mask_decoder;
 mod prompt_encoder;
 mod refiner;
-mod resize;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -30,8 +29,8 @@ pub use prompt_encoder::PromptEncoder;
 pub use refiner::{PromptOptions, Refiner};
 
 use crate::error::{Error, Result};
-use crate::weights::{Params, load_checkpoint};
-use resize::sam_resize;
+use crate::vision::preprocess::sam_resize;
+use crate::weights::{Params, files, load_checkpoint};
 
 /// Name of the file with the sizes, beside a SAM checkpoint that is not one of the public sizes.
 pub const CONFIG_FILE: &str = "sam_config.json";
@@ -44,9 +43,9 @@ pub const CONFIG_FILE: &str = "sam_config.json";
 /// [`Error::Io`], [`Error::Weights`] or [`Error::Config`] naming the file at fault.
 pub fn read_checkpoint(path: &Path, device: &Device) -> Result<(SamConfig, HashMap<String, Tensor>)> {
     let tensors = load_checkpoint(path, Some(DType::F32), device)?;
-    let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
+    let folder = if files::is_dir(path) { path } else { path.parent().unwrap_or(Path::new(".")) };
     let file = folder.join(CONFIG_FILE);
-    let config = match file.is_file() {
+    let config = match files::is_file(&file) {
         true => SamConfig::from_file(&file)?,
         false => SamConfig::from_tensors(&Params::new(path, tensors.clone()), path)?,
     };

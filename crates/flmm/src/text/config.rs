@@ -115,7 +115,7 @@ impl DecoderConfig {
             vocab_size: config.size_or("vocab_size", vocab)?,
             hidden_size,
             intermediate_size: config.size_or("intermediate_size", intermediate)?,
-            num_layers: config.size_or("num_hidden_layers", layers)?,
+            num_layers: config.layers_or("num_hidden_layers", layers)?,
             num_heads,
             num_kv_heads,
             head_dim,

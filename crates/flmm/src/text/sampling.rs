@@ -29,7 +29,7 @@ impl Sampler {
     /// A temperature of zero (or below, or not a number) is greedy; `top_p` of one (or above, or not a number)
     /// restricts nothing, of zero or below leaves one token.
     pub fn seeded(temperature: f64, top_p: f64, seed: u64) -> Self {
-        if !(temperature > 0.0) {
+        if temperature.is_nan() || temperature <= 0.0 {
             return Self::greedy();
         }
         let top_p = if top_p.is_nan() { 1.0 } else { top_p };
@@ -103,8 +103,9 @@ fn first_maximum(logits: &[f32]) -> usize {
 /// e^x for x ≤ 0 from sums and products alone: the mathematical library's result differs between platforms in
 /// the last bit, which could change a draw.
 fn exp(x: f64) -> f64 {
-    const LN2_HIGH: f64 = 6.931_471_803_691_238_2e-1;
-    const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
+    // ln 2 in two parts; the first has so few digits that its product with k is exact.
+    const LN2_HIGH: f64 = f64::from_bits(0x3fe62e42fee00000);
+    const LN2_LOW: f64 = f64::from_bits(0x3dea39ef35793c76);
     if x < -700.0 {
         return 0.0;
     }

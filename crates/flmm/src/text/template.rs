@@ -8,6 +8,7 @@ use minijinja::{Environment, ErrorKind, State, Value, context};
 
 use super::chat::{Role, Turn};
 use crate::error::{Error, Result};
+use crate::weights::files;
 
 /// A template in the Jinja language, as `chat_template` of Hugging Face folders.
 ///
@@ -28,16 +29,16 @@ impl ChatTemplate {
     pub fn load(dir: impl AsRef<Path>) -> Result<Option<Self>> {
         let dir = dir.as_ref();
         let file = dir.join("chat_template.jinja");
-        if file.is_file() {
-            let source = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
+        if files::is_file(&file) {
+            let source = files::read_text(&file)?;
             return Self::new(file, source).map(Some);
         }
         for name in ["chat_template.json", "tokenizer_config.json"] {
             let file = dir.join(name);
-            if !file.is_file() {
+            if !files::is_file(&file) {
                 continue;
             }
-            let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
+            let text = files::read_text(&file)?;
             let json: serde_json::Value = serde_json::from_str(&text).map_err(|e| {
                 Error::config(&file, format!("not a JSON file: {e}"), "download the file again")
             })?;

@@ -7,6 +7,7 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, PostProcessorWrapper};
 
 use crate::error::{Error, Result};
+use crate::weights::files;
 
 const DOWNLOAD: &str = "download the model's tokenizer files again";
 
@@ -35,12 +36,12 @@ impl Tokenizer {
     pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         let file = dir.join("tokenizer.json");
-        if !file.is_file() {
+        if !files::is_file(&file) {
             let hint = "flmm reads fast tokenizers; in Python: \
                         `AutoTokenizer.from_pretrained(dir, use_fast=True).save_pretrained(dir)` writes tokenizer.json";
             return Err(Error::config(file, "no such file", hint));
         }
-        let bytes = std::fs::read(&file).map_err(|e| Error::io(&file, e))?;
+        let bytes = files::read(&file)?;
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
             .map_err(|e| Error::config(&file, format!("not a tokenizer file: {e}"), DOWNLOAD))?;
         // What the file says about batches does not apply to single texts.
@@ -250,10 +251,10 @@ impl Settings {
 
 /// A JSON object, or `None` if there is no such file.
 fn read_object(file: &Path) -> Result<Option<Map<String, Value>>> {
-    if !file.is_file() {
+    if !files::is_file(file) {
         return Ok(None);
     }
-    let text = std::fs::read_to_string(file).map_err(|e| Error::io(file, e))?;
+    let text = files::read_text(file)?;
     match serde_json::from_str(&text) {
         Ok(Value::Object(map)) => Ok(Some(map)),
         Ok(_) => Err(Error::config(file, "expected a JSON object", DOWNLOAD)),

@@ -42,7 +42,7 @@ impl ClipConfig {
                 "use a model with a CLIP vision tower",
             ));
         }
-        let num_layers = config.size_or("num_hidden_layers", 12)?;
+        let num_layers = config.layers_or("num_hidden_layers", 12)?;
         let states = num_layers as i64 + 1;
         let index = if feature_layer < 0 { states + feature_layer } else { feature_layer };
         if !(0..states).contains(&index) {
@@ -96,8 +96,8 @@ pub struct ClipVision {
     config: ClipConfig,
     /// `[hidden]`
     class_embedding: Tensor,
-    /// `[hidden, 3 · patch · patch]`
-    patch_embedding: Linear,
+    /// `[hidden, 3, patch, patch]`
+    patch_embedding: Tensor,
     /// `[1 + grid², hidden]`
     position_embedding: Tensor,
     pre_layrnorm: LayerNorm,
@@ -109,13 +109,12 @@ impl ClipVision {
     pub fn load(config: ClipConfig, params: &Params) -> Result<Self> {
         let (width, patch) = (config.hidden_size, config.patch_size);
         let embeddings = params.pp("embeddings");
-        let patches = embeddings.pp("patch_embedding").get(&[width, 3, patch, patch], "weight")?;
         let positions = config.grid() * config.grid() + 1;
         let layers =
             (0..config.blocks_used).map(|index| Block::load(&config, &params.pp("encoder.layers").pp(index)));
         Ok(Self {
             class_embedding: embeddings.get(&[width], "class_embedding")?,
-            patch_embedding: Linear::new(patches.reshape((width, 3 * patch * patch))?, None),
+            patch_embedding: embeddings.pp("patch_embedding").get(&[width, 3, patch, patch], "weight")?,
             position_embedding: embeddings.pp("position_embedding").get(&[positions, width], "weight")?,
             pre_layrnorm: LayerNorm::load(width, config.layer_norm_eps, &params.pp("pre_layrnorm"))?,
             layers: layers.collect::<Result<_>>()?,
@@ -142,7 +141,8 @@ impl ClipVision {
             .permute([0, 2, 4, 1, 3, 5])?
             .reshape((batch, grid * grid, 3 * patch * patch))?;
         let class = self.class_embedding.reshape((1, 1, width))?.broadcast_as((batch, 1, width))?;
-        let tokens = Tensor::cat(&[&class, &self.patch_embedding.forward(&patches)?], 1)?;
+        let kernel = self.patch_embedding.reshape((width, 3 * patch * patch))?;
+        let tokens = Tensor::cat(&[&class, &Linear::new(kernel, None).forward(&patches)?], 1)?;
         let mut hidden = self.pre_layrnorm.forward(&tokens.broadcast_add(&self.position_embedding)?)?;
         for layer in &self.layers {
             hidden = layer.forward(&hidden)?;

@@ -25,6 +25,7 @@ pub struct Normalisation {
     pub std: [f32; 3],
 }
 
+#[allow(clippy::excessive_precision, reason = "digits as published")]
 impl Normalisation {
     /// What CLIP towers expect.
     pub const CLIP: Self = Self {
@@ -240,7 +241,7 @@ pub(super) struct ProcessorConfig {
 impl ProcessorConfig {
     pub(super) fn read(dir: &Path) -> Result<Self> {
         let file = dir.join("preprocessor_config.json");
-        let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
+        let text = crate::weights::files::read_text(&file)?;
         let json: Value = serde_json::from_str(&text)
             .map_err(|e| Error::config(&file, format!("not a JSON file: {e}"), "download the file again"))?;
         let side = side(&json).ok_or_else(|| {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
+use super::files;
 use super::pth::load_pth;
 use super::safetensors::load_safetensors;
 use crate::error::{Error, Result};
@@ -37,8 +38,8 @@ pub fn load_checkpoint(
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
     let path = path.as_ref();
-    let file = if path.is_dir() { weight_file(path)? } else { path.to_owned() };
-    if !file.is_file() {
+    let file = if files::is_dir(path) { weight_file(path)? } else { path.to_owned() };
+    if !files::is_file(&file) {
         return Err(Error::weights(&file, "no such file or folder", EXPECTED));
     }
     if file.to_string_lossy().ends_with(".index.json") {
@@ -50,7 +51,7 @@ pub fn load_checkpoint(
 /// The weight files of the checkpoint at `path` without reading them: one, or all shards of an index.
 pub fn checkpoint_files(path: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
     let path = path.as_ref();
-    let file = if path.is_dir() { weight_file(path)? } else { path.to_owned() };
+    let file = if files::is_dir(path) { weight_file(path)? } else { path.to_owned() };
     if !file.to_string_lossy().ends_with(".index.json") {
         return Ok(vec![file]);
     }
@@ -70,7 +71,7 @@ fn load_sharded(file: &Path, dtype: Option<DType>, device: &Device) -> Result<Ha
     let index = Index::read(file)?;
     let mut tensors = HashMap::new();
     for shard in &index.shards {
-        if !shard.is_file() {
+        if !files::is_file(shard) {
             let what = format!("the index names the shard `{}`, which is not there", shard.display());
             return Err(Error::weights(file, what, "download the missing shard"));
         }
@@ -105,7 +106,7 @@ struct Index {
 
 impl Index {
     fn read(file: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(file).map_err(|e| Error::io(file, e))?;
+        let text = files::read_text(file)?;
         let damaged = |what: String| Error::weights(file, what, "download the index file again");
         let json: serde_json::Value =
             serde_json::from_str(&text).map_err(|e| damaged(format!("not a JSON file: {e}")))?;
@@ -128,17 +129,14 @@ impl Index {
 
 /// The file in `folder` to load.
 fn weight_file(folder: &Path) -> Result<PathBuf> {
-    if let Some(known) = KNOWN.iter().map(|name| folder.join(name)).find(|file| file.is_file()) {
+    if let Some(known) = KNOWN.iter().map(|name| folder.join(name)).find(|file| files::is_file(file)) {
         return Ok(known);
     }
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
-        let path = entry.map_err(|e| Error::io(folder, e))?.path();
+    let mut found = files::list(folder)?;
+    found.retain(|path| {
         let extension = path.extension().and_then(|e| e.to_str());
-        if path.is_file() && matches!(extension, Some("safetensors" | "bin" | "pth" | "pt")) {
-            found.push(path);
-        }
-    }
+        matches!(extension, Some("safetensors" | "bin" | "pth" | "pt"))
+    });
     found.sort();
     match found.as_slice() {
         [one] => Ok(one.clone()),

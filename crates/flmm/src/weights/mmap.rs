@@ -1,15 +1,37 @@
-//! Read-only memory maps of checkpoint files.
+//! The bytes of checkpoint files: read-only memory maps, or embedded.
 
 use std::fs::File;
+use std::ops::Deref;
 use std::path::Path;
 
 use memmap2::Mmap;
 
+use super::files;
 use crate::error::{Error, Result};
 
-/// Maps `path` for reading; an empty file is an error.
+/// The content of a checkpoint file.
+pub(super) enum Bytes {
+    Mapped(Mmap),
+    Embedded(&'static [u8]),
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Embedded(bytes) => bytes,
+        }
+    }
+}
+
+/// Maps `path` for reading, unless it is embedded; an empty file is an error.
 #[allow(unsafe_code)]
-pub(super) fn map(path: &Path) -> Result<Mmap> {
+pub(super) fn map(path: &Path) -> Result<Bytes> {
+    if let Some(bytes) = files::embedded_bytes(path) {
+        return bytes.map(Bytes::Embedded);
+    }
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
     let length = file.metadata().map_err(|e| Error::io(path, e))?;
     if length.is_dir() {
@@ -21,5 +43,5 @@ pub(super) fn map(path: &Path) -> Result<Mmap> {
     // SAFETY: the map is read-only and private to this process. As with every mapped file, another process that
     // shortens the file while it is read would break the contract; checkpoints are written once (flmm itself
     // renames complete files into place and never edits them).
-    unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))
+    unsafe { Mmap::map(&file) }.map(Bytes::Mapped).map_err(|e| Error::io(path, e))
 }

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod element;
+pub mod files;
 mod mmap;
 mod params;
 mod pickle;

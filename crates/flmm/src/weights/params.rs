@@ -72,7 +72,8 @@ impl Params {
             }
             None => state.problems.push(format!("tensor `{full}` is missing: expected shape {shape:?}")),
         }
-        Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
+        // A view of one zero: a wrong folder must not cost the memory of a whole model.
+        Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?)
     }
 
     /// Names that were never asked for, sorted.

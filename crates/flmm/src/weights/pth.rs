@@ -53,18 +53,17 @@ pub fn load_pth_bytes(
     let entries = parameters(&pickle).map_err(|what| Error::weights(file, what, RESAVE))?;
 
     // Two names of one view share a tensor. What remains can be larger than the file only by overlapping views.
-    let mut views: HashMap<(&str, usize, &[usize], &[usize]), Tensor> = HashMap::new();
+    let mut views: HashMap<&TensorRef, Tensor> = HashMap::new();
     let mut budget = bytes.len().saturating_mul(4);
     let mut tensors = HashMap::with_capacity(entries.len());
     for (name, view) in entries {
-        let key = (view.storage.key.as_str(), view.offset, view.shape.as_slice(), view.strides.as_slice());
-        let tensor = match views.get(&key) {
+        let tensor = match views.get(view) {
             Some(tensor) => tensor.clone(),
             None => {
                 let tensor = archive
                     .tensor(view, &mut budget, dtype, device)
                     .map_err(|e| e.into_error(file, &name))?;
-                views.insert(key, tensor.clone());
+                views.insert(view, tensor.clone());
                 tensor
             }
         };
