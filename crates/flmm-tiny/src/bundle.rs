@@ -16,7 +16,7 @@ use crate::text::SPECIAL;
 const CONTEXT: usize = 512;
 
 /// Writes `lmm/` with f16 weights.
-pub fn lmm(
+pub(crate) fn lmm(
     folder: &Path,
     sizes: &LmmSizes,
     tensors: &BTreeMap<String, Tensor>,
@@ -86,14 +86,14 @@ pub fn lmm(
 }
 
 /// Writes `sam/`: the whole small SAM.
-pub fn sam(folder: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+pub(crate) fn sam(folder: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     std::fs::create_dir_all(folder)?;
     text(&folder.join("sam_config.json"), &serde_json::to_string_pretty(&stage_sam::config())?)?;
     weights(&folder.join("sam.safetensors"), tensors)
 }
 
 /// Writes `head/`: the trained part, named as released heads are.
-pub fn head(folder: &Path, sizes: &LmmSizes, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+pub(crate) fn head(folder: &Path, sizes: &LmmSizes, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     let about = json!({
         "format": 1,
         "lmm": "flmm-tiny",

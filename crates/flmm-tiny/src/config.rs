@@ -4,34 +4,34 @@ use serde::{Deserialize, Serialize};
 
 /// Sizes of the LMM: a CLIP-style tower, a two-layer projector and a Llama-shaped decoder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct LmmSizes {
+pub(crate) struct LmmSizes {
     /// Side of the square picture the tower sees, in pixels.
-    pub image_size: usize,
+    pub(crate) image_size: usize,
     /// Side of a patch, in pixels.
-    pub patch_size: usize,
+    pub(crate) patch_size: usize,
     /// Width of the tower.
-    pub tower_width: usize,
+    pub(crate) tower_width: usize,
     /// Encoder layers of the tower.
-    pub tower_layers: usize,
+    pub(crate) tower_layers: usize,
     /// Attention heads of the tower.
-    pub tower_heads: usize,
+    pub(crate) tower_heads: usize,
     /// Feed-forward width of the tower.
-    pub tower_ffn: usize,
+    pub(crate) tower_ffn: usize,
     /// Width of the decoder.
-    pub width: usize,
+    pub(crate) width: usize,
     /// Layers of the decoder.
-    pub layers: usize,
+    pub(crate) layers: usize,
     /// Attention heads of the decoder.
-    pub heads: usize,
+    pub(crate) heads: usize,
     /// Feed-forward width of the decoder.
-    pub ffn: usize,
+    pub(crate) ffn: usize,
     /// Rows of the embedding table.
-    pub vocab: usize,
+    pub(crate) vocab: usize,
 }
 
 impl LmmSizes {
     /// The shipped sizes, for a tokenizer of `vocab` entries.
-    pub fn shipped(vocab: usize) -> Self {
+    pub(crate) fn shipped(vocab: usize) -> Self {
         Self {
             image_size: 144,
             patch_size: 12,
@@ -48,20 +48,20 @@ impl LmmSizes {
     }
 
     /// Patches along one side.
-    pub fn grid(&self) -> usize {
+    pub(crate) fn grid(&self) -> usize {
         self.image_size / self.patch_size
     }
 
     /// Image tokens.
-    pub fn image_tokens(&self) -> usize {
+    pub(crate) fn image_tokens(&self) -> usize {
         self.grid() * self.grid()
     }
 }
 
 /// Epsilon of the tower's layer norms, as CLIP.
-pub const LAYER_NORM_EPS: f64 = 1e-5;
+pub(crate) const LAYER_NORM_EPS: f64 = 1e-5;
 /// Epsilon of the decoder's norms, as Vicuna.
-pub const RMS_NORM_EPS: f64 = 1e-5;
+pub(crate) const RMS_NORM_EPS: f64 = 1e-5;
 /// Base of the rotary frequencies: high enough that most pairs of a 32-wide head hardly turn over the length of a
 /// picture, so that a word can be compared with a patch by content.
-pub const ROPE_THETA: f64 = 1e6;
+pub(crate) const ROPE_THETA: f64 = 1e6;

@@ -20,7 +20,7 @@ const MAX_POSITIONS: usize = 1024;
 
 /// Initial tensors by their Hugging Face names; `embeddings [vocab, width]` and the marks of words and image tokens
 /// are given.
-pub fn init(
+pub(crate) fn init(
     sizes: &LmmSizes,
     embeddings: &Tensor,
     marks: [&[f32]; 2],
@@ -116,7 +116,7 @@ struct Layer {
 }
 
 /// The decoder, its embedding table and its output rows.
-pub struct Decoder {
+pub(crate) struct Decoder {
     embed_tokens: Tensor,
     layers: Vec<Layer>,
     norm: Tensor,
@@ -126,16 +126,16 @@ pub struct Decoder {
 }
 
 /// A packed forward pass.
-pub struct Output {
+pub(crate) struct Output {
     /// Final-normed states `[B, S, width]`.
-    pub hidden: Tensor,
+    pub(crate) hidden: Tensor,
     /// Attention `[B, H, S, S]` of every layer, if it was asked for.
-    pub attention: Vec<Tensor>,
+    pub(crate) attention: Vec<Tensor>,
 }
 
 impl Decoder {
     /// Reads the tensors that [`init`] made.
-    pub fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
+    pub(crate) fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
         let model = params.pp(MODEL);
         let (d, ffn) = (sizes.width, sizes.ffn);
         let mut layers = Vec::new();
@@ -168,14 +168,14 @@ impl Decoder {
     }
 
     /// Embeddings `[B, T, width]` of `ids [B · T]`.
-    pub fn embed(&self, ids: &[u32], batch: usize) -> Result<Tensor> {
+    pub(crate) fn embed(&self, ids: &[u32], batch: usize) -> Result<Tensor> {
         let ids_tensor = Tensor::new(ids, self.embed_tokens.device())?;
         let width = self.embed_tokens.dim(1)?;
         Ok(self.embed_tokens.index_select(&ids_tensor, 0)?.reshape((batch, ids.len() / batch, width))?)
     }
 
     /// `x [B, S, width]` through all layers under `mask`, rotated to `positions [B · S]`.
-    pub fn forward(
+    pub(crate) fn forward(
         &self,
         x: &Tensor,
         positions: &Arc<Vec<u32>>,
@@ -207,7 +207,7 @@ impl Decoder {
     }
 
     /// Next-token logits `[rows, vocab]` of `hidden [rows, width]`.
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+    pub(crate) fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         Ok(self.lm_head.forward(hidden)?)
     }
 }

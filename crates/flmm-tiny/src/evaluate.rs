@@ -20,16 +20,16 @@ use crate::stage_head::{Told, expressions, narration, union};
 
 /// What to evaluate on.
 #[derive(Debug, Clone, clap::Args)]
-pub struct EvaluateArgs {
+pub(crate) struct EvaluateArgs {
     /// Scenes of the test split.
     #[arg(long, default_value_t = 500)]
-    pub scenes: u64,
+    pub(crate) scenes: u64,
     /// Seed of the test scenes; training uses 1, 3 and 5, the gates 7.
     #[arg(long, default_value_t = 2026)]
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// Scenes of the validation split on which the best head is chosen.
     #[arg(long, default_value_t = 100)]
-    pub choose_head_on: u64,
+    pub(crate) choose_head_on: u64,
 }
 
 /// Right and all.
@@ -81,7 +81,7 @@ struct Report {
 }
 
 /// Evaluates the bundle and returns the figures of the model card.
-pub fn run(
+pub(crate) fn run(
     args: &EvaluateArgs,
     bundle: &Path,
     raw: &tokenizers::Tokenizer,

@@ -20,7 +20,7 @@ use crate::tower::{self, Projector, Tower};
 
 /// Where the image tokens of a batch come from.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Source {
+pub(crate) enum Source {
     /// Noisy codes on a grid of this side (see [`crate::symbolic`]).
     Codes {
         /// Patches along one side.
@@ -33,30 +33,30 @@ pub enum Source {
 }
 
 /// A scene prepared for one forward pass.
-pub struct Sample {
+pub(crate) struct Sample {
     /// The packed conversations.
-    pub packed: Packed,
+    pub(crate) packed: Packed,
     /// The thing under every image token.
-    pub things: Vec<Thing>,
+    pub(crate) things: Vec<Thing>,
     /// Codes `[tokens · width]` or patches `[tokens · 3 · p · p]`.
-    pub image: Vec<f32>,
+    pub(crate) image: Vec<f32>,
 }
 
 /// Everything that does not change during training.
-pub struct Setting {
+pub(crate) struct Setting {
     /// Sizes.
-    pub sizes: LmmSizes,
+    pub(crate) sizes: LmmSizes,
     /// The code book.
-    pub codes: Codes,
+    pub(crate) codes: Codes,
     /// The packer for the full grid.
-    pub packer: Packer,
+    pub(crate) packer: Packer,
     /// Picture preprocessing.
-    pub processor: flmm::vision::preprocess::LlavaProcessor,
+    pub(crate) processor: flmm::vision::preprocess::LlavaProcessor,
 }
 
 impl Setting {
     /// Prepares `scene` with the packed sequence `packed`.
-    pub fn sample(
+    pub(crate) fn sample(
         &self,
         scene: &Scene,
         packed: Packed,
@@ -78,7 +78,7 @@ impl Setting {
     }
 
     /// The things under the patches of `scene` and its patches.
-    pub fn pixels(&self, scene: &Scene) -> Result<(Vec<Thing>, Vec<f32>)> {
+    pub(crate) fn pixels(&self, scene: &Scene) -> Result<(Vec<Thing>, Vec<f32>)> {
         let (pixels, geometry) = self.processor.process(&scene.image)?;
         let things = symbolic::things(scene, &geometry, self.sizes.grid());
         let pixels = pixels.flatten_all()?.to_vec1::<f32>()?;
@@ -86,13 +86,13 @@ impl Setting {
     }
 
     /// The geometry of a scene's picture.
-    pub fn geometry(&self, scene: &Scene) -> Result<Geometry> {
+    pub(crate) fn geometry(&self, scene: &Scene) -> Result<Geometry> {
         Ok(self.processor.geometry((scene.image.height() as usize, scene.image.width() as usize))?)
     }
 }
 
 /// Tower, projector and decoder over one set of tensors.
-pub struct Lmm {
+pub(crate) struct Lmm {
     tower: Tower,
     projector: Projector,
     decoder: Decoder,
@@ -100,7 +100,7 @@ pub struct Lmm {
 
 impl Lmm {
     /// Reads all tensors.
-    pub fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
+    pub(crate) fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
         let lmm = Self {
             tower: Tower::load(sizes, params)?,
             projector: Projector::load(sizes, params)?,
@@ -111,7 +111,7 @@ impl Lmm {
     }
 
     /// Runs a batch; returns the output and the number of rows per sequence.
-    pub fn forward(&self, samples: &[Sample], source: Source, keep_attention: bool) -> Result<Output> {
+    pub(crate) fn forward(&self, samples: &[Sample], source: Source, keep_attention: bool) -> Result<Output> {
         let batch = samples.len();
         let prefix = &samples[0].packed.prefix;
         let tokens = samples[0].things.len();
@@ -137,7 +137,7 @@ impl Lmm {
     }
 
     /// Logits `[targets, vocab]` at the supervised rows of all samples, in order, and what should follow.
-    pub fn supervised(&self, samples: &[Sample], output: &Output) -> Result<(Tensor, Vec<u32>)> {
+    pub(crate) fn supervised(&self, samples: &[Sample], output: &Output) -> Result<(Tensor, Vec<u32>)> {
         let (batch, rows, width) = output.hidden.dims3()?;
         let (mut at, mut targets) = (Vec::new(), Vec::new());
         for (index, sample) in samples.iter().enumerate() {
@@ -150,7 +150,7 @@ impl Lmm {
     }
 
     /// Mean answer loss of a batch.
-    pub fn loss(&self, samples: &[Sample], source: Source) -> Result<Tensor> {
+    pub(crate) fn loss(&self, samples: &[Sample], source: Source) -> Result<Tensor> {
         let output = self.forward(samples, source, false)?;
         let (logits, targets) = self.supervised(samples, &output)?;
         Ok(cross_entropy(&logits, targets, None)?)
@@ -159,22 +159,22 @@ impl Lmm {
 
 /// What an evaluation counts.
 #[derive(Debug, Default)]
-pub struct Report {
+pub(crate) struct Report {
     /// Right and all answers, per kind of question (teacher-forced argmax equals greedy exact match).
-    pub answers: BTreeMap<Kind, (usize, usize)>,
+    pub(crate) answers: BTreeMap<Kind, (usize, usize)>,
     /// Right and all closed questions.
-    pub closed: (usize, usize),
+    pub(crate) closed: (usize, usize),
     /// Per head (layer-major): phrases whose strongest patch lies on the named thing.
-    pub pointing: Vec<usize>,
+    pub(crate) pointing: Vec<usize>,
     /// Phrases of objects.
-    pub phrases: usize,
+    pub(crate) phrases: usize,
     loss: f64,
     batches: usize,
 }
 
 impl Report {
     /// Adds the outcome of one batch.
-    pub fn add(&mut self, lmm: &Lmm, samples: &[Sample], source: Source) -> Result<()> {
+    pub(crate) fn add(&mut self, lmm: &Lmm, samples: &[Sample], source: Source) -> Result<()> {
         let output = lmm.forward(samples, source, true)?;
         let (logits, targets) = lmm.supervised(samples, &output)?;
         let best = logits.argmax(1)?.to_vec1::<u32>()?;
@@ -232,18 +232,18 @@ impl Report {
     }
 
     /// Mean loss per batch.
-    pub fn loss(&self) -> f64 {
+    pub(crate) fn loss(&self) -> f64 {
         self.loss / self.batches.max(1) as f64
     }
 
     /// The best head's index and its pointing accuracy.
-    pub fn best_head(&self) -> (usize, f64) {
+    pub(crate) fn best_head(&self) -> (usize, f64) {
         let best = (0..self.pointing.len()).max_by_key(|i| self.pointing[*i]).unwrap_or(0);
         (best, self.pointing.get(best).map_or(0.0, |n| *n as f64 / self.phrases.max(1) as f64))
     }
 
     /// One line: loss, closed questions, pointing, then every kind.
-    pub fn line(&self) -> String {
+    pub(crate) fn line(&self) -> String {
         let percent = |(right, all): (usize, usize)| 100.0 * right as f64 / all.max(1) as f64;
         let (head, pointing) = self.best_head();
         let mean =
@@ -268,6 +268,6 @@ impl Report {
 
 /// A random generator that depends only on what it is for, so that a resumed run draws what the
 /// uninterrupted one would have drawn.
-pub fn rng_for(seed: u64, step: usize, worker: usize) -> ChaCha8Rng {
+pub(crate) fn rng_for(seed: u64, step: usize, worker: usize) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed ^ ((step as u64) << 20) ^ ((worker as u64) << 56))
 }

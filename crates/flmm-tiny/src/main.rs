@@ -85,7 +85,7 @@ fn main() -> Result<()> {
     let bundle_folder = cli.out.join("bundle");
     let tokenizer_file = cli.out.join("tokenizer.json");
     if let Stage::Tokenizer = cli.stage {
-        let tokenizer = text::train(world::vocabulary_texts(level).map(String::from))?;
+        let tokenizer = text::train(world::vocabulary_texts(level))?;
         let temporary = tokenizer_file.with_extension("partial");
         std::fs::write(&temporary, text::to_json(&tokenizer)?)?;
         std::fs::rename(&temporary, &tokenizer_file)?;

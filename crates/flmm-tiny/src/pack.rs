@@ -14,18 +14,16 @@ use crate::text::DESCRIBE;
 
 /// A phrase of an answer and what it refers to.
 #[derive(Debug, Clone)]
-pub struct Phrase {
+pub(crate) struct Phrase {
     /// Rows of the packed sequence.
-    pub rows: Range<usize>,
+    pub(crate) rows: Range<usize>,
     /// Objects or stuff of the scene.
-    pub segments: Vec<SegmentRef>,
-    /// Whether the noun cannot be copied from the question.
-    pub from_image: bool,
+    pub(crate) segments: Vec<SegmentRef>,
 }
 
 /// What kind of conversation a piece of the sequence is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// A question about the picture.
     Question(QuestionKind),
     /// A narration of the whole picture.
@@ -36,32 +34,32 @@ pub enum Kind {
 
 /// One conversation's answer inside the packed sequence.
 #[derive(Debug, Clone)]
-pub struct Answer {
+pub(crate) struct Answer {
     /// Its kind.
-    pub kind: Kind,
+    pub(crate) kind: Kind,
     /// Whether there is exactly one right answer.
-    pub closed: bool,
+    pub(crate) closed: bool,
     /// Indices into [`Packed::targets`].
-    pub targets: Range<usize>,
+    pub(crate) targets: Range<usize>,
 }
 
 /// A packed sequence: prefix, image tokens, conversations.
 #[derive(Debug, Clone, Default)]
-pub struct Packed {
+pub(crate) struct Packed {
     /// Ids before the image.
-    pub prefix: Vec<u32>,
+    pub(crate) prefix: Vec<u32>,
     /// Ids behind the image.
-    pub text: Vec<u32>,
+    pub(crate) text: Vec<u32>,
     /// Rotary position of every row (prefix, image, text).
-    pub positions: Vec<u32>,
+    pub(crate) positions: Vec<u32>,
     /// First row of the conversation each row belongs to.
-    pub starts: Vec<u32>,
+    pub(crate) starts: Vec<u32>,
     /// Supervised rows: (row, id that must follow).
-    pub targets: Vec<(u32, u32)>,
+    pub(crate) targets: Vec<(u32, u32)>,
     /// Phrases of the answers.
-    pub phrases: Vec<Phrase>,
+    pub(crate) phrases: Vec<Phrase>,
     /// Answers, for evaluation.
-    pub answers: Vec<Answer>,
+    pub(crate) answers: Vec<Answer>,
 }
 
 /// A conversation before packing: the prompt and the answer in pieces, each encoded on its own.
@@ -73,19 +71,19 @@ struct Conversation {
 }
 
 /// Packs conversations of scenes.
-pub struct Packer {
+pub(crate) struct Packer {
     tokenizer: Tokenizer,
     image_tokens: usize,
     bos: u32,
     eos: u32,
     separator: u32,
     /// Text tokens a sequence may have at most.
-    pub budget: usize,
+    pub(crate) budget: usize,
 }
 
 impl Packer {
     /// For a tokenizer of [`crate::text`] and a grid of `image_tokens`.
-    pub fn new(tokenizer: Tokenizer, image_tokens: usize, budget: usize) -> Result<Self> {
+    pub(crate) fn new(tokenizer: Tokenizer, image_tokens: usize, budget: usize) -> Result<Self> {
         let id = |token: &str| tokenizer.token_to_id(token).ok_or_else(|| anyhow!("no token `{token}`"));
         let (bos, eos) = (id("<s>")?, id("</s>")?);
         let separator = *encode(&tokenizer, ".")?.0.last().ok_or_else(|| anyhow!("`.` has no token"))?;
@@ -93,12 +91,12 @@ impl Packer {
     }
 
     /// The tokenizer.
-    pub fn tokenizer(&self) -> &Tokenizer {
+    pub(crate) fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }
 
     /// The same texts behind another number of image tokens.
-    pub fn with_image_tokens(&self, image_tokens: usize) -> Self {
+    pub(crate) fn with_image_tokens(&self, image_tokens: usize) -> Self {
         let Self { tokenizer, bos, eos, separator, budget, .. } = self;
         Self {
             tokenizer: tokenizer.clone(),
@@ -111,7 +109,7 @@ impl Packer {
     }
 
     /// A random choice of the scene's conversations, kinds drawn evenly, up to the token budget.
-    pub fn pack(&self, scene: &Scene, rng: &mut ChaCha8Rng) -> Result<Packed> {
+    pub(crate) fn pack(&self, scene: &Scene, rng: &mut ChaCha8Rng) -> Result<Packed> {
         let mut packed = self.start()?;
         for conversation in self.draw(scene, rng) {
             self.append(&mut packed, &conversation)?;
@@ -120,7 +118,7 @@ impl Packer {
     }
 
     /// All questions of the scene, one sequence each group that fits the budget.
-    pub fn pack_all_questions(&self, scene: &Scene) -> Result<Vec<Packed>> {
+    pub(crate) fn pack_all_questions(&self, scene: &Scene) -> Result<Vec<Packed>> {
         let mut sequences = Vec::new();
         let mut packed = self.start()?;
         for question in scene.texts.questions.iter().chain(&scene.texts.reasoning) {
@@ -215,7 +213,6 @@ impl Packer {
                     phrases.push(Phrase {
                         rows: start + ids.len() + first..start + ids.len() + last + 1,
                         segments: link.segments.clone(),
-                        from_image: link.from_image,
                     });
                 }
             }
@@ -229,8 +226,8 @@ impl Packer {
             return Ok(false);
         }
         let first_target = packed.targets.len();
-        for at in answer_start..ids.len() {
-            packed.targets.push(((start + at - 1) as u32, ids[at]));
+        for (at, id) in ids.iter().enumerate().skip(answer_start) {
+            packed.targets.push(((start + at - 1) as u32, *id));
         }
         packed.positions.extend((0..ids.len() as u32).map(|i| base as u32 + i));
         packed.starts.extend(std::iter::repeat_n(start as u32, ids.len()));

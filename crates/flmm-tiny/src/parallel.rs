@@ -8,7 +8,7 @@ use crate::store::Grads;
 ///
 /// Small models gain nothing from a parallel matrix product, so each worker computes on one thread: start the
 /// program with `RAYON_NUM_THREADS=1`.
-pub fn gradients(
+pub(crate) fn gradients(
     workers: usize,
     work: impl Fn(usize) -> Result<(f64, Grads)> + Sync,
 ) -> Result<(f64, Vec<Grads>)> {

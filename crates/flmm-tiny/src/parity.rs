@@ -33,7 +33,8 @@ fn the_opened_model_computes_what_was_trained() {
     tensors.extend(tower::init(&sizes, &mut rng).unwrap());
     // What the bundle's half precision keeps of them.
     let halved = |t: &Tensor| t.to_dtype(DType::F16).unwrap().to_dtype(DType::F32).unwrap();
-    let tensors: BTreeMap<String, Tensor> = tensors.iter().map(|(name, t)| (name.clone(), halved(t))).collect();
+    let tensors: BTreeMap<String, Tensor> =
+        tensors.iter().map(|(name, t)| (name.clone(), halved(t))).collect();
     let folder = tempfile::tempdir().unwrap();
     bundle::lmm(folder.path(), &sizes, &tensors, &json).unwrap();
     let opened = flmm::lmm::open(folder.path(), DType::F32, &Device::Cpu).unwrap();
@@ -44,7 +45,8 @@ fn the_opened_model_computes_what_was_trained() {
     let found = opened.decoder().forward(&opened.embed(&prepared).unwrap(), &mut cache, None).unwrap();
 
     let params = Params::new("test", tensors.into_iter().collect());
-    let (tower, projector) = (Tower::load(&sizes, &params).unwrap(), Projector::load(&sizes, &params).unwrap());
+    let (tower, projector) =
+        (Tower::load(&sizes, &params).unwrap(), Projector::load(&sizes, &params).unwrap());
     let decoder = Decoder::load(&sizes, &params).unwrap();
     let processor = LlavaProcessor::new(sizes.image_size, SizeRule::MultiplyFirst, Normalisation::CLIP);
     let (pixels, _) = processor.process(&scene.image).unwrap();
@@ -62,7 +64,8 @@ fn the_opened_model_computes_what_was_trained() {
     let expected = decoder.forward(&x, &positions, &mask, false).unwrap().hidden.squeeze(0).unwrap();
 
     assert_eq!(found.dims(), expected.dims());
-    let difference = (found - &expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+    let difference =
+        (found - &expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
     let size = expected.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
     assert!(difference <= 2e-4 * size, "states differ by {difference}, the largest is {size}");
 }

@@ -14,7 +14,7 @@ use crate::store::Store;
 const SAVE_EVERY: Duration = Duration::from_secs(150);
 
 /// A stage under way.
-pub struct Run {
+pub(crate) struct Run {
     checkpoint: PathBuf,
     log: File,
     bar: ProgressBar,
@@ -27,7 +27,7 @@ pub struct Run {
 
 impl Run {
     /// Opens `folder`, restores its checkpoint into `store` if there is one.
-    pub fn open(folder: &Path, steps: usize, store: &mut Store) -> Result<Self> {
+    pub(crate) fn open(folder: &Path, steps: usize, store: &mut Store) -> Result<Self> {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let checkpoint = folder.join("checkpoint.safetensors");
         if checkpoint.exists() {
@@ -43,7 +43,7 @@ impl Run {
     }
 
     /// Notes a finished step and writes the checkpoint when it is time.
-    pub fn stepped(&mut self, store: &Store, loss: f64, note: &str) -> Result<()> {
+    pub(crate) fn stepped(&mut self, store: &Store, loss: f64, note: &str) -> Result<()> {
         self.loss = if self.loss.is_nan() { loss } else { 0.98 * self.loss + 0.02 * loss };
         self.bar.set_position(store.step as u64);
         self.bar.set_message(format!("loss {:.3}", self.loss));
@@ -59,7 +59,7 @@ impl Run {
     }
 
     /// Writes an evaluation to the log and above the bar.
-    pub fn report(&mut self, step: usize, line: &str) -> Result<()> {
+    pub(crate) fn report(&mut self, step: usize, line: &str) -> Result<()> {
         writeln!(self.log, "eval {step} {line}")?;
         self.bar.suspend(|| eprintln!("step {step}: {line}"));
         Ok(())
@@ -67,7 +67,7 @@ impl Run {
 }
 
 /// Learning rate: warm-up over 100 steps, constant, cosine to a twentieth over the last `decay` share of `steps`.
-pub fn rate(peak: f64, step: usize, steps: usize, decay: f64) -> f64 {
+pub(crate) fn rate(peak: f64, step: usize, steps: usize, decay: f64) -> f64 {
     let warm = ((step + 1) as f64 / 100.0).min(1.0);
     let from = (steps as f64 * (1.0 - decay)) as usize;
     let progress = (step.saturating_sub(from) as f64 / (steps - from).max(1) as f64).min(1.0);

@@ -27,22 +27,22 @@ use crate::stage_sam;
 
 /// How long and how fast to train.
 #[derive(Debug, Clone, clap::Args)]
-pub struct HeadArgs {
+pub(crate) struct HeadArgs {
     /// Scenes in all.
     #[arg(long, default_value_t = 4000)]
-    pub scenes: usize,
+    pub(crate) scenes: usize,
     /// Scenes per step.
     #[arg(long, default_value_t = 4)]
-    pub batch: usize,
+    pub(crate) batch: usize,
     /// Threads that compute gradients, one scene at a time each.
     #[arg(long, default_value_t = 2)]
-    pub workers: usize,
+    pub(crate) workers: usize,
     /// Peak learning rate.
     #[arg(long, default_value_t = 1e-3)]
-    pub lr: f64,
+    pub(crate) lr: f64,
     /// Seed of the scenes.
     #[arg(long, default_value_t = 5)]
-    pub seed: u64,
+    pub(crate) seed: u64,
 }
 
 /// Base width of the mask head.
@@ -54,13 +54,13 @@ const REFERRING: f64 = 0.35;
 const MOST_PHRASES: usize = 4;
 
 /// A text with its phrases, what was asked, and what each phrase refers to.
-pub struct Told {
+pub(crate) struct Told {
     /// The user's turn.
-    pub prompt: String,
+    pub(crate) prompt: String,
     /// The text.
-    pub caption: Caption,
+    pub(crate) caption: Caption,
     /// Per phrase the segments it refers to.
-    pub segments: Vec<Vec<SegmentRef>>,
+    pub(crate) segments: Vec<Vec<SegmentRef>>,
 }
 
 /// A text encoded in one piece, as the model itself would write it, with `links` as its phrases.
@@ -82,7 +82,7 @@ fn told(tokenizer: &Tokenizer, prompt: &str, text: &str, links: &[Link]) -> Resu
 }
 
 /// One of the scene's narrations.
-pub fn narration(tokenizer: &Tokenizer, scene: &Scene, index: usize) -> Result<Told> {
+pub(crate) fn narration(tokenizer: &Tokenizer, scene: &Scene, index: usize) -> Result<Told> {
     let (mut text, mut links) = (String::new(), Vec::new());
     for segment in &scene.texts.narrations[index].segments {
         let start = text.chars().count();
@@ -96,7 +96,7 @@ pub fn narration(tokenizer: &Tokenizer, scene: &Scene, index: usize) -> Result<T
 }
 
 /// Referring expressions of up to `most` different objects, in random order.
-pub fn expressions<'a>(scene: &'a Scene, most: usize, rng: &mut ChaCha8Rng) -> Vec<(&'a str, usize)> {
+pub(crate) fn expressions<'a>(scene: &'a Scene, most: usize, rng: &mut ChaCha8Rng) -> Vec<(&'a str, usize)> {
     let mut chosen = Vec::new();
     let mut objects: Vec<usize> = (0..scene.objects.len()).collect();
     objects.shuffle(rng);
@@ -115,7 +115,7 @@ pub fn expressions<'a>(scene: &'a Scene, most: usize, rng: &mut ChaCha8Rng) -> V
 }
 
 /// The union of segments, `H · W` values of 0 and 1.
-pub fn union(scene: &Scene, segments: &[SegmentRef]) -> Vec<u8> {
+pub(crate) fn union(scene: &Scene, segments: &[SegmentRef]) -> Vec<u8> {
     let mut out = vec![0u8; (scene.image.width() * scene.image.height()) as usize];
     for segment in segments {
         let mask = match segment {
@@ -169,7 +169,7 @@ fn sizes(lmm: &dyn Lmm) -> HeadSizes {
 }
 
 /// Trains on the frozen parts in `bundle` and returns the head's tensors.
-pub fn run(
+pub(crate) fn run(
     args: &HeadArgs,
     bundle: &Path,
     tokenizer: &Tokenizer,

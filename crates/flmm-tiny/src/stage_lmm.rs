@@ -15,28 +15,28 @@ use crate::store::{AdamW, Grads, Store};
 
 /// How long and how fast to train.
 #[derive(Debug, Clone, clap::Args)]
-pub struct LmmArgs {
+pub(crate) struct LmmArgs {
     /// Optimiser steps in all.
     #[arg(long, default_value_t = 6000)]
-    pub steps: usize,
+    pub(crate) steps: usize,
     /// Of the stage `codes`: steps on an 8×8 grid before the full grid.
     #[arg(long, default_value_t = 1500)]
-    pub coarse_steps: usize,
+    pub(crate) coarse_steps: usize,
     /// Scenes per worker and step.
     #[arg(long, default_value_t = 8)]
-    pub batch: usize,
+    pub(crate) batch: usize,
     /// Data-parallel workers, one thread each.
     #[arg(long, default_value_t = 2)]
-    pub workers: usize,
+    pub(crate) workers: usize,
     /// Peak learning rate.
     #[arg(long, default_value_t = 1.5e-3)]
-    pub lr: f64,
+    pub(crate) lr: f64,
     /// Seed of scenes and choices.
     #[arg(long, default_value_t = 1)]
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// Steps between evaluations.
     #[arg(long, default_value_t = 250)]
-    pub evaluate_every: usize,
+    pub(crate) evaluate_every: usize,
 }
 
 /// Share of picture batches in the stage `lmm`; the rest stays on codes as an anchor.
@@ -59,7 +59,7 @@ impl LmmArgs {
 }
 
 /// Trains the decoder on codes or, with `pixels`, decoder and projector on pictures behind the `frozen` tower.
-pub fn run(
+pub(crate) fn run(
     args: &LmmArgs,
     pixels: bool,
     setting: &Setting,
@@ -123,7 +123,7 @@ fn packer_for(setting: &Setting, source: Source) -> crate::pack::Packer {
 }
 
 /// Evaluates on scenes of the validation split: every question, one narration, referring expressions.
-pub fn evaluate(
+pub(crate) fn evaluate(
     setting: &Setting,
     world: &WorldConfig,
     lmm: &Lmm,

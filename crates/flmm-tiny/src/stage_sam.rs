@@ -18,29 +18,29 @@ use crate::store::{AdamW, Store};
 
 /// How long and how fast to train.
 #[derive(Debug, Clone, clap::Args)]
-pub struct SamArgs {
+pub(crate) struct SamArgs {
     /// Optimiser steps in all.
     #[arg(long, default_value_t = 1500)]
-    pub steps: usize,
+    pub(crate) steps: usize,
     /// Scenes per worker and step.
     #[arg(long, default_value_t = 2)]
-    pub batch: usize,
+    pub(crate) batch: usize,
     /// Data-parallel workers, one thread each.
     #[arg(long, default_value_t = 2)]
-    pub workers: usize,
+    pub(crate) workers: usize,
     /// Peak learning rate.
     #[arg(long, default_value_t = 1e-3)]
-    pub lr: f64,
+    pub(crate) lr: f64,
     /// Seed of the scenes.
     #[arg(long, default_value_t = 3)]
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// Steps between evaluations.
     #[arg(long, default_value_t = 100)]
-    pub evaluate_every: usize,
+    pub(crate) evaluate_every: usize,
 }
 
 /// Sizes of flmm-tiny's SAM.
-pub fn config() -> SamConfig {
+pub(crate) fn config() -> SamConfig {
     SamConfig {
         image_size: 192,
         patch_size: 8,
@@ -64,7 +64,7 @@ pub fn config() -> SamConfig {
 const LOGIT_SIDE: usize = 64;
 
 /// Trains; the store holds the whole SAM under its public names.
-pub fn run(
+pub(crate) fn run(
     args: &SamArgs,
     setting: &Setting,
     world: &WorldConfig,
@@ -162,7 +162,7 @@ fn refine(
 }
 
 /// A mask as 0 and 1, row by row.
-pub fn mask_values(mask: &Mask) -> Vec<f32> {
+pub(crate) fn mask_values(mask: &Mask) -> Vec<f32> {
     mask.data.iter().map(|inside| f32::from(u8::from(*inside))).collect()
 }
 

@@ -17,28 +17,28 @@ use crate::tower::{Projector, Tower};
 
 /// How long and how fast to train.
 #[derive(Debug, Clone, clap::Args)]
-pub struct TowerArgs {
+pub(crate) struct TowerArgs {
     /// Optimiser steps in all.
     #[arg(long, default_value_t = 2500)]
-    pub steps: usize,
+    pub(crate) steps: usize,
     /// Scenes per worker and step.
     #[arg(long, default_value_t = 8)]
-    pub batch: usize,
+    pub(crate) batch: usize,
     /// Data-parallel workers, one thread each.
     #[arg(long, default_value_t = 2)]
-    pub workers: usize,
+    pub(crate) workers: usize,
     /// Peak learning rate.
     #[arg(long, default_value_t = 1.5e-3)]
-    pub lr: f64,
+    pub(crate) lr: f64,
     /// Seed of the scenes.
     #[arg(long, default_value_t = 1)]
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// Steps between evaluations.
     #[arg(long, default_value_t = 250)]
-    pub evaluate_every: usize,
+    pub(crate) evaluate_every: usize,
     /// Object accuracy on projected tokens that the last evaluation must reach.
     #[arg(long, default_value_t = 0.95)]
-    pub gate: f64,
+    pub(crate) gate: f64,
 }
 
 /// Sharpness of the word classification.
@@ -59,7 +59,7 @@ struct Batch {
 }
 
 /// Trains and returns the object accuracy of the last evaluation.
-pub fn run(
+pub(crate) fn run(
     args: &TowerArgs,
     setting: &Setting,
     world: &WorldConfig,

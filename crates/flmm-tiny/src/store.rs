@@ -10,19 +10,19 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 /// Draws initial tensors.
-pub struct Init<'a> {
+pub(crate) struct Init<'a> {
     rng: &'a mut ChaCha8Rng,
     tensors: BTreeMap<String, Tensor>,
 }
 
 impl<'a> Init<'a> {
     /// Nothing drawn yet.
-    pub fn new(rng: &'a mut ChaCha8Rng) -> Self {
+    pub(crate) fn new(rng: &'a mut ChaCha8Rng) -> Self {
         Self { rng, tensors: BTreeMap::new() }
     }
 
     /// Normal values of standard deviation `std`.
-    pub fn normal(&mut self, name: impl Into<String>, shape: &[usize], std: f32) -> Result<()> {
+    pub(crate) fn normal(&mut self, name: impl Into<String>, shape: &[usize], std: f32) -> Result<()> {
         let count: usize = shape.iter().product();
         let mut data = Vec::with_capacity(count + 1);
         while data.len() < count {
@@ -36,54 +36,54 @@ impl<'a> Init<'a> {
     }
 
     /// One value everywhere.
-    pub fn constant(&mut self, name: impl Into<String>, shape: &[usize], value: f32) -> Result<()> {
+    pub(crate) fn constant(&mut self, name: impl Into<String>, shape: &[usize], value: f32) -> Result<()> {
         self.insert(name, Tensor::full(value, shape, &Device::Cpu)?);
         Ok(())
     }
 
     /// A given tensor.
-    pub fn insert(&mut self, name: impl Into<String>, tensor: Tensor) {
+    pub(crate) fn insert(&mut self, name: impl Into<String>, tensor: Tensor) {
         self.tensors.insert(name.into(), tensor);
     }
 
     /// What was drawn.
-    pub fn finish(self) -> BTreeMap<String, Tensor> {
+    pub(crate) fn finish(self) -> BTreeMap<String, Tensor> {
         self.tensors
     }
 }
 
 /// Two independent standard normal values (Box-Muller).
-pub fn gaussian_pair(rng: &mut ChaCha8Rng) -> (f32, f32) {
+pub(crate) fn gaussian_pair(rng: &mut ChaCha8Rng) -> (f32, f32) {
     let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
     let angle = std::f64::consts::TAU * rng.random::<f64>();
     ((radius * angle.cos()) as f32, (radius * angle.sin()) as f32)
 }
 
 /// Gradients by tensor name.
-pub type Grads = BTreeMap<String, Tensor>;
+pub(crate) type Grads = BTreeMap<String, Tensor>;
 
 /// Named variables with their AdamW moments.
-pub struct Store {
+pub(crate) struct Store {
     vars: BTreeMap<String, Var>,
     moments: BTreeMap<String, [Vec<f32>; 2]>,
     /// Optimiser steps taken.
-    pub step: usize,
+    pub(crate) step: usize,
 }
 
 /// AdamW's constants.
 #[derive(Debug, Clone, Copy)]
-pub struct AdamW {
+pub(crate) struct AdamW {
     /// Decay rates of the two moments.
-    pub betas: (f64, f64),
+    pub(crate) betas: (f64, f64),
     /// Decoupled weight decay.
-    pub weight_decay: f64,
+    pub(crate) weight_decay: f64,
     /// Gradients are scaled down to this global norm.
-    pub max_norm: f64,
+    pub(crate) max_norm: f64,
 }
 
 impl Store {
     /// Variables that start at `tensors`.
-    pub fn new(tensors: BTreeMap<String, Tensor>) -> Result<Self> {
+    pub(crate) fn new(tensors: BTreeMap<String, Tensor>) -> Result<Self> {
         let mut vars = BTreeMap::new();
         for (name, tensor) in tensors {
             vars.insert(name, Var::from_tensor(&tensor)?);
@@ -92,19 +92,19 @@ impl Store {
     }
 
     /// The variables as parameters of a module; gradients flow into them.
-    pub fn params(&self, frozen: &HashMap<String, Tensor>) -> Params {
+    pub(crate) fn params(&self, frozen: &HashMap<String, Tensor>) -> Params {
         let mut all = frozen.clone();
         all.extend(self.vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())));
         Params::new("variables", all)
     }
 
     /// Current values.
-    pub fn tensors(&self) -> BTreeMap<String, Tensor> {
+    pub(crate) fn tensors(&self) -> BTreeMap<String, Tensor> {
         self.vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
     }
 
     /// The gradient of `loss` for every variable it depends on.
-    pub fn gradients(&self, loss: &Tensor) -> Result<Grads> {
+    pub(crate) fn gradients(&self, loss: &Tensor) -> Result<Grads> {
         let mut store = loss.backward()?;
         let grads =
             self.vars.iter().filter_map(|(name, var)| Some((name.clone(), store.remove(var.as_tensor())?)));
@@ -114,7 +114,12 @@ impl Store {
     /// One AdamW step on the mean of the workers' gradients; `rate` gives each tensor its learning rate.
     ///
     /// Returns the gradient norm before clipping. A gradient that is not finite changes nothing.
-    pub fn update(&mut self, workers: &[Grads], adam: &AdamW, rate: impl Fn(&str) -> f64) -> Result<f64> {
+    pub(crate) fn update(
+        &mut self,
+        workers: &[Grads],
+        adam: &AdamW,
+        rate: impl Fn(&str) -> f64,
+    ) -> Result<f64> {
         let mut sums: BTreeMap<&String, Vec<f32>> = BTreeMap::new();
         for grads in workers {
             for (name, grad) in grads {
@@ -156,7 +161,7 @@ impl Store {
     }
 
     /// Writes variables, moments and the step to one file, atomically.
-    pub fn save(&self, file: &Path) -> Result<()> {
+    pub(crate) fn save(&self, file: &Path) -> Result<()> {
         let mut tensors = HashMap::new();
         for (name, var) in &self.vars {
             tensors.insert(format!("var.{name}"), var.as_detached_tensor());
@@ -172,7 +177,7 @@ impl Store {
     }
 
     /// Restores what [`Store::save`] wrote; the names and shapes must be the store's own.
-    pub fn restore(&mut self, file: &Path) -> Result<()> {
+    pub(crate) fn restore(&mut self, file: &Path) -> Result<()> {
         let tensors = candle_core::safetensors::load(file, &Device::Cpu)
             .with_context(|| format!("cannot read {}", file.display()))?;
         for (name, var) in &self.vars {

@@ -20,7 +20,7 @@ const BINS: usize = 10;
 const COORDINATES: usize = 6;
 
 /// The code book: a unit vector per class, stuff, colour and padding, and a fixed map of coordinates.
-pub struct Codes {
+pub(crate) struct Codes {
     width: usize,
     objects: Vec<Vec<f32>>,
     stuff: Vec<Vec<f32>>,
@@ -35,7 +35,7 @@ pub struct Codes {
 
 /// The thing under a patch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Thing {
+pub(crate) enum Thing {
     /// An object of the scene, by index.
     Object(usize),
     /// A region of the background, by index.
@@ -54,7 +54,7 @@ fn words(level: Level) -> (Vec<[String; 2]>, Vec<String>, Vec<String>) {
 
 impl Codes {
     /// The code book of `level` for a decoder of `width`; always the same for the same seed.
-    pub fn new(level: Level, width: usize, seed: u64) -> Self {
+    pub(crate) fn new(level: Level, width: usize, seed: u64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut unit = || {
             let mut v: Vec<f32> = (0..width).map(|_| gaussian_pair(&mut rng).0).collect();
@@ -76,19 +76,19 @@ impl Codes {
     }
 
     /// What every word's embedding and every image token is marked with.
-    pub fn marks(&self) -> [&[f32]; 2] {
+    pub(crate) fn marks(&self) -> [&[f32]; 2] {
         [&self.text_mark, &self.image_mark]
     }
 
     /// Adds the image mark to image tokens.
-    pub fn mark_image(&self, tokens: &mut [f32]) {
+    pub(crate) fn mark_image(&self, tokens: &mut [f32]) {
         for token in tokens.chunks_exact_mut(self.width) {
             token.iter_mut().zip(&self.image_mark).for_each(|(value, mark)| *value += mark);
         }
     }
 
     /// Directions to classify a token against: objects, then stuff, then padding, `[classes, width]`.
-    pub fn directions(&self) -> Result<Tensor> {
+    pub(crate) fn directions(&self) -> Result<Tensor> {
         let rows: Vec<f32> =
             self.objects.iter().chain(&self.stuff).chain([&self.padding]).flatten().copied().collect();
         let count = rows.len() / self.width;
@@ -96,7 +96,7 @@ impl Codes {
     }
 
     /// The row of [`Codes::directions`] for a thing of `scene`.
-    pub fn class_of(&self, scene: &Scene, thing: Thing) -> usize {
+    pub(crate) fn class_of(&self, scene: &Scene, thing: Thing) -> usize {
         match thing {
             Thing::Object(i) => scene.objects[i].class,
             Thing::Stuff(i) => self.objects.len() + scene.stuff[i].class,
@@ -105,7 +105,12 @@ impl Codes {
     }
 
     /// Embedding rows in which the world's nouns and colours start at their codes, everything else small noise.
-    pub fn embeddings(&self, level: Level, tokenizer: &Tokenizer, rng: &mut ChaCha8Rng) -> Result<Tensor> {
+    pub(crate) fn embeddings(
+        &self,
+        level: Level,
+        tokenizer: &Tokenizer,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Tensor> {
         let vocab = tokenizer.get_vocab_size(true);
         let std = (1.0 / self.width as f32).sqrt();
         let mut rows: Vec<f32> = (0..vocab * self.width).map(|_| gaussian_pair(rng).0 * std).collect();
@@ -131,7 +136,7 @@ impl Codes {
     }
 
     /// The code of each patch, `[grid² · width]`.
-    pub fn tokens(&self, scene: &Scene, things: &[Thing], geometry: &Geometry) -> Vec<f32> {
+    pub(crate) fn tokens(&self, scene: &Scene, things: &[Thing], geometry: &Geometry) -> Vec<f32> {
         let grid = (things.len() as f64).sqrt().round() as usize;
         let mut out = Vec::with_capacity(things.len() * self.width);
         for (at, thing) in things.iter().enumerate() {
@@ -177,7 +182,7 @@ fn box_in_square(bbox: [u32; 4], geometry: &Geometry) -> [f32; 4] {
 }
 
 /// The thing that covers the most of each of `grid²` patches; objects win from 35 % of the patch on.
-pub fn things(scene: &Scene, geometry: &Geometry, grid: usize) -> Vec<Thing> {
+pub(crate) fn things(scene: &Scene, geometry: &Geometry, grid: usize) -> Vec<Thing> {
     const SAMPLES: usize = 4;
     let side = geometry.padded_shape.0 as f64;
     let scale = geometry.original.1 as f64 / geometry.image_shape.1 as f64;
@@ -219,7 +224,7 @@ pub fn things(scene: &Scene, geometry: &Geometry, grid: usize) -> Vec<Thing> {
 }
 
 /// Adds independent normal noise of standard deviation `std / √width` to every component.
-pub fn add_noise(tokens: &mut [f32], width: usize, std: f32, rng: &mut ChaCha8Rng) {
+pub(crate) fn add_noise(tokens: &mut [f32], width: usize, std: f32, rng: &mut ChaCha8Rng) {
     // A sum of four uniform values is close enough to normal and much cheaper.
     let scale = std / (width as f32).sqrt() * (12.0f32 / 4.0).sqrt();
     for value in tokens {

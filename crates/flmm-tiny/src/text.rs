@@ -17,18 +17,18 @@ use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{AddedToken, SplitDelimiterBehavior, TokenizerBuilder, TokenizerImpl};
 
 /// Special tokens, in id order.
-pub const SPECIAL: [&str; 4] = ["<unk>", "<s>", "</s>", "<image>"];
+pub(crate) const SPECIAL: [&str; 4] = ["<unk>", "<s>", "</s>", "<image>"];
 /// The instruction under which given text is grounded (models.md §2).
-pub const DESCRIBE: &str = "Please give me a description of the image.";
+pub(crate) const DESCRIBE: &str = "Please give me a description of the image.";
 /// Words and letters every tokenizer knows besides the world's own.
 const ALPHABET: &str = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-:;()\n";
 
 /// The concrete type, so that training has access to the model.
-pub type WorldTokenizer =
+pub(crate) type WorldTokenizer =
     TokenizerImpl<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
 
 /// Trains the tokenizer on `texts`.
-pub fn train(texts: impl Iterator<Item = String> + Send) -> Result<WorldTokenizer> {
+pub(crate) fn train(texts: impl Iterator<Item = String> + Send) -> Result<WorldTokenizer> {
     let to_anyhow = |e: tokenizers::Error| anyhow!("cannot train the tokenizer: {e}");
     let newline = Split::new(SplitPattern::String("\n".into()), SplitDelimiterBehavior::Isolated, false);
     let pre_tokenizer = Sequence::new(vec![
@@ -66,7 +66,7 @@ pub fn train(texts: impl Iterator<Item = String> + Send) -> Result<WorldTokenize
 }
 
 /// `tokenizer.json` of a trained tokenizer, with only the four control tokens marked special.
-pub fn to_json(tokenizer: &WorldTokenizer) -> Result<String> {
+pub(crate) fn to_json(tokenizer: &WorldTokenizer) -> Result<String> {
     let text = tokenizer.to_string(false).map_err(|e| anyhow!("cannot write the tokenizer: {e}"))?;
     let mut json: serde_json::Value = serde_json::from_str(&text)?;
     let added = json["added_tokens"].as_array_mut().context("the tokenizer has no added tokens")?;

@@ -17,7 +17,7 @@ const TOWER: &str = "vision_tower.vision_model";
 const PROJECTOR: &str = "multi_modal_projector";
 
 /// Initial tensors of the tower and the projector, by their Hugging Face names.
-pub fn init(sizes: &LmmSizes, rng: &mut rand_chacha::ChaCha8Rng) -> Result<BTreeMap<String, Tensor>> {
+pub(crate) fn init(sizes: &LmmSizes, rng: &mut rand_chacha::ChaCha8Rng) -> Result<BTreeMap<String, Tensor>> {
     let mut init = Init::new(rng);
     let (d, ffn) = (sizes.tower_width, sizes.tower_ffn);
     let patch = 3 * sizes.patch_size * sizes.patch_size;
@@ -65,7 +65,7 @@ struct Layer {
 }
 
 /// The tower up to its last layer's output (`vision_feature_layer` −1), without the class token.
-pub struct Tower {
+pub(crate) struct Tower {
     class_embedding: Tensor,
     patch_embedding: Tensor,
     position_embedding: Tensor,
@@ -76,7 +76,7 @@ pub struct Tower {
 
 impl Tower {
     /// Reads the tensors that [`init`] made.
-    pub fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
+    pub(crate) fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
         let params = params.pp(TOWER);
         let (d, ffn) = (sizes.tower_width, sizes.tower_ffn);
         let embeddings = params.pp("embeddings");
@@ -113,7 +113,7 @@ impl Tower {
     }
 
     /// `patches [B, tokens, 3 · p · p]` → features `[B, tokens, width]`.
-    pub fn forward(&self, patches: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, patches: &Tensor) -> Result<Tensor> {
         let (batch, tokens, _) = patches.dims3()?;
         let width = self.class_embedding.dim(0)?;
         let x = patches.reshape((batch * tokens, ()))?.matmul(&self.patch_embedding.t()?)?;
@@ -145,14 +145,14 @@ impl Tower {
 }
 
 /// LLaVA's projector: linear, exact GELU, linear.
-pub struct Projector {
+pub(crate) struct Projector {
     linear_1: Linear,
     linear_2: Linear,
 }
 
 impl Projector {
     /// Reads the tensors that [`init`] made.
-    pub fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
+    pub(crate) fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
         let params = params.pp(PROJECTOR);
         Ok(Self {
             linear_1: Linear::load(sizes.tower_width, sizes.width, true, &params.pp("linear_1"))?,
@@ -161,14 +161,14 @@ impl Projector {
     }
 
     /// `[.., tower width]` → `[.., decoder width]`.
-    pub fn forward(&self, features: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, features: &Tensor) -> Result<Tensor> {
         Ok(self.linear_2.forward(&gelu(&self.linear_1.forward(features)?)?)?)
     }
 }
 
 /// The patches of normalised pixels `[3, S, S]`, row by row, each in (channel, y, x) order as the patch
 /// convolution reads them: `[tokens · 3 · p · p]`.
-pub fn patches(pixels: &[f32], side: usize, patch: usize) -> Vec<f32> {
+pub(crate) fn patches(pixels: &[f32], side: usize, patch: usize) -> Vec<f32> {
     let grid = side / patch;
     let mut out = Vec::with_capacity(pixels.len());
     for row in 0..grid {

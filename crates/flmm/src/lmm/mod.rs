@@ -40,13 +40,16 @@ pub struct LmmSpec {
     pub tested: &'static str,
 }
 
+/// Opens a folder as the model that a registry line describes, computing in a type on a device.
+pub type Open = fn(&LmmSpec, &Path, DType, &Device) -> Result<Box<dyn Lmm>>;
+
 /// One line of [`REGISTRY`].
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
     /// The published model.
     pub spec: LmmSpec,
     /// Opens a folder of this family.
-    pub open: fn(&LmmSpec, &Path, DType, &Device) -> Result<Box<dyn Lmm>>,
+    pub open: Open,
 }
 
 /// Every model family this build can open.

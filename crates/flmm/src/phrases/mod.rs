@@ -109,6 +109,7 @@ pub fn char_range_to_tokens_reference(
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "lists of ranges are what is tested")]
 mod tests {
     use super::*;
 
