@@ -254,6 +254,8 @@ mod tests {
     }
 
     proptest! {
+        // Rows and columns are the subject here, not the elements.
+        #[allow(clippy::needless_range_loop)]
         #[test]
         fn every_token_of_a_grid_lands_on_its_cell(side in 1usize..5, rows in 1usize..6, columns in 1usize..6) {
             let fine = numbered(&ImageLayout::coarse_and_fine(9, side, (rows, columns)))
