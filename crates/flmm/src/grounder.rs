@@ -11,7 +11,6 @@ mod session;
 mod spans;
 
 use std::ops::ControlFlow;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
