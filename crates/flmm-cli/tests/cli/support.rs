@@ -8,28 +8,28 @@ use std::process::{Command, Output, Stdio};
 const PICTURE: &str = "lmm/llava15/images/a.png";
 
 /// A folder that is removed at the end, and the program to run in it.
-pub struct Place {
+pub(crate) struct Place {
     folder: tempfile::TempDir,
 }
 
 /// What a run printed.
-pub struct Ran {
-    pub status: i32,
-    pub out: String,
-    pub err: String,
+pub(crate) struct Ran {
+    pub(crate) status: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
-pub fn fixture(path: &str) -> PathBuf {
+pub(crate) fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(path)
 }
 
 /// Options that choose the model of random weights in `fixtures/`.
-pub fn model() -> Vec<String> {
+pub(crate) fn model() -> Vec<String> {
     model_with(&fixture("lmm/llava15/model"))
 }
 
 /// The same with the LMM in another folder.
-pub fn model_with(lmm: &Path) -> Vec<String> {
+pub(crate) fn model_with(lmm: &Path) -> Vec<String> {
     let path = |path: PathBuf| path.display().to_string();
     vec![
         "--model".into(),
@@ -43,22 +43,22 @@ pub fn model_with(lmm: &Path) -> Vec<String> {
 
 impl Place {
     /// A folder with the picture `a.png`.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let place = Self { folder: tempfile::tempdir().unwrap() };
         std::fs::copy(fixture(PICTURE), place.path("a.png")).unwrap();
         place
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    pub fn write(&self, name: &str, bytes: &[u8]) {
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) {
         std::fs::write(self.path(name), bytes).unwrap();
     }
 
     /// Names of the files in the folder.
-    pub fn files(&self) -> Vec<String> {
+    pub(crate) fn files(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.folder.path()).unwrap();
         let mut names: Vec<String> =
             entries.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
@@ -66,7 +66,7 @@ impl Place {
         names
     }
 
-    pub fn command(&self, args: &[&str]) -> Command {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_flmm"));
         command.args(args).current_dir(self.folder.path()).stdin(Stdio::null());
         for name in ["NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "TERM", "RAYON_NUM_THREADS"] {
@@ -75,17 +75,17 @@ impl Place {
         command
     }
 
-    pub fn run(&self, args: &[&str]) -> Ran {
+    pub(crate) fn run(&self, args: &[&str]) -> Ran {
         self.ran(self.command(args).output().unwrap())
     }
 
     /// Runs a command with the model of `fixtures/`.
-    pub fn run_with_model(&self, args: &[&str]) -> Ran {
+    pub(crate) fn run_with_model(&self, args: &[&str]) -> Ran {
         self.ran(self.command(args).args(model()).output().unwrap())
     }
 
     /// As text, with the folder's and the fixtures' place left out.
-    pub fn ran(&self, output: Output) -> Ran {
+    pub(crate) fn ran(&self, output: Output) -> Ran {
         let text = |bytes: Vec<u8>| {
             let text = String::from_utf8(bytes).unwrap();
             let here = format!("{}/", self.folder.path().display());
@@ -98,20 +98,20 @@ impl Place {
 
 impl Ran {
     /// Everything, for a snapshot.
-    pub fn all(&self) -> String {
+    pub(crate) fn all(&self) -> String {
         format!("exit status {}\n-- stdout\n{}-- stderr\n{}", self.status, self.out, self.err)
     }
 
     /// Asserts success and gives standard output.
     #[track_caller]
-    pub fn ok(&self) -> &str {
+    pub(crate) fn ok(&self) -> &str {
         assert_eq!(self.status, 0, "{}", self.all());
         &self.out
     }
 }
 
 /// A PNG whose header says `width × height`, with no pixels behind it.
-pub fn png_header(width: u32, height: u32) -> Vec<u8> {
+pub(crate) fn png_header(width: u32, height: u32) -> Vec<u8> {
     let mut chunk = b"IHDR".to_vec();
     chunk.extend(width.to_be_bytes());
     chunk.extend(height.to_be_bytes());
@@ -135,7 +135,7 @@ fn crc32(bytes: &[u8]) -> u32 {
 }
 
 /// A JSON value with every leaf replaced by its kind, keys in order.
-pub fn shape(value: &serde_json::Value) -> serde_json::Value {
+pub(crate) fn shape(value: &serde_json::Value) -> serde_json::Value {
     use serde_json::Value::{Array, Bool, Null, Number, Object, String};
     match value {
         Object(map) => Object(map.iter().map(|(key, value)| (key.clone(), shape(value))).collect()),
@@ -148,7 +148,7 @@ pub fn shape(value: &serde_json::Value) -> serde_json::Value {
 }
 
 /// Files of a folder copied to another one.
-pub fn copy_folder(from: &Path, to: &Path) {
+pub(crate) fn copy_folder(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -157,7 +157,7 @@ pub fn copy_folder(from: &Path, to: &Path) {
 }
 
 /// Named values of a line-based listing: `name  value`.
-pub fn listing(text: &str) -> BTreeMap<String, String> {
+pub(crate) fn listing(text: &str) -> BTreeMap<String, String> {
     let pair =
         |line: &str| line.split_once("  ").map(|(name, value)| (name.to_owned(), value.trim().to_owned()));
     text.lines().filter_map(pair).collect()
