@@ -7,6 +7,8 @@ mod evaluate;
 mod lmm;
 mod pack;
 mod parallel;
+#[cfg(test)]
+mod parity;
 mod progress;
 mod stage_head;
 mod stage_lmm;

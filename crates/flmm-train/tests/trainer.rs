@@ -9,7 +9,8 @@ use flmm::Result;
 use flmm::mask_head::{UNet, UNetConfig};
 use flmm::weights::Params;
 use flmm_train::losses::{bce, dice, stats};
-use flmm_train::optim::Vars;
+use flmm_train::optim::{Vars, global_norm, gradients};
+use flmm_train::samples::Order;
 use flmm_train::{Losses, Metric, RunOptions, Step, Task, TrainConfig, Trainer};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -143,6 +144,29 @@ fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
 fn workers_do_not_change_the_result() {
     let (one, three) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     assert_eq!(train(one.path(), 1, u64::MAX), train(three.path(), 3, u64::MAX));
+}
+
+#[test]
+fn a_batch_weighs_pictures_by_their_masks() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, steps) = train(dir.path(), 1, 1);
+
+    let vars = vars();
+    let task = task(&vars);
+    let order = Order { len: 8, batch_size: 3, seed: 11 };
+    let (_, indices) = order.batches(0).next().unwrap();
+    let (mut sum, mut masks) = (Tensor::new(0f32, &Device::Cpu).unwrap(), 0.0);
+    for index in indices {
+        let sample = &samples(8)[index];
+        let n = sample.masks.dims()[0] as f64;
+        sum = (sum + (&task.losses(sample).unwrap().terms[0] * n).unwrap()).unwrap();
+        masks += n;
+    }
+    let loss = (sum / masks).unwrap();
+    let norm = global_norm(&gradients(&loss.backward().unwrap(), &vars)).unwrap();
+    let loss = f64::from(loss.to_scalar::<f32>().unwrap());
+    assert!((steps[0].loss / loss - 1.0).abs() < 1e-5, "{} instead of {loss}", steps[0].loss);
+    assert!((steps[0].grad_norm / norm - 1.0).abs() < 1e-4, "{} instead of {norm}", steps[0].grad_norm);
 }
 
 #[test]
