@@ -17,6 +17,7 @@ pub(crate) struct Cli {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Everywhere")]
 pub(crate) struct Global {
     /// Print results and errors only.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
@@ -61,17 +62,15 @@ pub(crate) struct ModelArgs {
     /// Grounding head: a folder, or a .pth or .safetensors file, for a model that is not a bundle.
     #[arg(long, value_name = "DIR", requires = "model")]
     pub(crate) head: Option<PathBuf>,
-    /// Number type the LMM computes in.
-    #[arg(long, value_enum, default_value_t)]
+    /// Numbers the LMM computes with; bf16 needs half the memory.
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
     pub(crate) dtype: Precision,
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
 pub(crate) enum Precision {
-    /// 32-bit floats, exact and twice as large.
     #[default]
     F32,
-    /// 16-bit brain floats, as the published numbers were made.
     Bf16,
 }
 
@@ -143,7 +142,7 @@ pub(crate) struct GroundArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct WorldArgs {
-    /// Folder to write to; it must not exist or be empty.
+    /// Folder to write to, new or empty.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
     /// Which part of the data to make; the parts share no scene.

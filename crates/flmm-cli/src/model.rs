@@ -55,7 +55,7 @@ fn choose(args: &ModelArgs) -> Result<(String, ModelPaths)> {
             _ => {
                 return Err(Failure::usage(
                     format!(
-                        "{} is not a bundle: its SAM and its grounding head are not known",
+                        "`{}` is not a bundle: its SAM and its grounding head are not known",
                         model.display()
                     ),
                     "add --sam FILE and --head DIR",
@@ -66,7 +66,7 @@ fn choose(args: &ModelArgs) -> Result<(String, ModelPaths)> {
     for path in [&lmm, &sam, &head] {
         if !path.exists() {
             return Err(Failure::usage(
-                format!("{}: no such file or folder", path.display()),
+                format!("`{}`: no such file or folder", path.display()),
                 "check the path",
             ));
         }

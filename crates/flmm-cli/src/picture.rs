@@ -26,7 +26,7 @@ pub(crate) fn destination(image: &Path, given: Option<&Path>, ending: &str) -> R
         && a == b
     {
         return Err(Failure::usage(
-            format!("{} is the picture itself", path.display()),
+            format!("`{}` is the picture itself", path.display()),
             "write the result to another file",
         ));
     }
@@ -36,13 +36,13 @@ pub(crate) fn destination(image: &Path, given: Option<&Path>, ending: &str) -> R
 /// Whether a file can be put at `path`.
 pub(crate) fn check_place(path: &Path) -> Result<()> {
     if path.is_dir() {
-        return Err(Failure::usage(format!("{} is a folder", path.display()), "name a file to write"));
+        return Err(Failure::usage(format!("`{}` is a folder", path.display()), "name a file to write"));
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     match folder.is_dir() {
         true => Ok(()),
         false => Err(Failure::usage(
-            format!("{} cannot be written: there is no folder {}", path.display(), folder.display()),
+            format!("`{}` cannot be written: there is no folder `{}`", path.display(), folder.display()),
             "make the folder first",
         )),
     }

@@ -65,7 +65,12 @@ impl Error {
             | Self::Weights { hint, .. }
             | Self::Config { hint, .. }
             | Self::Request { hint, .. } => Some(hint),
-            Self::Io { .. } | Self::Tensor(_) => None,
+            Self::Io { source, .. } => match source.kind() {
+                std::io::ErrorKind::NotFound => Some("check the path"),
+                std::io::ErrorKind::PermissionDenied => Some("check who may read and write there"),
+                _ => None,
+            },
+            Self::Tensor(_) => None,
         }
     }
 

@@ -7,7 +7,8 @@ use crate::Result;
 use crate::clusters::resize;
 use crate::masks::Mask;
 
-const TINT: f32 = 0.45;
+/// Light enough that the colour of what lies below can still be told.
+const TINT: f32 = 0.38;
 
 /// A mask enlarged with smooth borders.
 pub(super) struct Shape {
@@ -58,15 +59,17 @@ impl Shape {
         }
     }
 
-    /// Centre of a number badge: the deepest point of the mask if the badge fits there, else beside the mask's upper
-    /// right corner; moved away from the places already taken.
+    /// Centre of a number badge: the deepest point of the mask if the badge fits there, else above the mask's topmost
+    /// pixel; moved away from the places already taken.
     pub(super) fn badge_place(&self, radius: i64, taken: &[(i64, i64)]) -> (i64, i64) {
         let (w, h) = (self.mask.width(), self.mask.height());
-        let [x0, y0, bw, _] = self.mask.bbox();
         let deepest = self.depth.iter().enumerate().max_by_key(|(_, depth)| **depth);
         let place = match deepest {
             Some((i, &depth)) if i64::from(depth) > radius * 3 / 2 => ((i % w) as i64, (i / w) as i64),
-            _ => ((x0 + bw) as i64 + radius, y0 as i64 - radius / 2),
+            _ => {
+                let top = self.depth.iter().position(|&depth| depth > 0).unwrap_or(0);
+                ((top % w) as i64, (top / w) as i64 - radius - 4)
+            }
         };
         canvas::free_place(place, radius + 2, (w as i64, h as i64), taken)
     }
