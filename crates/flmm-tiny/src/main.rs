@@ -23,7 +23,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use clap::{Parser, Subcommand};
 use flmm::vision::preprocess::{LlavaProcessor, Normalisation, SizeRule};
 use flmm_data::world::{self, Level, WorldConfig};
@@ -143,19 +143,12 @@ fn main() -> Result<()> {
             save(&folder.join("model.safetensors"), store.tensors())
         }
         Stage::Lmm(args) => {
-            let mut tensors = load(&cli.out.join("codes/model.safetensors"))?;
-            let (projector, tower): (BTreeMap<_, _>, BTreeMap<_, _>) =
-                load(&cli.out.join("tower/model.safetensors"))?
-                    .into_iter()
-                    .partition(|(name, _)| name.starts_with("multi_modal_projector"));
-            for (name, tensor) in projector {
-                // From here on image tokens carry their mark.
-                let marked = name.ends_with("linear_2.bias");
-                let mark = Tensor::new(setting.codes.marks()[1], &Device::Cpu)?;
-                tensors.insert(name, if marked { (tensor + mark)? } else { tensor });
-            }
+            let (tensors, frozen) = match &args.from {
+                Some(lmm) => parts(flmm::weights::load_checkpoint(lmm, Some(DType::F32), &Device::Cpu)?),
+                None => pretrained(&cli.out, setting.codes.marks()[1])?,
+            };
             let mut store = Store::new(tensors)?;
-            let frozen = tower.into_iter().collect();
+            let frozen = frozen.into_iter().collect();
             let folder = cli.out.join("lmm");
             stage_lmm::run(args, true, &setting, &world, &mut store, &frozen, &folder)?;
             let mut all = store.tensors();
@@ -165,13 +158,32 @@ fn main() -> Result<()> {
     }
 }
 
-fn save(file: &Path, tensors: BTreeMap<String, Tensor>) -> Result<()> {
+type Tensors = BTreeMap<String, Tensor>;
+
+/// What the stage `lmm` trains and what it keeps frozen: the vision tower.
+fn parts(tensors: impl IntoIterator<Item = (String, Tensor)>) -> (Tensors, Tensors) {
+    tensors.into_iter().partition(|(name, _)| !name.starts_with("vision_tower."))
+}
+
+/// The results of the stages `codes` and `tower`; from here on image tokens carry their mark.
+fn pretrained(out: &Path, image_mark: &[f32]) -> Result<(Tensors, Tensors)> {
+    let (projector, tower) = parts(load(&out.join("tower/model.safetensors"))?);
+    let mut trained = load(&out.join("codes/model.safetensors"))?;
+    for (name, tensor) in projector {
+        let marked = name.ends_with("linear_2.bias");
+        let mark = Tensor::new(image_mark, &Device::Cpu)?;
+        trained.insert(name, if marked { (tensor + mark)? } else { tensor });
+    }
+    Ok((trained, tower))
+}
+
+fn save(file: &Path, tensors: Tensors) -> Result<()> {
     let temporary = file.with_extension("partial");
     candle_core::safetensors::save(&tensors.into_iter().collect::<HashMap<_, _>>(), &temporary)?;
     std::fs::rename(&temporary, file).with_context(|| format!("cannot write {}", file.display()))
 }
 
-fn load(file: &Path) -> Result<BTreeMap<String, Tensor>> {
+fn load(file: &Path) -> Result<Tensors> {
     let tensors = candle_core::safetensors::load(file, &Device::Cpu);
     Ok(tensors.with_context(|| format!("cannot read {}", file.display()))?.into_iter().collect())
 }

@@ -1,7 +1,7 @@
 //! Stages `codes` and `lmm`: the decoder learns to read codes, then pictures.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
@@ -37,6 +37,9 @@ pub(crate) struct LmmArgs {
     /// Steps between evaluations.
     #[arg(long, default_value_t = 250)]
     pub(crate) evaluate_every: usize,
+    /// Of the stage `lmm`: begin from this trained LMM folder instead of the stages `tower` and `codes`.
+    #[arg(long)]
+    pub(crate) from: Option<PathBuf>,
 }
 
 /// Share of picture batches in the stage `lmm`; the rest stays on codes as an anchor.
