@@ -81,9 +81,9 @@ pub struct SegmentInfo {
     /// Its class.
     pub category_id: u64,
     /// x, y, width, height.
-    pub bbox: [u32; 4],
+    pub bbox: [f64; 4],
     /// Pixels.
-    pub area: u64,
+    pub area: f64,
     /// 0 or 1.
     pub iscrowd: u8,
 }

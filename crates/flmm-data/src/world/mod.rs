@@ -8,6 +8,7 @@ mod affordances;
 mod catalog;
 mod dice;
 mod facts;
+mod files;
 mod narrate;
 mod paint;
 mod questions;

@@ -10,7 +10,8 @@
 //! OUT/viscot/world.json, viscot/cot/world/*.jpg
 //! ```
 
-use super::records::{Record, Records};
+use super::files::Records;
+use super::records::Record;
 use super::{ATTRIBUTION, Level, Split, WORLD_VERSION, WorldConfig, generate};
 use flmm::{Error, Result};
 use rayon::prelude::*;
