@@ -45,6 +45,9 @@ struct Cli {
     /// Folder of the run: one sub-folder per stage.
     #[arg(long, default_value = "runs/flmm-tiny", global = true)]
     out: PathBuf,
+    /// Folder of the bundle that is written and read; `bundle` in the run's folder unless given.
+    #[arg(long, global = true)]
+    bundle: Option<PathBuf>,
     /// Level of the world.
     #[arg(long, default_value_t = 1, global = true, value_parser = clap::value_parser!(u8).range(1..=2))]
     level: u8,
@@ -82,8 +85,12 @@ fn main() -> Result<()> {
     std::fs::create_dir_all(&cli.out).with_context(|| format!("cannot create {}", cli.out.display()))?;
     let level = if cli.level == 1 { Level::One } else { Level::Two };
     let world = WorldConfig::new(level);
-    let bundle_folder = cli.out.join("bundle");
-    let tokenizer_file = cli.out.join("tokenizer.json");
+    let bundle_folder = cli.bundle.clone().unwrap_or_else(|| cli.out.join("bundle"));
+    // A finished bundle is measured with its own tokenizer.
+    let tokenizer_file = match (&cli.stage, &cli.bundle) {
+        (Stage::Evaluate(_), Some(bundle)) => bundle.join("lmm/tokenizer.json"),
+        _ => cli.out.join("tokenizer.json"),
+    };
     if let Stage::Tokenizer = cli.stage {
         let tokenizer = text::train(world::vocabulary_texts(level))?;
         let temporary = tokenizer_file.with_extension("partial");
