@@ -23,7 +23,7 @@ fn open(place: &Place) -> Ran {
 /// Changes the tensors of the model's file.
 fn edit(place: &Place, change: impl FnOnce(&mut BTreeMap<String, Tensor>)) {
     let file = copy(place).join("model.safetensors");
-    let read = flmm::weights::load_safetensors(&[file.clone()], None, &Device::Cpu).unwrap();
+    let read = flmm::weights::load_safetensors(std::slice::from_ref(&file), None, &Device::Cpu).unwrap();
     let mut tensors: BTreeMap<String, Tensor> = read.into_iter().collect();
     change(&mut tensors);
     flmm::weights::save_safetensors(&file, &tensors, &BTreeMap::new()).unwrap();

@@ -109,6 +109,7 @@ pub fn char_range_to_tokens_reference(
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "lists of one range are meant")]
 mod tests {
     use super::*;
 
