@@ -264,3 +264,53 @@ fn open_picture(path: &Path) -> Result<RgbImage> {
         picture.map_err(|error| malformed(path, error.to_string(), "expected an RGB PNG of segment ids"))?;
     Ok(picture.to_rgb8())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One 2 x 1 picture with a thing (id 1000) and stuff (id 70000), and this narrative segment.
+    fn dataset(segment: &str) -> (tempfile::TempDir, Narratives) {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
+        write(
+            "panoptic.json",
+            r#"{"images": [{"id": 5, "file_name": "5.jpg", "height": 1, "width": 2}],
+                "annotations": [{"image_id": 5, "file_name": "5.png", "segments_info": [
+                    {"id": 1000, "category_id": 1, "bbox": [0, 0, 1, 1], "area": 1, "iscrowd": 0},
+                    {"id": 70000, "category_id": 2, "bbox": [1, 0, 1, 1], "area": 1, "iscrowd": 0}]}],
+                "categories": [{"id": 1, "name": "dog", "isthing": 1}, {"id": 2, "name": "sky", "isthing": 0}]}"#.into(),
+        );
+        write("narratives.json", format!(r#"[{{"image_id": "5", "segments": [{segment}]}}]"#));
+        id_picture(2, 1, &[1000, 70000]).save(folder.path().join("5.png")).unwrap();
+        let file = |name| folder.path().join(name);
+        let narratives =
+            Narratives::open(&file("narratives.json"), &file("panoptic.json"), folder.path()).unwrap();
+        (folder, narratives)
+    }
+
+    #[test]
+    fn plurals_count_as_things_and_ignore_absent_segments() {
+        for (segment, area, is_thing) in [
+            (r#"{"utterance": "sky", "segment_ids": ["70000"], "plural": false}"#, 1, false),
+            (r#"{"utterance": "skies", "segment_ids": ["70000"], "plural": true}"#, 1, true),
+            (r#"{"utterance": "all", "segment_ids": ["70000", 1000, "12"], "plural": true}"#, 2, true),
+        ] {
+            let (_folder, narratives) = dataset(segment);
+            let phrase = narratives.sample(0).unwrap().phrases.remove(0);
+            assert_eq!((phrase.mask.area(), phrase.is_thing), (area, is_thing), "{segment}");
+        }
+    }
+
+    #[test]
+    fn a_singular_has_exactly_one_known_segment() {
+        for segment in [
+            r#"{"utterance": "both", "segment_ids": ["70000", "1000"], "plural": false}"#,
+            r#"{"utterance": "gone", "segment_ids": ["12"], "plural": false}"#,
+        ] {
+            let (_folder, narratives) = dataset(segment);
+            let error = narratives.sample(0).unwrap_err().to_string();
+            assert!(error.contains("narratives.json") && error.contains("narrative 0"), "{error}");
+        }
+    }
+}
