@@ -193,6 +193,7 @@ mod tests {
         let mask = crate::masks::Mask::empty(1, 1);
         let regions = [Region { mask: &mask, chars: 2..5 }];
         assert_eq!(text(wrap(&cells("a dog\nabcdefghi jk", &regions), 7)), ["a dog#0", "abcdefg", "hi jk"]);
+        assert_eq!(text(wrap(&cells("ab\ncd", &[]), 7)), ["ab", "cd"]);
         assert_eq!(text(wrap(&cells("", &[]), 7)), [""]);
     }
 }
