@@ -12,6 +12,7 @@ use flmm_data::world::{Scene, SegmentRef};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use crate::alignment;
 use crate::config::LmmSizes;
 use crate::decoder::{Decoder, Output};
 use crate::pack::{Kind, Packed, Packer};
@@ -149,11 +150,15 @@ impl Lmm {
         Ok((self.decoder.logits(&hidden)?, targets))
     }
 
-    /// Mean answer loss of a batch.
-    pub(crate) fn loss(&self, samples: &[Sample], source: Source) -> Result<Tensor> {
-        let output = self.forward(samples, source, false)?;
+    /// Mean answer loss of a batch plus `alignment` times the [contrastive loss](crate::alignment).
+    pub(crate) fn loss(&self, samples: &[Sample], source: Source, alignment: f64) -> Result<Tensor> {
+        let output = self.forward(samples, source, alignment > 0.0)?;
         let (logits, targets) = self.supervised(samples, &output)?;
-        Ok(cross_entropy(&logits, targets, None)?)
+        let answers = cross_entropy(&logits, targets, None)?;
+        match alignment::loss(samples, &output.attention)? {
+            Some(aligned) if alignment > 0.0 => Ok((answers + (aligned * alignment)?)?),
+            _ => Ok(answers),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Makes flmm-tiny, the model embedded in `flmm`: one command per stage, each resumable by running it again.
 
+mod alignment;
 mod bundle;
 mod config;
 mod decoder;
@@ -78,7 +79,7 @@ enum Stage {
 /// Seed of everything that is fixed before training: code book and initial tensors.
 const MODEL_SEED: u64 = 20;
 /// Text tokens packed behind one picture.
-const TEXT_BUDGET: usize = 112;
+const TEXT_BUDGET: usize = 144;
 
 fn main() -> Result<()> {
     let cli = Cli::parse();

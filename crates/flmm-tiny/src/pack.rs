@@ -10,7 +10,12 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use rand_chacha::ChaCha8Rng;
 use tokenizers::Tokenizer;
 
+use crate::stage_head::expressions;
 use crate::text::DESCRIBE;
+
+/// How often a scene is narrated, and how often its objects are referred to; questions fill what is left.
+const NARRATIONS: f64 = 0.6;
+const REFERRING: f64 = 0.8;
 
 /// A phrase of an answer and what it refers to.
 #[derive(Debug, Clone)]
@@ -134,7 +139,7 @@ impl Packer {
     fn draw(&self, scene: &Scene, rng: &mut ChaCha8Rng) -> Vec<Conversation> {
         let texts = &scene.texts;
         let mut drawn = Vec::new();
-        if let (true, Some(narration)) = (rng.random_bool(0.7), texts.narrations.choose(rng)) {
+        if let (true, Some(narration)) = (rng.random_bool(NARRATIONS), texts.narrations.choose(rng)) {
             // Encoded as one text, as the model itself will write it.
             let (mut text, mut links) = (String::new(), Vec::new());
             for segment in &narration.segments {
@@ -152,22 +157,17 @@ impl Packer {
                 pieces: vec![(text, links)],
             });
         }
-        if rng.random_bool(0.5) && !texts.referring.is_empty() {
-            let mut expressions: Vec<_> = texts.referring.iter().collect();
-            expressions.shuffle(rng);
-            let piece = |r: &&flmm_data::world::Referring| {
-                let link = Link {
-                    range: 0..r.text.chars().count(),
-                    segments: vec![SegmentRef::Object(r.target)],
-                    from_image: true,
-                };
-                (r.text.clone(), vec![link])
+        let chosen = if rng.random_bool(REFERRING) { expressions(scene, 3, rng) } else { Vec::new() };
+        if !chosen.is_empty() {
+            let piece = |(text, object): (&str, usize)| {
+                let segments = vec![SegmentRef::Object(object)];
+                (text.to_owned(), vec![Link { range: 0..text.chars().count(), segments, from_image: true }])
             };
             drawn.push(Conversation {
                 kind: Kind::Referring,
                 closed: false,
                 prompt: DESCRIBE.into(),
-                pieces: expressions.iter().take(3).map(piece).collect(),
+                pieces: chosen.into_iter().map(piece).collect(),
             });
         }
         let mut questions: Vec<_> = texts.questions.iter().chain(&texts.reasoning).collect();
@@ -226,7 +226,9 @@ impl Packer {
             return Ok(false);
         }
         let first_target = packed.targets.len();
-        for (at, id) in ids.iter().enumerate().skip(answer_start) {
+        // How an expression begins is not taught: asked to describe, the model shall narrate, not refer.
+        let taught = answer_start + usize::from(conversation.kind == Kind::Referring);
+        for (at, id) in ids.iter().enumerate().skip(taught) {
             packed.targets.push(((start + at - 1) as u32, *id));
         }
         packed.positions.extend((0..ids.len() as u32).map(|i| base as u32 + i));

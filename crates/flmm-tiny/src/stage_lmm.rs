@@ -37,6 +37,9 @@ pub(crate) struct LmmArgs {
     /// Steps between evaluations.
     #[arg(long, default_value_t = 250)]
     pub(crate) evaluate_every: usize,
+    /// Weight of the contrastive alignment of phrases with patches.
+    #[arg(long, default_value_t = 0.3)]
+    pub(crate) alignment: f64,
     /// Of the stage `lmm`: begin from this trained LMM folder instead of the stages `tower` and `codes`.
     #[arg(long)]
     pub(crate) from: Option<PathBuf>,
@@ -113,7 +116,7 @@ fn gradients(
         let packed = packer.pack(&scene, &mut rng)?;
         samples.push(setting.sample(&scene, packed, source, &mut rng)?);
     }
-    let loss = lmm.loss(&samples, source)?;
+    let loss = lmm.loss(&samples, source, args.alignment)?;
     Ok((f64::from(loss.to_scalar::<f32>()?), store.gradients(&loss).context("backward pass")?))
 }
 

@@ -20,7 +20,7 @@ use image::RgbImage;
 use crate::capture::Capture;
 use crate::error::{Error, Result};
 use crate::layout::Merge;
-use crate::lmm::{self, GROUNDING_INSTRUCTION, Lmm, Turn};
+use crate::lmm::{self, GROUNDING_INSTRUCTION, Lmm, OpenOptions, Turn};
 use crate::masks::Mask;
 use crate::nn::bilinear;
 use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
@@ -72,7 +72,13 @@ impl Grounder {
     /// # Errors
     /// [`Error::Weights`] with every missing, misshapen or unexpected tensor of a part, [`Error::Config`].
     pub fn open(paths: &ModelPaths, device: &Device, dtype: DType) -> Result<Self> {
-        let lmm = lmm::open(&paths.model, dtype, device)?;
+        Self::open_with(paths, &OpenOptions::new(dtype, device))
+    }
+
+    /// As [`Grounder::open`], with what else the LMM's family may need.
+    pub fn open_with(paths: &ModelPaths, options: &OpenOptions) -> Result<Self> {
+        let device = &options.device;
+        let lmm = lmm::open_with(&paths.model, options)?;
         let (sam, sam_tensors) = read_checkpoint(&paths.sam, device)?;
         let sizes = HeadSizes {
             channels: lmm.spec().channels,

@@ -11,7 +11,7 @@ use flmm::Grounder;
 use flmm::capture::{Capture, weighted_hidden};
 use flmm::grounder::{Caption, ModelPaths, Observation};
 use flmm::image_input::read_image;
-use flmm::lmm::{GROUNDING_INSTRUCTION, Lmm, Prepared, REGISTRY, Turn};
+use flmm::lmm::{GROUNDING_INSTRUCTION, Lmm, OpenOptions, Prepared, REGISTRY, Turn, recognise};
 use flmm::sam::PromptOptions;
 use flmm::text::sampling::Sampler;
 use flmm::text::{KvCache, Limits, generate};
@@ -61,23 +61,38 @@ impl Case {
     }
 }
 
-/// Folders of families this build can open.
-fn families() -> TestResult<Vec<(String, PathBuf)>> {
+/// Folders of models this build can open, with the names of the models.
+fn families() -> TestResult<Vec<(&'static str, PathBuf)>> {
     let Some(root) = golden_dir("lmm") else { return Ok(Vec::new()) };
     let mut families = Vec::new();
     for entry in std::fs::read_dir(&root)? {
         let dir = entry?.path();
-        let config = dir.join("model/config.json");
-        if !config.is_file() || !dir.join("expected").is_dir() {
+        if !dir.join("model").is_dir() || !dir.join("expected").is_dir() {
             continue;
         }
-        let model_type = json(&config)?["model_type"].as_str().unwrap_or_default().to_owned();
-        if REGISTRY.iter().any(|entry| entry.spec.model_type == model_type) {
-            families.push((model_type, dir));
+        if let Ok(entry) = recognise(&dir.join("model")) {
+            families.push((entry.spec.name, dir));
         }
     }
     families.sort();
     Ok(families)
+}
+
+/// What the files of a case do not tell: towers that lie beside the model, the size of the picture.
+fn options(dir: &Path, dtype: DType) -> TestResult<OpenOptions> {
+    let mut options = OpenOptions::new(dtype, &Device::Cpu);
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.starts_with("openai-clip") {
+            options.vision_tower = Some(path);
+        } else if name.starts_with("openclip") {
+            options.vision_tower_aux = Some(path);
+        }
+    }
+    let geometry = &json(&dir.join("expected/a.f32.json"))?["geometry"];
+    options.image_size = geometry["padded_shape"]["height"].as_u64().map(|side| side as usize);
+    Ok(options)
 }
 
 /// Cases `expected/<picture>.<dtype>.safetensors` of a family.
@@ -118,7 +133,7 @@ fn grounder(dir: &Path, dtype: DType) -> TestResult<Grounder> {
         sam: sam.ok_or("no SAM file")?,
         head: head.ok_or("no heads file")?,
     };
-    Ok(Grounder::open(&paths, &Device::Cpu, dtype)?)
+    Ok(Grounder::open_with(&paths, &options(dir, dtype)?)?)
 }
 
 /// The recorded text, segment by segment.
@@ -412,7 +427,7 @@ fn goldens_lmm_every_registered_model_has_a_case() -> TestResult {
         return Ok(());
     }
     for entry in REGISTRY {
-        let found = families.iter().any(|(model_type, _)| model_type == entry.spec.model_type);
+        let found = families.iter().any(|(name, _)| *name == entry.spec.name);
         assert!(found, "{} has no golden", entry.spec.name);
     }
     Ok(())

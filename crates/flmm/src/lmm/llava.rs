@@ -9,7 +9,7 @@ use image::RgbImage;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::layout::ImageLayout;
-use crate::lmm::{ImageInput, Lmm, LmmSpec, Turn};
+use crate::lmm::{ImageInput, Lmm, LmmSpec, OpenOptions, Turn, config_of_type};
 use crate::nn::{Linear, gelu};
 use crate::text::chat;
 use crate::text::tokenizer::Tokenizer;
@@ -44,9 +44,14 @@ pub struct Llava {
     stop_ids: Vec<u32>,
 }
 
+/// Whether `dir` holds a LLaVA-1.5.
+pub(crate) fn recognises(dir: &Path) -> Result<bool> {
+    Ok(config_of_type(dir, LLAVA_1_5_7B.model_type)?.is_some())
+}
+
 /// [`Llava::open`] as [`crate::lmm::REGISTRY`] wants it.
-pub(crate) fn open(spec: &LmmSpec, dir: &Path, dtype: DType, device: &Device) -> Result<Box<dyn Lmm>> {
-    Ok(Box::new(Llava::open(spec, dir, dtype, device)?))
+pub(crate) fn open(spec: &LmmSpec, dir: &Path, options: &OpenOptions) -> Result<Box<dyn Lmm>> {
+    Ok(Box::new(Llava::open(spec, dir, options.dtype, &options.device)?))
 }
 
 impl Llava {

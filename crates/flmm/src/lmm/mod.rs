@@ -2,7 +2,7 @@
 
 pub mod llava;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
@@ -13,6 +13,7 @@ use crate::geometry::Geometry;
 use crate::layout::ImageLayout;
 use crate::text::Decoder;
 use crate::text::tokenizer::Tokenizer;
+use crate::weights::files;
 
 pub use crate::text::chat::{Role, Turn};
 
@@ -40,20 +41,47 @@ pub struct LmmSpec {
     pub tested: &'static str,
 }
 
-/// Opens a folder as the model that a registry line describes, computing in a type on a device.
-pub type Open = fn(&LmmSpec, &Path, DType, &Device) -> Result<Box<dyn Lmm>>;
+/// What opening a model needs beside its folder.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Type the model computes in.
+    pub dtype: DType,
+    /// Where it computes.
+    pub device: Device,
+    /// Folder of the vision tower, for families that keep it in a repository of its own (MGM).
+    pub vision_tower: Option<PathBuf>,
+    /// Folder of the second vision tower (MGM).
+    pub vision_tower_aux: Option<PathBuf>,
+    /// Side of the square picture the model sees, in pixels, for families whose files do not tell (HPT); the
+    /// published size unless given.
+    pub image_size: Option<usize>,
+}
+
+impl OpenOptions {
+    /// Nothing but type and device.
+    pub fn new(dtype: DType, device: &Device) -> Self {
+        let device = device.clone();
+        Self { dtype, device, vision_tower: None, vision_tower_aux: None, image_size: None }
+    }
+}
+
+/// Opens a folder as the model that a registry line describes.
+pub type Open = fn(&LmmSpec, &Path, &OpenOptions) -> Result<Box<dyn Lmm>>;
 
 /// One line of [`REGISTRY`].
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
     /// The published model.
     pub spec: LmmSpec,
-    /// Opens a folder of this family.
+    /// Whether a folder, by its configuration files, holds this model and no other of the registry.
+    pub recognises: fn(&Path) -> Result<bool>,
+    /// Opens a folder that was recognised.
     pub open: Open,
 }
 
-/// Every model family this build can open.
-pub const REGISTRY: &[Entry] = &[Entry { spec: llava::LLAVA_1_5_7B, open: llava::open }];
+/// Every model this build can open.
+pub const REGISTRY: &[Entry] =
+    &[Entry { spec: llava::LLAVA_1_5_7B, recognises: llava::recognises, open: llava::open }];
 
 /// A picture made ready for a model.
 #[derive(Debug, Clone)]
@@ -149,23 +177,46 @@ impl Prepared {
     }
 }
 
-/// Opens the model in `dir`, a folder as published on the hub, whatever its family.
+/// The registry's line for the model in `dir`, a folder as published on the hub.
 ///
-/// Fails with the known families when `model_type` is none of them, and with every missing or misshapen tensor
-/// in one error.
-pub fn open(dir: &Path, dtype: DType, device: &Device) -> Result<Box<dyn Lmm>> {
-    let config = Config::read(&dir.join("config.json"))?;
-    let model_type = config.text("model_type")?;
-    match REGISTRY.iter().find(|entry| entry.spec.model_type == model_type) {
-        Some(entry) => (entry.open)(&entry.spec, dir, dtype, device),
-        None => {
-            let mut known: Vec<_> = REGISTRY.iter().map(|entry| entry.spec.model_type).collect();
-            known.dedup();
-            Err(config.error(
-                "model_type",
-                format!("unknown model type `{model_type}`; known types: {}", known.join(", ")),
-                "choose a model of a known type: `flmm inspect lmms` lists them",
-            ))
+/// Fails with the known types when the folder holds none of them.
+pub fn recognise(dir: &Path) -> Result<&'static Entry> {
+    for entry in REGISTRY {
+        if (entry.recognises)(dir)? {
+            return Ok(entry);
         }
     }
+    let config = Config::read(&dir.join("config.json"))?;
+    let model_type = config.text("model_type")?;
+    let mut known: Vec<_> = REGISTRY.iter().map(|entry| entry.spec.model_type).collect();
+    known.dedup();
+    Err(config.error(
+        "model_type",
+        format!("unknown model type `{model_type}`; known types: {}", known.join(", ")),
+        "choose a model of a known type: `flmm inspect lmms` lists them",
+    ))
+}
+
+/// `config.json` of `dir` if there is one and its `model_type` is `model_type`.
+pub(crate) fn config_of_type(dir: &Path, model_type: &str) -> Result<Option<Config>> {
+    let file = dir.join("config.json");
+    if !files::is_file(&file) {
+        return Ok(None);
+    }
+    let config = Config::read(&file)?;
+    let found = config.text_or("model_type", "")? == model_type;
+    Ok(found.then_some(config))
+}
+
+/// Opens the model in `dir`, whatever its family. See [`open_with`].
+pub fn open(dir: &Path, dtype: DType, device: &Device) -> Result<Box<dyn Lmm>> {
+    open_with(dir, &OpenOptions::new(dtype, device))
+}
+
+/// Opens the model in `dir`, a folder as published on the hub, whatever its family.
+///
+/// Fails as [`recognise`], and with every missing or misshapen tensor in one error.
+pub fn open_with(dir: &Path, options: &OpenOptions) -> Result<Box<dyn Lmm>> {
+    let entry = recognise(dir)?;
+    (entry.open)(&entry.spec, dir, options)
 }

@@ -99,13 +99,13 @@ impl Tokenizer {
     /// Adds `token` as a special token (matched exactly, never normalised) unless it exists, and gives its id.
     /// The id of a new token lies behind the vocabulary.
     pub fn add_special_token(&mut self, token: &str) -> Result<u32> {
-        self.inner.add_special_tokens(&[AddedToken::from(token, true).normalized(false)]);
-        self.id(token).ok_or_else(|| {
-            Error::request(
-                format!("the special token `{token}` cannot be added"),
-                "give a token that is not empty",
-            )
-        })
+        let refused = |why: &dyn std::fmt::Display| {
+            let what = format!("the special token `{token}` cannot be added{why}");
+            Error::request(what, "give a token that is not empty")
+        };
+        let added = AddedToken::from(token, true).normalized(false);
+        self.inner.add_special_tokens([added]).map_err(|e| refused(&format_args!(": {e}")))?;
+        self.id(token).ok_or_else(|| refused(&""))
     }
 
     /// Number of tokens, added ones included.
@@ -205,11 +205,12 @@ impl Settings {
             if known || token.content.is_empty() {
                 continue;
             }
-            if token.special {
-                tokenizer.add_special_tokens(&[token]);
-            } else {
-                tokenizer.add_tokens(&[token]);
-            }
+            let name = token.content.clone();
+            let added = match token.special {
+                true => tokenizer.add_special_tokens([token]),
+                false => tokenizer.add_tokens([token]),
+            };
+            added.map_err(|e| Error::config(&self.file, format!("token `{name}`: {e}"), DOWNLOAD))?;
         }
         Ok(())
     }
