@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use image::RgbImage;
 
 use crate::config::Config;
@@ -16,7 +16,7 @@ use crate::text::tokenizer::Tokenizer;
 use crate::text::{Decoder, DecoderConfig};
 use crate::vision::clip::{ClipConfig, ClipVision};
 use crate::vision::preprocess::LlavaProcessor;
-use crate::weights::{Params, files, load_checkpoint};
+use crate::weights::{Params, files};
 
 /// The published model.
 pub const LLAVA_1_5_7B: LmmSpec = LmmSpec {
@@ -51,12 +51,12 @@ pub(crate) fn recognises(dir: &Path) -> Result<bool> {
 
 /// [`Llava::open`] as [`crate::lmm::REGISTRY`] wants it.
 pub(crate) fn open(spec: &LmmSpec, dir: &Path, options: &OpenOptions) -> Result<Box<dyn Lmm>> {
-    Ok(Box::new(Llava::open(spec, dir, options.dtype, &options.device)?))
+    Ok(Box::new(Llava::open(spec, dir, options)?))
 }
 
 impl Llava {
     /// Opens a Hugging Face folder; `spec` is its line in the registry. Sizes come from `config.json`.
-    pub fn open(spec: &LmmSpec, dir: &Path, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn open(spec: &LmmSpec, dir: &Path, options: &OpenOptions) -> Result<Self> {
         let config = Config::read(&dir.join("config.json"))?;
         let text = DecoderConfig::from_config(&config.object("text_config")?)?;
         let layer = config.integer_or("vision_feature_layer", -2)?;
@@ -67,8 +67,7 @@ impl Llava {
         let image_token = image_token(&config)?;
         let stop_ids = stop_ids(dir, &tokenizer)?;
 
-        let tensors = load_checkpoint(dir, Some(dtype), device)?;
-        let params = Params::new(dir, canonical(tensors));
+        let params = Params::new(dir, canonical(options.load(dir)?));
         let projector = params.pp("multi_modal_projector");
         let bias = config.flag_or("multimodal_projector_bias", true)?;
         let (inputs, outputs) = (clip.hidden_size, text.hidden_size);

@@ -2,7 +2,9 @@
 
 pub mod llava;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
@@ -13,7 +15,7 @@ use crate::geometry::Geometry;
 use crate::layout::ImageLayout;
 use crate::text::Decoder;
 use crate::text::tokenizer::Tokenizer;
-use crate::weights::files;
+use crate::weights::{checkpoint_bytes, files, load_checkpoint_with};
 
 pub use crate::text::chat::{Role, Turn};
 
@@ -55,13 +57,36 @@ pub struct OpenOptions {
     /// Side of the square picture the model sees, in pixels, for families whose files do not tell (HPT); the
     /// published size unless given.
     pub image_size: Option<usize>,
+    /// Told how far the weights are read.
+    pub progress: Option<LoadProgress>,
+}
+
+/// Receives bytes read and bytes in all while weights are read; called from the thread that opens the model.
+#[derive(Clone)]
+pub struct LoadProgress(pub Arc<dyn Fn(u64, u64) + Send + Sync>);
+
+impl std::fmt::Debug for LoadProgress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LoadProgress")
+    }
 }
 
 impl OpenOptions {
     /// Nothing but type and device.
     pub fn new(dtype: DType, device: &Device) -> Self {
         let device = device.clone();
-        Self { dtype, device, vision_tower: None, vision_tower_aux: None, image_size: None }
+        Self { dtype, device, vision_tower: None, vision_tower_aux: None, image_size: None, progress: None }
+    }
+
+    /// The tensors of the checkpoint at `path` in the model's type and on its device.
+    pub(crate) fn load(&self, path: &Path) -> Result<HashMap<String, Tensor>> {
+        let (total, mut done) = (checkpoint_bytes(path), 0);
+        load_checkpoint_with(path, Some(self.dtype), &self.device, &mut |bytes| {
+            done += bytes;
+            if let Some(progress) = &self.progress {
+                (progress.0)(done, total.max(done));
+            }
+        })
     }
 }
 
