@@ -9,10 +9,11 @@ use candle_core::{DType, Device, Tensor};
 use common::{Golden, TestResult, golden_dir, json, max_abs_diff, rel_l2};
 use flmm::Grounder;
 use flmm::capture::{Capture, weighted_hidden};
-use flmm::grounder::{Caption, ModelPaths, Observation};
+use flmm::grounder::{AnswerOptions, Caption, ModelPaths, Observation};
 use flmm::image_input::read_image;
 use flmm::lmm::{GROUNDING_INSTRUCTION, ImageInput, Lmm, OpenOptions, Prepared, REGISTRY, Turn, recognise};
 use flmm::sam::PromptOptions;
+use flmm::text::chat::MODELS;
 use flmm::text::sampling::Sampler;
 use flmm::text::{KvCache, Limits, generate};
 use flmm::vision::anyres::unpad;
@@ -461,6 +462,38 @@ fn goldens_lmm_generation_f32() -> TestResult {
 #[test]
 fn goldens_lmm_generation_bf16() -> TestResult {
     check_families("bf16", DType::BF16, check_generation)
+}
+
+/// A second question in a session, which re-reads only what is new, is answered as in a session of its own.
+fn check_conversation(case: &mut Case, grounder: &Grounder) -> TestResult {
+    let picture = read_image(&case.picture)?;
+    let options = AnswerOptions { max_new_tokens: 6, phrases: None, ..AnswerOptions::default() };
+    let mut session = grounder.start(&picture)?;
+    grounder.ask(&mut session, "What is shown in this image?", &options)?;
+    let second = grounder.ask(&mut session, "And what else?", &options)?;
+    assert!(
+        session.tokens_reused() >= session.layout().end(),
+        "{}: the picture was read again",
+        case.golden.case
+    );
+    let mut fresh = grounder.start(&picture)?;
+    fresh.turns = session.turns[..3].to_vec();
+    let again = grounder.reply(&mut fresh, &options, &mut |_| {})?;
+    case.exact("the second answer", second.token_ids, again.token_ids)?;
+
+    let stops = grounder.lmm().stop_ids();
+    assert!(!stops.is_empty(), "{}: nothing ends an answer", case.golden.case);
+    let spec = grounder.lmm().spec();
+    let format = MODELS.iter().find(|(name, _)| *name == spec.name).map(|(_, format)| format);
+    let word =
+        format.and_then(|format| format.stop_word).and_then(|word| grounder.lmm().tokenizer().id(word));
+    assert!(word.is_none_or(|id| stops.contains(&id)), "{}: {stops:?} without {word:?}", case.golden.case);
+    Ok(())
+}
+
+#[test]
+fn goldens_lmm_conversations_continue() -> TestResult {
+    check_families("f32", DType::F32, check_conversation)
 }
 
 #[test]

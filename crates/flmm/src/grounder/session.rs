@@ -6,7 +6,8 @@ use image::RgbImage;
 use crate::capture::Capture;
 use crate::error::Result;
 use crate::layout::ImageLayout;
-use crate::lmm::{ImageInput, Lmm, Prepared, Turn, embed_with_image};
+use crate::lmm::shared::embed_with_image;
+use crate::lmm::{ImageInput, Lmm, Prepared, Turn};
 use crate::sam::SamGeometry;
 use crate::text::{KvCache, too_long};
 
@@ -108,7 +109,7 @@ impl Session {
         };
         // `from` may lie inside the image when another prompt placed it elsewhere.
         let first = from.max(start);
-        let image = features.narrow(0, first - start, end - first)?;
-        embed_with_image(lmm.decoder(), &ids[from..], first - from..end - from, &image)
+        let kept = features.narrow(0, first - start, features.dim(0)?.saturating_sub(first - start))?;
+        embed_with_image(lmm.decoder(), &ids[from..], first - from..end - from, &kept)
     }
 }

@@ -9,7 +9,7 @@ use image::RgbImage;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::layout::ImageLayout;
-use crate::lmm::shared::{Projector, WRONG_FOLDER, image_token, stop_ids, supported};
+use crate::lmm::shared::{Projector, WRONG_FOLDER, required_token, stop_ids, supported};
 use crate::lmm::{ImageInput, Lmm, LmmSpec, OpenOptions, Turn, config_of_type};
 use crate::text::chat::{ChatFormat, VICUNA};
 use crate::text::tokenizer::Tokenizer;
@@ -205,6 +205,21 @@ fn canonical_name(name: &str) -> String {
         return format!("language_model.model.{}", rest.strip_prefix("model.").unwrap_or(rest));
     }
     name.to_owned()
+}
+
+/// `image_token_index`, called `image_token_id` in newer uploads; 32000 where neither is written. The tokenizer's
+/// `token` must have that id.
+fn image_token(dir: &Path, config: &Config, tokenizer: &Tokenizer, token: &str) -> Result<u32> {
+    let found = required_token(dir, tokenizer, token, "which stands for the picture")?;
+    let key = if config.get("image_token_id").is_some() { "image_token_id" } else { "image_token_index" };
+    match config.integer_or(key, 32_000)? {
+        id if id == i64::from(found) => Ok(found),
+        id => Err(config.error(
+            key,
+            format!("the image token is said to be {id}, but the tokenizer's `{token}` is {found}"),
+            "config.json and tokenizer.json do not belong together; download both again",
+        )),
+    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 pub mod llava;
 pub mod llava_next;
-mod shared;
+pub(crate) mod shared;
 
 use std::path::{Path, PathBuf};
 
@@ -18,7 +18,6 @@ use crate::text::tokenizer::Tokenizer;
 use crate::weights::files;
 
 pub use crate::text::chat::{Role, Turn};
-pub(crate) use shared::embed_with_image;
 
 /// What the user is taken to have asked when a given text is grounded (`spec/models.md` §2).
 pub const GROUNDING_INSTRUCTION: &str = "Please give me a description of the image.";
@@ -164,7 +163,7 @@ pub trait Lmm: Send + Sync {
     /// The decoder's input `[tokens, hidden]`.
     fn embed(&self, input: &Prepared) -> Result<Tensor> {
         let image = input.image.layout.start..input.image.layout.end();
-        embed_with_image(self.decoder(), &input.token_ids, image, &self.image_features(&input.image)?)
+        shared::embed_with_image(self.decoder(), &input.token_ids, image, &self.image_features(&input.image)?)
     }
 }
 

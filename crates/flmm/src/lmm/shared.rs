@@ -98,21 +98,6 @@ pub(super) fn required_token(dir: &Path, tokenizer: &Tokenizer, token: &str, why
     })
 }
 
-/// `image_token_index`, called `image_token_id` in newer uploads; 32000 where neither is written. The tokenizer's
-/// `token` must have that id.
-pub(super) fn image_token(dir: &Path, config: &Config, tokenizer: &Tokenizer, token: &str) -> Result<u32> {
-    let found = required_token(dir, tokenizer, token, "which stands for the picture")?;
-    let key = if config.get("image_token_id").is_some() { "image_token_id" } else { "image_token_index" };
-    match config.integer_or(key, 32_000)? {
-        id if id == i64::from(found) => Ok(found),
-        id => Err(config.error(
-            key,
-            format!("the image token is said to be {id}, but the tokenizer's `{token}` is {found}"),
-            "config.json and tokenizer.json do not belong together; download both again",
-        )),
-    }
-}
-
 /// Ids that end an answer: `eos_token_id` of `generation_config.json` in `dir` (one or several), else the
 /// tokenizer's end-of-sequence token; and the stop word of `format` where it is one token.
 pub(super) fn stop_ids(dir: &Path, tokenizer: &Tokenizer, format: &ChatFormat) -> Result<Vec<u32>> {
