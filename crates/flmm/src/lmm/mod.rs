@@ -1,5 +1,6 @@
 //! Large multimodal models: one file per family, one registry.
 
+pub mod hpt;
 pub mod llava;
 pub mod llava_next;
 pub(crate) mod shared;
@@ -29,7 +30,7 @@ pub struct LmmSpec {
     pub name: &'static str,
     /// Repository of the published weights.
     pub repo: &'static str,
-    /// `model_type` of its `config.json`.
+    /// `model_type` of its `config.json`; `hpt` for HPT, whose three folders have one each.
     pub model_type: &'static str,
     /// Decoder layers.
     pub layers: usize,
@@ -94,6 +95,8 @@ pub const REGISTRY: &[Entry] = &[
         recognises: llava_next::recognises_mistral,
         open: llava_next::open_mistral,
     },
+    Entry { spec: hpt::HPT_AIR_6B, recognises: hpt::recognises_air, open: hpt::open },
+    Entry { spec: hpt::HPT_AIR_1_5_8B, recognises: hpt::recognises_air_1_5, open: hpt::open },
 ];
 
 /// A picture made ready for a model.
