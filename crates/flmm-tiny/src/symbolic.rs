@@ -255,7 +255,8 @@ mod tests {
         let (mut near, mut all) = (0, 0);
         for index in 0..40 {
             let scene = generate(&WorldConfig::new(Level::One), Split::Val, 7, index);
-            let geometry = processor.geometry((scene.image.height() as usize, scene.image.width() as usize))?;
+            let geometry =
+                processor.geometry((scene.image.height() as usize, scene.image.width() as usize))?;
             let things = things(&scene, &geometry, 12);
             let tokens = codes.tokens(&scene, &things, &geometry);
             for (code, thing) in tokens.chunks_exact(160).zip(&things) {
@@ -265,7 +266,8 @@ mod tests {
                         let direction = &codes.places[coordinate * BINS + bin];
                         code.iter().zip(direction).map(|(c, d)| c * d).sum()
                     };
-                    let best = (0..BINS).fold(0, |best, bin| if along(bin) > along(best) { bin } else { best });
+                    let best =
+                        (0..BINS).fold(0, |best, bin| if along(bin) > along(best) { bin } else { best });
                     best as f32 / (BINS - 1) as f32
                 };
                 let [x, y, w, h] = box_in_square(scene.objects[*object].bbox, &geometry);

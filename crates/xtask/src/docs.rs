@@ -35,7 +35,8 @@ pub(crate) fn run(check: bool) -> Result<()> {
 
 /// `document` with what lies between the marks of `name` replaced by `text`.
 fn replaced(document: &str, name: &str, text: &str) -> Result<String> {
-    let begin = document.find(&format!("<!-- {name}:begin")).with_context(|| format!("no mark {name}:begin"))?;
+    let begin =
+        document.find(&format!("<!-- {name}:begin")).with_context(|| format!("no mark {name}:begin"))?;
     let begin = begin + document[begin..].find("-->").context("the mark is not closed")? + 3;
     let end = document.find(&format!("<!-- {name}:end")).with_context(|| format!("no mark {name}:end"))?;
     if end < begin {

@@ -140,7 +140,11 @@ fn write_shards(folder: &Path, stem: &str, tensors: Shapes) -> Result<()> {
             (name, formula)
         });
         let temporary = folder.join(format!("{name}.partial"));
-        safetensors::serialize_to_file(views, Some(HashMap::from([("format".into(), "pt".into())])), &temporary)?;
+        safetensors::serialize_to_file(
+            views,
+            Some(HashMap::from([("format".into(), "pt".into())])),
+            &temporary,
+        )?;
         std::fs::rename(&temporary, folder.join(&name))?;
     }
     if count > 1 {
@@ -209,7 +213,8 @@ impl View for Formula<'_> {
 
 /// FNV-1a of the name: every tensor begins elsewhere.
 fn seed(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    name.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
 /// SplitMix64, as a number between −1 and 1.

@@ -141,8 +141,11 @@ fn mgm_hd_7b() -> Folder {
 /// The CLIP folder that Mini-Gemini needs beside its own.
 pub(crate) fn clip_tower() -> Folder {
     Folder::from([
-        ("config.json", json!({ "model_type": "clip", "vision_config": clip_large(),
-            "vision_config_dict": clip_large() })),
+        (
+            "config.json",
+            json!({ "model_type": "clip", "vision_config": clip_large(),
+            "vision_config_dict": clip_large() }),
+        ),
         ("preprocessor_config.json", clip_processor(false)),
     ])
 }

@@ -3,20 +3,20 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use image::RgbImage;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::layout::ImageLayout;
+use crate::lmm::shared::{Projector, WRONG_FOLDER, required_token, stop_ids, supported};
 use crate::lmm::{ImageInput, Lmm, LmmSpec, OpenOptions, Turn, config_of_type};
-use crate::nn::{Linear, gelu};
-use crate::text::chat;
+use crate::text::chat::{ChatFormat, VICUNA};
 use crate::text::tokenizer::Tokenizer;
 use crate::text::{Decoder, DecoderConfig};
 use crate::vision::clip::{ClipConfig, ClipVision};
 use crate::vision::preprocess::LlavaProcessor;
-use crate::weights::{Params, files};
+use crate::weights::Params;
 
 /// The published model.
 pub const LLAVA_1_5_7B: LmmSpec = LmmSpec {
@@ -33,15 +33,8 @@ pub const LLAVA_1_5_7B: LmmSpec = LmmSpec {
 /// An opened LLaVA-1.5.
 #[derive(Debug)]
 pub struct Llava {
-    spec: LmmSpec,
-    tokenizer: Tokenizer,
+    parts: Parts,
     processor: LlavaProcessor,
-    vision: ClipVision,
-    linear_1: Linear,
-    linear_2: Linear,
-    decoder: Decoder,
-    image_token: u32,
-    stop_ids: Vec<u32>,
 }
 
 /// Whether `dir` holds a LLaVA-1.5.
@@ -58,93 +51,131 @@ impl Llava {
     /// Opens a Hugging Face folder; `spec` is its line in the registry. Sizes come from `config.json`.
     pub fn open(spec: &LmmSpec, dir: &Path, options: &OpenOptions) -> Result<Self> {
         let config = Config::read(&dir.join("config.json"))?;
-        let text = DecoderConfig::from_config(&config.object("text_config")?)?;
-        let layer = config.integer_or("vision_feature_layer", -2)?;
-        let clip = ClipConfig::from_config(&config.object("vision_config")?, layer)?;
-        supported(&config, "vision_feature_select_strategy", "default")?;
-        supported(&config, "projector_hidden_act", "gelu")?;
-        let tokenizer = Tokenizer::load(dir)?;
-        let image_token = image_token(&config)?;
-        let stop_ids = stop_ids(dir, &tokenizer)?;
-
-        let params = Params::new(dir, canonical(options.load(dir)?));
-        let projector = params.pp("multi_modal_projector");
-        let bias = config.flag_or("multimodal_projector_bias", true)?;
-        let (inputs, outputs) = (clip.hidden_size, text.hidden_size);
-        let grid = clip.grid();
-        let model = Self {
-            spec: LmmSpec {
-                layers: text.num_layers,
-                heads: text.num_heads,
-                grid: (grid, grid),
-                channels: text.maps(),
-                ..*spec
-            },
-            processor: LlavaProcessor::from_config(dir)?,
-            vision: ClipVision::load(clip, &params.pp("vision_tower.vision_model"))?,
-            linear_1: Linear::load(inputs, outputs, bias, &projector.pp("linear_1"))?,
-            linear_2: Linear::load(outputs, outputs, bias, &projector.pp("linear_2"))?,
-            decoder: Decoder::load(text, &params.pp("language_model"))?,
-            tokenizer,
-            image_token,
-            stop_ids,
-        };
-        params.finish("download the model again, or check that the folder belongs to its config.json")?;
-        Ok(model)
+        let processor = LlavaProcessor::from_config(dir)?;
+        let (mut parts, params) = Parts::load(spec, dir, &config, &VICUNA, options)?;
+        parts.check_processor(&config, processor.side())?;
+        params.finish(WRONG_FOLDER)?;
+        let grid = parts.vision.config().grid();
+        (parts.spec.grid, parts.spec.channels) = ((grid, grid), parts.decoder.config().maps());
+        Ok(Self { parts, processor })
     }
 }
 
 impl Lmm for Llava {
     fn spec(&self) -> &LmmSpec {
-        &self.spec
+        &self.parts.spec
     }
 
     fn decoder(&self) -> &Decoder {
-        &self.decoder
+        &self.parts.decoder
     }
 
     fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
+        &self.parts.tokenizer
     }
 
     fn image_token(&self) -> u32 {
-        self.image_token
+        self.parts.image_token
     }
 
     fn stop_ids(&self) -> &[u32] {
-        &self.stop_ids
+        &self.parts.stop_ids
     }
 
     fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>> {
-        self.tokenizer.encode(&chat::vicuna(turns)?, true)
+        self.parts.prompt(turns)
     }
 
     fn prepare_image(&self, image: &RgbImage) -> Result<ImageInput> {
         let (pixel_values, geometry) = self.processor.process(image)?;
-        let side = self.vision.config().image_size;
-        if pixel_values.dims() != [3, side, side] {
-            return Err(Error::image(
-                format!(
-                    "the processor makes pictures of shape {:?}, the vision tower reads {side} × {side}",
-                    pixel_values.dims()
-                ),
-                "preprocessor_config.json and config.json of the model do not belong together",
-            ));
-        }
         let pixel_values = pixel_values.unsqueeze(0)?;
-        let grid = self.vision.config().grid();
+        let grid = self.parts.vision.config().grid();
         Ok(ImageInput { pixel_values, geometry, layout: ImageLayout::single(0, grid, grid) })
     }
 
     fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {
-        self.vision.forward(&image.pixel_values.to_device(self.decoder.device())?)
+        self.parts.vision_features(image)
     }
 
     fn project(&self, _image: &ImageInput, features: &Tensor) -> Result<Tensor> {
-        let inner = self.linear_1.forward(&features.squeeze(0)?)?;
-        // Evaluated in f32 and rounded once.
-        let inner = gelu(&inner.to_dtype(DType::F32)?)?.to_dtype(inner.dtype())?;
-        self.linear_2.forward(&inner)
+        self.parts.projector.forward(&features.squeeze(0)?)
+    }
+}
+
+/// What LLaVA-1.5 and LLaVA-1.6 have in common: everything but the views of a picture and their order.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) spec: LmmSpec,
+    pub(super) tokenizer: Tokenizer,
+    pub(super) vision: ClipVision,
+    pub(super) projector: Projector,
+    pub(super) decoder: Decoder,
+    pub(super) image_token: u32,
+    pub(super) stop_ids: Vec<u32>,
+    format: &'static ChatFormat,
+}
+
+impl Parts {
+    /// Reads the parts from `dir`, whose `config.json` is `config`, and gives the tensors, from which the family
+    /// takes what else it has before it calls [`Params::finish`].
+    ///
+    /// The grid and channels of `spec` are left as published: they are the family's to set.
+    pub(super) fn load(
+        spec: &LmmSpec,
+        dir: &Path,
+        config: &Config,
+        format: &'static ChatFormat,
+        options: &OpenOptions,
+    ) -> Result<(Self, Params)> {
+        let text = DecoderConfig::from_config(&config.object("text_config")?)?;
+        let layer = config.integer_or("vision_feature_layer", -2)?;
+        let clip = ClipConfig::from_config(&config.object("vision_config")?, layer)?;
+        supported(config, "vision_feature_select_strategy", "default")?;
+        supported(config, "projector_hidden_act", "gelu")?;
+        let tokenizer = Tokenizer::load(dir)?;
+        let image_token = image_token(dir, config, &tokenizer, format.image)?;
+        let stop_ids = stop_ids(dir, &tokenizer, format)?;
+
+        let params = Params::new(dir, canonical(options.load(dir)?));
+        let projector = params.pp("multi_modal_projector");
+        let layers = ["linear_1", "linear_2"].map(|name| projector.pp(name));
+        let bias = config.flag_or("multimodal_projector_bias", true)?;
+        let parts = Self {
+            spec: LmmSpec { layers: text.num_layers, heads: text.num_heads, ..*spec },
+            projector: Projector::load(clip.hidden_size, text.hidden_size, bias, layers)?,
+            vision: ClipVision::load(clip, &params.pp("vision_tower.vision_model"))?,
+            decoder: Decoder::load(text, &params.pp("language_model"))?,
+            tokenizer,
+            image_token,
+            stop_ids,
+            format,
+        };
+        Ok((parts, params))
+    }
+
+    /// Refuses a processor that makes views of another size than the tower reads.
+    pub(super) fn check_processor(&self, config: &Config, side: usize) -> Result<()> {
+        match self.vision.config().image_size {
+            expected if expected == side => Ok(()),
+            expected => Err(Error::config(
+                config.file(),
+                format!(
+                    "`vision_config.image_size`: the vision tower reads {expected} × {expected} pixels, \
+                     preprocessor_config.json makes views of {side} × {side}"
+                ),
+                "preprocessor_config.json and config.json do not belong together; download both again",
+            )),
+        }
+    }
+
+    /// Prompt ids of `turns` with one image token.
+    pub(super) fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>> {
+        self.tokenizer.encode(&self.format.render(turns, 1)?, true)
+    }
+
+    /// `[views, tokens, width]`
+    pub(super) fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {
+        self.vision.forward(&image.pixel_values.to_device(self.decoder.device())?)
     }
 }
 
@@ -161,6 +192,9 @@ fn canonical_name(name: &str) -> String {
     if let Some(rest) = behind("vision_tower.") {
         return format!("vision_tower.vision_model.{}", rest.strip_prefix("vision_model.").unwrap_or(rest));
     }
+    if behind("image_newline") == Some("") {
+        return "image_newline".to_owned();
+    }
     if let Some(rest) = behind("multi_modal_projector.") {
         return format!("multi_modal_projector.{rest}");
     }
@@ -173,42 +207,19 @@ fn canonical_name(name: &str) -> String {
     name.to_owned()
 }
 
-/// Refuses a value of `key` other than `only`.
-fn supported(config: &Config, key: &str, only: &str) -> Result<()> {
-    match config.text_or(key, only)? {
-        value if value == only => Ok(()),
-        other => Err(config.error(
+/// `image_token_index`, called `image_token_id` in newer uploads; 32000 where neither is written. The tokenizer's
+/// `token` must have that id.
+fn image_token(dir: &Path, config: &Config, tokenizer: &Tokenizer, token: &str) -> Result<u32> {
+    let found = required_token(dir, tokenizer, token, "which stands for the picture")?;
+    let key = if config.get("image_token_id").is_some() { "image_token_id" } else { "image_token_index" };
+    match config.integer_or(key, 32_000)? {
+        id if id == i64::from(found) => Ok(found),
+        id => Err(config.error(
             key,
-            format!("`{other}` is not supported; known: {only}"),
-            "use a model with the published setting",
+            format!("the image token is said to be {id}, but the tokenizer's `{token}` is {found}"),
+            "config.json and tokenizer.json do not belong together; download both again",
         )),
     }
-}
-
-/// `image_token_index`, called `image_token_id` in newer uploads; 32000 where neither is written.
-fn image_token(config: &Config) -> Result<u32> {
-    let key = if config.get("image_token_id").is_some() { "image_token_id" } else { "image_token_index" };
-    let id = config.integer_or(key, 32_000)?;
-    u32::try_from(id).map_err(|_| config.error(key, format!("{id} is not a token id"), "correct the value"))
-}
-
-/// `eos_token_id` of `generation_config.json` (one or several), else the tokenizer's end-of-sequence token.
-fn stop_ids(dir: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    let file = dir.join("generation_config.json");
-    let mut ids = Vec::new();
-    if files::is_file(&file) {
-        let config = Config::read(&file)?;
-        let listed = match config.get("eos_token_id") {
-            Some(serde_json::Value::Array(list)) => list.clone(),
-            Some(one) => vec![one.clone()],
-            None => Vec::new(),
-        };
-        ids = listed.iter().filter_map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect();
-    }
-    if ids.is_empty() {
-        ids.extend(tokenizer.eos());
-    }
-    Ok(ids)
 }
 
 #[cfg(test)]
@@ -231,6 +242,8 @@ mod tests {
             ("vision_tower.embeddings.class_embedding", class),
             ("model.multi_modal_projector.linear_1.bias", "multi_modal_projector.linear_1.bias"),
             ("image_newline", "image_newline"),
+            ("model.image_newline", "image_newline"),
+            ("other", "other"),
         ] {
             assert_eq!(canonical_name(name), expected);
         }

@@ -1,6 +1,9 @@
 //! Large multimodal models: one file per family, one registry.
 
+pub mod hpt;
 pub mod llava;
+pub mod llava_next;
+pub(crate) mod shared;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -29,13 +32,13 @@ pub struct LmmSpec {
     pub name: &'static str,
     /// Repository of the published weights.
     pub repo: &'static str,
-    /// `model_type` of its `config.json`.
+    /// `model_type` of its `config.json`; `hpt` for HPT, whose three folders have one each.
     pub model_type: &'static str,
     /// Decoder layers.
     pub layers: usize,
     /// Query heads per layer.
     pub heads: usize,
-    /// Rows and columns of the maps given to the mask head.
+    /// Rows and columns of the maps given to the mask head; of a square picture, where they follow its shape.
     pub grid: (usize, usize),
     /// Attention maps given to the mask head.
     pub channels: usize,
@@ -105,8 +108,21 @@ pub struct Entry {
 }
 
 /// Every model this build can open.
-pub const REGISTRY: &[Entry] =
-    &[Entry { spec: llava::LLAVA_1_5_7B, recognises: llava::recognises, open: llava::open }];
+pub const REGISTRY: &[Entry] = &[
+    Entry { spec: llava::LLAVA_1_5_7B, recognises: llava::recognises, open: llava::open },
+    Entry {
+        spec: llava_next::LLAVA_NEXT_VICUNA_7B,
+        recognises: llava_next::recognises_vicuna,
+        open: llava_next::open_vicuna,
+    },
+    Entry {
+        spec: llava_next::LLAVA_NEXT_MISTRAL_7B,
+        recognises: llava_next::recognises_mistral,
+        open: llava_next::open_mistral,
+    },
+    Entry { spec: hpt::HPT_AIR_6B, recognises: hpt::recognises_air, open: hpt::open },
+    Entry { spec: hpt::HPT_AIR_1_5_8B, recognises: hpt::recognises_air_1_5, open: hpt::open },
+];
 
 /// A picture made ready for a model.
 #[derive(Debug, Clone)]
@@ -142,7 +158,7 @@ pub trait Lmm: Send + Sync {
     /// The model's tokenizer.
     fn tokenizer(&self) -> &Tokenizer;
 
-    /// Id of the token that stands for the image in a prompt.
+    /// Id of the token that stands for the image in a prompt; it may lie beyond the embedding table.
     fn image_token(&self) -> u32;
 
     /// Ids that end an answer.
@@ -174,12 +190,8 @@ pub trait Lmm: Send + Sync {
 
     /// The decoder's input `[tokens, hidden]`.
     fn embed(&self, input: &Prepared) -> Result<Tensor> {
-        let features = self.image_features(&input.image)?;
-        let embeds = self.decoder().embed(&input.token_ids)?;
-        let (start, end) = (input.image.layout.start, input.image.layout.end());
-        let before = embeds.narrow(0, 0, start)?;
-        let after = embeds.narrow(0, end, input.token_ids.len() - end)?;
-        Ok(Tensor::cat(&[&before, &features, &after], 0)?)
+        let image = input.image.layout.start..input.image.layout.end();
+        shared::embed_with_image(self.decoder(), &input.token_ids, image, &self.image_features(&input.image)?)
     }
 }
 

@@ -94,6 +94,13 @@ impl DecoderConfig {
                 "correct the value in the file",
             ));
         }
+        if !gemma && !config.mentions("head_dim") && hidden_size % num_heads != 0 {
+            return Err(config.error(
+                "num_attention_heads",
+                format!("{num_heads} heads do not divide the width {hidden_size}"),
+                "correct the value in the file",
+            ));
+        }
         let head_dim = config.size_or("head_dim", if gemma { 256 } else { hidden_size / num_heads })?;
         if head_dim == 0 || head_dim % 2 != 0 {
             return Err(config.error(
@@ -216,6 +223,7 @@ mod tests {
                 vec!["num_key_value_heads"],
             ),
             (json!({ "num_attention_heads": 4, "hidden_size": 12 }), vec!["head_dim"]),
+            (json!({ "num_attention_heads": 5, "hidden_size": 12 }), vec!["num_attention_heads", "5 heads"]),
         ] {
             let message = read(value.clone()).err().map(|error| error.to_string()).unwrap_or_default();
             for word in words {

@@ -5,6 +5,7 @@ use std::path::Path;
 use candle_core::Tensor;
 use image::RgbImage;
 use image::imageops::crop_imm;
+use serde_json::Value;
 
 use super::preprocess::{Normalisation, ProcessorConfig, centred, empty, pad, size};
 use super::resample::{Filter, pillow_resize};
@@ -13,6 +14,12 @@ use crate::geometry::Geometry;
 
 /// Resolutions (height, width) of the published models, in their order.
 pub const PINPOINTS: [(usize, usize); 5] = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)];
+
+/// Side of the tower that [`PINPOINTS`] belong to.
+const PUBLISHED_SIDE: usize = 336;
+
+/// The longest side of a resolution, so that a damaged file cannot ask for endless memory.
+const MAX_LENGTH: usize = 16_384;
 
 /// A base view of the whole picture and crops of it at a resolution that fits.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,30 +30,66 @@ pub struct AnyResProcessor {
 }
 
 impl AnyResProcessor {
-    /// For a tower that reads `side × side`; pinpoints are multiples of `side`.
+    /// For a tower that reads `side × side`; pinpoints are multiples of `side` and hold more than one crop.
     ///
     /// # Errors
-    /// [`Error::Request`] if there is no pinpoint or one is not a multiple of `side`.
+    /// [`Error::Request`] if there is no pinpoint, or one that is no such multiple or larger than 16384 pixels.
     pub fn new(side: usize, pinpoints: Vec<(usize, usize)>, normalisation: Normalisation) -> Result<Self> {
-        let fits = |&(h, w): &(usize, usize)| h > 0 && w > 0 && h % side == 0 && w % side == 0;
+        let length = |length: usize| (1..=MAX_LENGTH).contains(&length) && length % side == 0;
+        let fits = |&(h, w): &(usize, usize)| length(h) && length(w) && (h, w) != (side, side);
         if side == 0 || pinpoints.is_empty() || !pinpoints.iter().all(fits) {
-            let what = format!("the grid pinpoints {pinpoints:?} are not multiples of {side}");
+            let what = format!(
+                "the grid pinpoints {pinpoints:?} are not multiples of {side} with more than one crop, \
+                 up to {MAX_LENGTH} pixels"
+            );
             return Err(Error::request(what, "use the pinpoints of the model's preprocessor_config.json"));
         }
         Ok(Self { side, pinpoints, normalisation })
     }
 
     /// Reads `preprocessor_config.json` of the folder `dir`: size and statistics as for LLaVA-1.5, and
-    /// `image_grid_pinpoints`.
-    pub fn from_config(dir: impl AsRef<Path>) -> Result<Self> {
+    /// `image_grid_pinpoints`. Where they are left out, `fallback` counts, the value of the same key in the
+    /// model's `config.json`; where that is missing too, [`PINPOINTS`], but only for the size they belong to.
+    ///
+    /// # Errors
+    /// As [`LlavaProcessor::from_config`](super::preprocess::LlavaProcessor::from_config), and [`Error::Config`]
+    /// if there are no usable pinpoints, or if the two files disagree.
+    pub fn from_config(dir: impl AsRef<Path>, fallback: Option<&Value>) -> Result<Self> {
         let config = ProcessorConfig::read(dir.as_ref())?;
-        let wrong = |what: String| Error::config(&config.file, what, "download the file again");
-        let pinpoints = match config.json.get("image_grid_pinpoints") {
-            None => PINPOINTS.to_vec(),
-            Some(value) => serde_json::from_value(value.clone())
-                .map_err(|e| wrong(format!("`image_grid_pinpoints` is not a list of pairs: {e}")))?,
+        let wrong = |what: String, hint: &str| Error::config(&config.file, what, hint);
+        let own = config.json.get("image_grid_pinpoints").filter(|value| !value.is_null());
+        if let (Some(own), Some(other)) = (own, fallback)
+            && own != other
+        {
+            let what = format!("`image_grid_pinpoints` is {own}, but {other} in config.json");
+            return Err(wrong(what, "the two files do not belong together; download both again"));
+        }
+        let pinpoints = match own.or(fallback) {
+            Some(value) => serde_json::from_value(value.clone()).map_err(|e| {
+                wrong(
+                    format!("`image_grid_pinpoints` is not a list of pairs: {e}"),
+                    "download the file again",
+                )
+            })?,
+            None if config.side == PUBLISHED_SIDE => PINPOINTS.to_vec(),
+            None => {
+                let what = format!(
+                    "required key `image_grid_pinpoints` is missing: a tower of {} pixels has no usual ones",
+                    config.side
+                );
+                return Err(wrong(
+                    what,
+                    "download the file again, or add the resolutions the model was trained on",
+                ));
+            }
         };
-        Self::new(config.side, pinpoints, config.normalisation).map_err(|e| wrong(e.to_string()))
+        Self::new(config.side, pinpoints, config.normalisation)
+            .map_err(|e| wrong(format!("`image_grid_pinpoints`: {e}"), "download the file again"))
+    }
+
+    /// Side of a view in pixels.
+    pub fn side(&self) -> usize {
+        self.side
     }
 
     /// `[1 + crops, 3, side, side]` f32: the base view, then the crops row by row; and where the picture lies in

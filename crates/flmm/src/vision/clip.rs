@@ -2,8 +2,10 @@
 
 use candle_core::{DType, Tensor};
 
+use super::regrid::regrid;
+use super::tower;
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::nn::{self, LayerNorm, Linear, softmax_last_dim};
 use crate::text::round_to;
 use crate::weights::Params;
@@ -19,7 +21,9 @@ pub struct ClipConfig {
     pub num_layers: usize,
     /// Number of heads.
     pub num_heads: usize,
-    /// Side of the input in pixels.
+    /// Side of the pictures that the tower was trained on, in pixels; tells the size of the position table.
+    pub trained_size: usize,
+    /// Side of the pictures it reads here; where it differs, the positions are re-gridded.
     pub image_size: usize,
     /// Side of a patch in pixels.
     pub patch_size: usize,
@@ -43,45 +47,32 @@ impl ClipConfig {
             ));
         }
         let num_layers = config.layers_or("num_hidden_layers", 12)?;
-        let states = num_layers as i64 + 1;
-        let index = if feature_layer < 0 { states + feature_layer } else { feature_layer };
-        if !(0..states).contains(&index) {
-            return Err(Error::config(
-                config.file(),
-                format!(
-                    "`vision_feature_layer`: the tower has hidden states 0..{num_layers}, found {feature_layer}"
-                ),
-                "correct the value in the file",
-            ));
-        }
         let (hidden_size, num_heads) =
             (config.size_or("hidden_size", 768)?, config.size_or("num_attention_heads", 12)?);
-        if hidden_size % num_heads != 0 {
-            return Err(config.error(
-                "num_attention_heads",
-                format!("{num_heads} heads do not divide the width {hidden_size}"),
-                "correct the value in the file",
-            ));
-        }
         let (image_size, patch_size) =
             (config.size_or("image_size", 224)?, config.size_or("patch_size", 32)?);
-        if image_size < patch_size {
-            return Err(config.error(
-                "patch_size",
-                format!("patches of {patch_size} pixels do not fit a picture of {image_size}"),
-                "correct the value in the file",
-            ));
-        }
+        tower::check_sizes(
+            config,
+            (hidden_size, num_heads, "num_attention_heads"),
+            (image_size, patch_size, "patch_size"),
+        )?;
         Ok(Self {
             hidden_size,
             intermediate_size: config.size_or("intermediate_size", 3072)?,
             num_layers,
             num_heads,
+            trained_size: image_size,
             image_size,
             patch_size,
             layer_norm_eps: config.number_or("layer_norm_eps", 1e-5)?,
-            blocks_used: index as usize,
+            blocks_used: tower::blocks_used(config, num_layers, feature_layer)?,
         })
+    }
+
+    /// The same tower for pictures of another size.
+    pub fn at_size(mut self, image_size: usize) -> Self {
+        self.image_size = image_size;
+        self
     }
 
     /// Tokens per side.
@@ -98,7 +89,7 @@ pub struct ClipVision {
     class_embedding: Tensor,
     /// `[hidden, 3, patch, patch]`
     patch_embedding: Tensor,
-    /// `[1 + grid², hidden]`
+    /// `[1 + grid², hidden]`, already on the grid that is used.
     position_embedding: Tensor,
     pre_layrnorm: LayerNorm,
     layers: Vec<Block>,
@@ -109,13 +100,14 @@ impl ClipVision {
     pub fn load(config: ClipConfig, params: &Params) -> Result<Self> {
         let (width, patch) = (config.hidden_size, config.patch_size);
         let embeddings = params.pp("embeddings");
-        let positions = config.grid() * config.grid() + 1;
+        let trained = config.trained_size / patch;
+        let positions = embeddings.pp("position_embedding").get(&[1 + trained * trained, width], "weight")?;
         let layers =
             (0..config.blocks_used).map(|index| Block::load(&config, &params.pp("encoder.layers").pp(index)));
         Ok(Self {
             class_embedding: embeddings.get(&[width], "class_embedding")?,
             patch_embedding: embeddings.pp("patch_embedding").get(&[width, 3, patch, patch], "weight")?,
-            position_embedding: embeddings.pp("position_embedding").get(&[positions, width], "weight")?,
+            position_embedding: regrid(&positions, trained, config.grid())?,
             pre_layrnorm: LayerNorm::load(width, config.layer_norm_eps, &params.pp("pre_layrnorm"))?,
             layers: layers.collect::<Result<_>>()?,
             config,
@@ -127,19 +119,16 @@ impl ClipVision {
         &self.config
     }
 
+    /// The positions `[1 + grid², hidden]`, re-gridded where the picture size asks for it.
+    pub fn position_embedding(&self) -> &Tensor {
+        &self.position_embedding
+    }
+
     /// `pixel_values [B, 3, S, S]` → `[B, grid², hidden]`: the selected hidden state without the class token.
     pub fn forward(&self, pixel_values: &Tensor) -> Result<Tensor> {
         let (batch, _, _, _) = pixel_values.dims4()?;
         let (grid, patch, width) = (self.config.grid(), self.config.patch_size, self.config.hidden_size);
-        let pixel_values = pixel_values
-            .to_dtype(self.class_embedding.dtype())?
-            .narrow(2, 0, grid * patch)?
-            .narrow(3, 0, grid * patch)?;
-        // A convolution whose stride is its size is a linear map of patches.
-        let patches = pixel_values
-            .reshape(&[batch, 3, grid, patch, grid, patch])?
-            .permute([0, 2, 4, 1, 3, 5])?
-            .reshape((batch, grid * grid, 3 * patch * patch))?;
+        let patches = tower::patches(&pixel_values.to_dtype(self.class_embedding.dtype())?, grid, patch)?;
         let class = self.class_embedding.reshape((1, 1, width))?.broadcast_as((batch, 1, width))?;
         let kernel = self.patch_embedding.reshape((width, 3 * patch * patch))?;
         let tokens = Tensor::cat(&[&class, &Linear::new(kernel, None).forward(&patches)?], 1)?;
@@ -235,6 +224,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::error::Error;
 
     #[test]
     fn the_feature_layer_counts_hidden_states() -> Result<()> {

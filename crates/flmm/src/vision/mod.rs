@@ -3,4 +3,7 @@
 pub mod anyres;
 pub mod clip;
 pub mod preprocess;
+pub mod regrid;
 pub mod resample;
+pub mod siglip;
+mod tower;

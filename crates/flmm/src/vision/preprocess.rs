@@ -102,6 +102,12 @@ impl LlavaProcessor {
         self
     }
 
+    /// The same for a tower that reads `side × side`.
+    pub fn with_side(mut self, side: usize) -> Self {
+        self.side = side;
+        self
+    }
+
     /// Reads `preprocessor_config.json` of the folder `dir`: the side from `crop_size`, else `size`; `image_mean`
     /// and `image_std`; missing values are CLIP's.
     ///
