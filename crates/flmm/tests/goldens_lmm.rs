@@ -158,10 +158,17 @@ fn unexpanded(ids: &[u32], prepared: &Prepared) -> Vec<u32> {
     [&ids[..layout.start + 1], &ids[layout.end()..]].concat()
 }
 
-fn check_input(case: &Case, prepared: &Prepared, caption: &Caption) -> TestResult {
+/// Recorded ids; where the image's token has no id in the vocabulary, it was recorded as −200.
+fn recorded_ids(case: &Case, name: &str, image_token: u32) -> TestResult<Vec<u32>> {
+    let ids: Vec<i64> = case.list(name)?;
+    ids.into_iter().map(|id| if id == -200 { Ok(image_token) } else { Ok(u32::try_from(id)?) }).collect()
+}
+
+fn check_input(case: &Case, lmm: &dyn Lmm, prepared: &Prepared, caption: &Caption) -> TestResult {
     let layout = &prepared.image.layout;
     let ids = [prepared.token_ids.as_slice(), &caption.token_ids].concat();
-    case.exact("input_ids", unexpanded(&ids, prepared), case.list("input_ids")?)?;
+    let expected = recorded_ids(case, "input_ids", lmm.image_token())?;
+    case.exact("input_ids", unexpanded(&ids, prepared), expected)?;
     let prompt = unexpanded(&prepared.token_ids, prepared).len();
     let mask_ids = [vec![-1; prompt], caption.mask_ids.clone()].concat();
     case.exact("mask_ids", mask_ids, case.list("mask_ids")?)?;
@@ -180,25 +187,42 @@ fn check_input(case: &Case, prepared: &Prepared, caption: &Caption) -> TestResul
     case.exact("image_size_hw", [found.original.0, found.original.1], case.list("image_size_hw")?)
 }
 
-fn check_pixels(case: &mut Case, pixels: &Tensor) -> TestResult {
-    let views: Vec<usize> = case
-        .list::<Value>("pixel_values")
-        .and_then(|value| Ok(serde_json::from_value(value["shape"].clone())?))?;
-    let pixels = pixels.reshape(views)?;
-    // The bf16 files leave out what the f32 files give.
-    if case.golden.has("pixel_values") {
-        return case.golden.check("pixel_values", &pixels, 1e-6);
+/// A tensor recorded under `name`: whole, as rows, or by its mean and deviation, whichever the case has.
+fn check_recorded(case: &mut Case, name: &str, actual: &Tensor, absolute: f64, relative: f64) -> TestResult {
+    let record = case.record[name].clone();
+    let actual = match record.get("shape") {
+        Some(shape) => actual.reshape(serde_json::from_value::<Vec<usize>>(shape.clone())?)?,
+        None => actual.clone(),
+    };
+    case.check(name, &actual, absolute, relative)?;
+    let rows = format!("{name}.rows");
+    if case.golden.has(&rows) {
+        let index: Vec<u32> = serde_json::from_value(record["rows_index_in_flattened_leading_dims"].clone())?;
+        let flat = actual.flatten_to(actual.rank() - 2)?;
+        let picked = flat.index_select(&Tensor::new(index, &Device::Cpu)?, 0)?;
+        case.check(&rows, &picked, absolute, relative)?;
     }
-    if case.golden.has("pixel_values.rows") {
-        let rows: Vec<u32> = serde_json::from_value(
-            case.record["pixel_values"]["rows_index_in_flattened_leading_dims"].clone(),
-        )?;
-        let flat = pixels.flatten_to(pixels.rank() - 2)?;
-        return case.golden.check(
-            "pixel_values.rows",
-            &flat.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?,
-            1e-6,
-        );
+    if let (Some(mean), Some(std)) = (record["mean"].as_f64(), record["std"].as_f64()) {
+        let values = actual.flatten_all()?.to_dtype(DType::F64)?;
+        let off = (values.mean_all()?.to_scalar::<f64>()? - mean).abs();
+        let spread = (values.var(0)?.to_scalar::<f64>()?.sqrt() - std).abs();
+        let tolerance = if case.noise.is_some() { relative * std } else { absolute };
+        println!("{}: {name}: mean off by {off:.1e}, deviation by {spread:.1e}", case.golden.case);
+        if off.max(spread) > tolerance {
+            return Err(format!("{}: `{name}`: mean or deviation differs", case.golden.case).into());
+        }
+    }
+    Ok(())
+}
+
+/// What the towers see, and the family's own tensors on the way to the projector.
+fn check_intermediates(case: &mut Case, lmm: &dyn Lmm, prepared: &Prepared) -> TestResult {
+    check_recorded(case, "pixel_values", &prepared.image.pixel_values, 1e-6, 0.005)?;
+    for (name, tensor) in lmm.intermediates(&prepared.image)? {
+        let (absolute, relative) = if name.ends_with("_image") { (1e-6, 1e-5) } else { (2e-4, 0.04) };
+        let known = !case.record[name].is_null() || case.golden.has(name);
+        assert!(known, "{}: `{name}` is not recorded", case.golden.case);
+        check_recorded(case, name, &tensor, absolute, relative)?;
     }
     Ok(())
 }
@@ -209,8 +233,8 @@ fn check_grounding(case: &mut Case, grounder: &Grounder) -> TestResult {
     let picture = read_image(&case.picture)?;
     let prepared = lmm.prepare(&picture, &[Turn::user(GROUNDING_INSTRUCTION)])?;
     let caption = caption(lmm, &case.record["text"])?;
-    check_input(case, &prepared, &caption)?;
-    check_pixels(case, &prepared.image.pixel_values)?;
+    check_input(case, lmm, &prepared, &caption)?;
+    check_intermediates(case, lmm, &prepared)?;
 
     let vision = lmm.vision_features(&prepared.image)?;
     case.check("vision_out", &vision, 2e-4, 0.04)?;
@@ -230,8 +254,12 @@ fn check_grounding(case: &mut Case, grounder: &Grounder) -> TestResult {
     let rows: Vec<usize> = case.list("hidden_row_positions")?;
     if let Ok(expected) = case.golden.get("hidden_rows").cloned() {
         let ids: Vec<u32> = rows.iter().map(|&row| read.token_ids[row]).collect();
-        let states =
-            Tensor::cat(&[&lmm.decoder().embed(&ids)?.unsqueeze(0)?, &capture.hidden_rows(&rows)?], 0)?;
+        let mut embeds = lmm.decoder().embed(&ids)?;
+        if let Some(scale) = lmm.decoder().config().embedding_scale {
+            embeds =
+                embeds.broadcast_mul(&Tensor::new(scale as f32, &Device::Cpu)?.to_dtype(embeds.dtype())?)?;
+        }
+        let states = Tensor::cat(&[&embeds.unsqueeze(0)?, &capture.hidden_rows(&rows)?], 0)?;
         assert_eq!(states.dims(), expected.dims());
         case.check("hidden_rows", &states, 2e-4, 0.04)?;
     }
@@ -334,7 +362,8 @@ fn check_generation(case: &mut Case, grounder: &Grounder) -> TestResult {
     let question: String = case.list("question")?;
     let question = question.strip_prefix("<image>\n").unwrap_or(&question);
     let prepared = lmm.prepare(&picture, &[Turn::user(question)])?;
-    case.exact("gen_prompt_ids", unexpanded(&prepared.token_ids, &prepared), case.list("gen_prompt_ids")?)?;
+    let expected = recorded_ids(case, "gen_prompt_ids", lmm.image_token())?;
+    case.exact("gen_prompt_ids", unexpanded(&prepared.token_ids, &prepared), expected)?;
     case.exact(
         "gen_prompt_expanded_length",
         prepared.token_ids.len(),

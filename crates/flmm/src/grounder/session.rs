@@ -6,6 +6,7 @@ use image::RgbImage;
 use crate::capture::Capture;
 use crate::error::Result;
 use crate::layout::ImageLayout;
+use crate::lmm::shared::embed_with_image;
 use crate::lmm::{ImageInput, Lmm, Prepared, Turn};
 use crate::sam::SamGeometry;
 use crate::text::{KvCache, too_long};
@@ -99,23 +100,16 @@ impl Session {
     /// Embeddings of `ids[from..]`, image features in place.
     fn embed(&mut self, lmm: &dyn Lmm, ids: &[u32], from: usize) -> Result<Tensor> {
         let (start, end) = (self.image.layout.start, self.image.layout.end());
-        let embeds = lmm.decoder().embed(&ids[from..])?;
         if from >= end {
-            return Ok(embeds);
+            return lmm.decoder().embed(&ids[from..]);
         }
         let features = match &self.features {
             Some(features) => features.clone(),
             None => self.features.insert(lmm.image_features(&self.image)?).clone(),
         };
-        if features.dim(0)? != end - start {
-            let what = format!("{} image features for {} image tokens", features.dim(0)?, end - start);
-            return Err(candle_core::Error::Msg(what).into());
-        }
         // `from` may lie inside the image when another prompt placed it elsewhere.
         let first = from.max(start);
-        let before = embeds.narrow(0, 0, first - from)?;
-        let image = features.narrow(0, first - start, end - first)?;
-        let after = embeds.narrow(0, end - from, ids.len() - end)?;
-        Ok(Tensor::cat(&[&before, &image, &after], 0)?)
+        let kept = features.narrow(0, first - start, features.dim(0)?.saturating_sub(first - start))?;
+        embed_with_image(lmm.decoder(), &ids[from..], first - from..end - from, &kept)
     }
 }

@@ -9,14 +9,14 @@ use image::RgbImage;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::layout::ImageLayout;
+use crate::lmm::shared::{Projector, WRONG_FOLDER, stop_ids, supported};
 use crate::lmm::{ImageInput, Lmm, LmmSpec, OpenOptions, Turn, config_of_type};
-use crate::nn::{Linear, gelu};
 use crate::text::chat;
 use crate::text::tokenizer::Tokenizer;
 use crate::text::{Decoder, DecoderConfig};
 use crate::vision::clip::{ClipConfig, ClipVision};
 use crate::vision::preprocess::LlavaProcessor;
-use crate::weights::{Params, files, load_checkpoint};
+use crate::weights::{Params, load_checkpoint};
 
 /// The published model.
 pub const LLAVA_1_5_7B: LmmSpec = LmmSpec {
@@ -37,8 +37,7 @@ pub struct Llava {
     tokenizer: Tokenizer,
     processor: LlavaProcessor,
     vision: ClipVision,
-    linear_1: Linear,
-    linear_2: Linear,
+    projector: Projector,
     decoder: Decoder,
     image_token: u32,
     stop_ids: Vec<u32>,
@@ -65,7 +64,7 @@ impl Llava {
         supported(&config, "projector_hidden_act", "gelu")?;
         let tokenizer = Tokenizer::load(dir)?;
         let image_token = image_token(&config)?;
-        let stop_ids = stop_ids(dir, &tokenizer)?;
+        let stop_ids = stop_ids(dir, &tokenizer, &chat::VICUNA)?;
 
         let tensors = load_checkpoint(dir, Some(dtype), device)?;
         let params = Params::new(dir, canonical(tensors));
@@ -83,14 +82,18 @@ impl Llava {
             },
             processor: LlavaProcessor::from_config(dir)?,
             vision: ClipVision::load(clip, &params.pp("vision_tower.vision_model"))?,
-            linear_1: Linear::load(inputs, outputs, bias, &projector.pp("linear_1"))?,
-            linear_2: Linear::load(outputs, outputs, bias, &projector.pp("linear_2"))?,
+            projector: Projector::load(
+                inputs,
+                outputs,
+                bias,
+                ["linear_1", "linear_2"].map(|name| projector.pp(name)),
+            )?,
             decoder: Decoder::load(text, &params.pp("language_model"))?,
             tokenizer,
             image_token,
             stop_ids,
         };
-        params.finish("download the model again, or check that the folder belongs to its config.json")?;
+        params.finish(WRONG_FOLDER)?;
         Ok(model)
     }
 }
@@ -134,7 +137,12 @@ impl Lmm for Llava {
         }
         let pixel_values = pixel_values.unsqueeze(0)?;
         let grid = self.vision.config().grid();
-        Ok(ImageInput { pixel_values, geometry, layout: ImageLayout::single(0, grid, grid) })
+        Ok(ImageInput {
+            pixel_values,
+            pixel_values_aux: None,
+            geometry,
+            layout: ImageLayout::single(0, grid, grid),
+        })
     }
 
     fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {
@@ -142,10 +150,7 @@ impl Lmm for Llava {
     }
 
     fn project(&self, _image: &ImageInput, features: &Tensor) -> Result<Tensor> {
-        let inner = self.linear_1.forward(&features.squeeze(0)?)?;
-        // Evaluated in f32 and rounded once.
-        let inner = gelu(&inner.to_dtype(DType::F32)?)?.to_dtype(inner.dtype())?;
-        self.linear_2.forward(&inner)
+        self.projector.forward(&features.squeeze(0)?)
     }
 }
 
@@ -174,42 +179,11 @@ fn canonical_name(name: &str) -> String {
     name.to_owned()
 }
 
-/// Refuses a value of `key` other than `only`.
-fn supported(config: &Config, key: &str, only: &str) -> Result<()> {
-    match config.text_or(key, only)? {
-        value if value == only => Ok(()),
-        other => Err(config.error(
-            key,
-            format!("`{other}` is not supported; known: {only}"),
-            "use a model with the published setting",
-        )),
-    }
-}
-
 /// `image_token_index`, called `image_token_id` in newer uploads; 32000 where neither is written.
 fn image_token(config: &Config) -> Result<u32> {
     let key = if config.get("image_token_id").is_some() { "image_token_id" } else { "image_token_index" };
     let id = config.integer_or(key, 32_000)?;
     u32::try_from(id).map_err(|_| config.error(key, format!("{id} is not a token id"), "correct the value"))
-}
-
-/// `eos_token_id` of `generation_config.json` (one or several), else the tokenizer's end-of-sequence token.
-fn stop_ids(dir: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    let file = dir.join("generation_config.json");
-    let mut ids = Vec::new();
-    if files::is_file(&file) {
-        let config = Config::read(&file)?;
-        let listed = match config.get("eos_token_id") {
-            Some(serde_json::Value::Array(list)) => list.clone(),
-            Some(one) => vec![one.clone()],
-            None => Vec::new(),
-        };
-        ids = listed.iter().filter_map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect();
-    }
-    if ids.is_empty() {
-        ids.extend(tokenizer.eos());
-    }
-    Ok(ids)
 }
 
 #[cfg(test)]

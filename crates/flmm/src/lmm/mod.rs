@@ -1,6 +1,8 @@
 //! Large multimodal models: one file per family, one registry.
 
 pub mod llava;
+pub mod mgm;
+pub(crate) mod shared;
 
 use std::path::{Path, PathBuf};
 
@@ -80,14 +82,20 @@ pub struct Entry {
 }
 
 /// Every model this build can open.
-pub const REGISTRY: &[Entry] =
-    &[Entry { spec: llava::LLAVA_1_5_7B, recognises: llava::recognises, open: llava::open }];
+pub const REGISTRY: &[Entry] = &[
+    Entry { spec: llava::LLAVA_1_5_7B, recognises: llava::recognises, open: llava::open },
+    Entry { spec: mgm::MGM_2B, recognises: mgm::recognises_gemma, open: mgm::open },
+    Entry { spec: mgm::MGM_7B, recognises: mgm::recognises_vicuna, open: mgm::open },
+    Entry { spec: mgm::MGM_HD_7B, recognises: mgm::recognises_vicuna_hd, open: mgm::open },
+];
 
 /// A picture made ready for a model.
 #[derive(Debug, Clone)]
 pub struct ImageInput {
     /// `[views, 3, S, S]`, f32.
     pub pixel_values: Tensor,
+    /// `[1, 3, A, A]`, f32: what a second vision tower sees (MGM).
+    pub pixel_values_aux: Option<Tensor>,
     /// Where the picture lies inside what the model sees.
     pub geometry: Geometry,
     /// The image's tokens; `start` is 0 until the prompt is known.
@@ -137,6 +145,18 @@ pub trait Lmm: Send + Sync {
     /// The embeddings that replace the image's tokens, from [`Lmm::vision_features`]: `[tokens, hidden]`.
     fn project(&self, image: &ImageInput, features: &Tensor) -> Result<Tensor>;
 
+    /// Other tensors between a picture and its embeddings, by the names they are recorded under: parity tests
+    /// compare them beside [`Lmm::vision_features`] and [`Lmm::project`].
+    fn intermediates(&self, _image: &ImageInput) -> Result<Vec<(&'static str, Tensor)>> {
+        Ok(Vec::new())
+    }
+
+    /// After how many tokens the published pipeline cuts off a text that is read to be grounded, for families
+    /// that do (MGM, `spec/models.md` §4).
+    fn reads_at_most(&self) -> Option<usize> {
+        None
+    }
+
     /// Preprocesses a picture and renders and tokenises a conversation.
     fn prepare(&self, image: &RgbImage, turns: &[Turn]) -> Result<Prepared> {
         Prepared::new(self.prepare_image(image)?, &self.prompt(turns)?, self.image_token())
@@ -150,11 +170,8 @@ pub trait Lmm: Send + Sync {
     /// The decoder's input `[tokens, hidden]`.
     fn embed(&self, input: &Prepared) -> Result<Tensor> {
         let features = self.image_features(&input.image)?;
-        let embeds = self.decoder().embed(&input.token_ids)?;
-        let (start, end) = (input.image.layout.start, input.image.layout.end());
-        let before = embeds.narrow(0, 0, start)?;
-        let after = embeds.narrow(0, end, input.token_ids.len() - end)?;
-        Ok(Tensor::cat(&[&before, &features, &after], 0)?)
+        let layout = &input.image.layout;
+        shared::embed_with_image(self.decoder(), &input.token_ids, layout.start..layout.end(), &features)
     }
 }
 

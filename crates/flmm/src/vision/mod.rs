@@ -2,5 +2,7 @@
 
 pub mod anyres;
 pub mod clip;
+pub mod convnext;
+pub mod dual;
 pub mod preprocess;
 pub mod resample;
