@@ -11,10 +11,12 @@ use flmm::Grounder;
 use flmm::capture::{Capture, weighted_hidden};
 use flmm::grounder::{Caption, ModelPaths, Observation};
 use flmm::image_input::read_image;
-use flmm::lmm::{GROUNDING_INSTRUCTION, Lmm, OpenOptions, Prepared, REGISTRY, Turn, recognise};
+use flmm::layout::Merge;
+use flmm::lmm::{self, GROUNDING_INSTRUCTION, Lmm, OpenOptions, Prepared, REGISTRY, Turn, recognise};
 use flmm::sam::PromptOptions;
 use flmm::text::sampling::Sampler;
 use flmm::text::{KvCache, Limits, generate};
+use image::RgbImage;
 use serde_json::Value;
 
 /// A recorded run: one picture and text of one family in one arithmetic.
@@ -120,20 +122,33 @@ fn cases(dir: &Path, suffix: &str) -> TestResult<Vec<Case>> {
     Ok(cases)
 }
 
-fn grounder(dir: &Path, dtype: DType) -> TestResult<Grounder> {
+/// A family's model, with the recorded heads unless they were left out to keep a folder small.
+enum Opened {
+    Whole(Box<Grounder>),
+    Lmm(Box<dyn Lmm>),
+}
+
+impl Opened {
+    fn lmm(&self) -> &dyn Lmm {
+        match self {
+            Self::Whole(grounder) => grounder.lmm(),
+            Self::Lmm(lmm) => lmm.as_ref(),
+        }
+    }
+}
+
+fn open(dir: &Path, dtype: DType) -> TestResult<Opened> {
     let head =
         ["heads.safetensors", "heads.pth"].map(|name| dir.join(name)).into_iter().find(|file| file.is_file());
+    let (model, options) = (dir.join("model"), options(dir, dtype)?);
+    let Some(head) = head else { return Ok(Opened::Lmm(lmm::open_with(&model, &options)?)) };
     let sam = golden_dir("lmm/_sam").ok_or("lmm/_sam is missing")?;
     let sam = ["sam_vit_tiny.safetensors", "sam_vit_tiny.pth"]
         .map(|name| sam.join(name))
         .into_iter()
         .find(|file| file.is_file());
-    let paths = ModelPaths {
-        model: dir.join("model"),
-        sam: sam.ok_or("no SAM file")?,
-        head: head.ok_or("no heads file")?,
-    };
-    Ok(Grounder::open_with(&paths, &options(dir, dtype)?)?)
+    let paths = ModelPaths { model, sam: sam.ok_or("no SAM file")?, head };
+    Ok(Opened::Whole(Box::new(Grounder::open_with(&paths, &options)?)))
 }
 
 /// The recorded text, segment by segment.
@@ -228,8 +243,8 @@ fn check_intermediates(case: &mut Case, lmm: &dyn Lmm, prepared: &Prepared) -> T
 }
 
 /// Teacher-forced pass, maps, states, masks.
-fn check_grounding(case: &mut Case, grounder: &Grounder) -> TestResult {
-    let lmm = grounder.lmm();
+fn check_grounding(case: &mut Case, opened: &Opened) -> TestResult {
+    let lmm = opened.lmm();
     let picture = read_image(&case.picture)?;
     let prepared = lmm.prepare(&picture, &[Turn::user(GROUNDING_INSTRUCTION)])?;
     let caption = caption(lmm, &case.record["text"])?;
@@ -270,10 +285,32 @@ fn check_grounding(case: &mut Case, grounder: &Grounder) -> TestResult {
         case.list::<Vec<usize>>("phrase_token_counts")?,
     )?;
 
+    let positions: Vec<Vec<usize>> =
+        phrases.iter().map(|phrase| phrase.iter().map(|token| start + token).collect()).collect();
+    let maps = capture.phrase_maps(&cache, &read.image.layout, &positions, Merge::Mean)?;
+    case.check("attn_merged", &maps, 2e-5, 0.12)?;
+    if let Opened::Whole(grounder) = opened {
+        check_head(case, grounder, (&picture, &caption), &capture.hidden_rows(&rows)?)?;
+    }
+
+    let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?;
+    let next = lmm.decoder().logits(&last)?.squeeze(0)?;
+    case.check("next_token_logits", &next, 1e-3, 0.06)?;
+    let best = next.argmax(0)?.to_scalar::<u32>()?;
+    case.exact("next_token_argmax", best, case.list("next_token_argmax")?)
+}
+
+/// From the phrases' maps and states to masks.
+fn check_head(
+    case: &mut Case,
+    grounder: &Grounder,
+    (picture, caption): (&RgbImage, &Caption),
+    hidden_rows: &Tensor,
+) -> TestResult {
     // The facade's own pass over the same input.
-    let observation = grounder.observe(&picture, &caption)?;
+    let observation = grounder.observe(picture, caption)?;
     case.check("attn_merged", &observation.maps, 2e-5, 0.12)?;
-    let states = weighted_hidden(&capture.hidden_rows(&rows)?, &grounder.head().text_layer_weights)?;
+    let states = weighted_hidden(hidden_rows, &grounder.head().text_layer_weights)?;
     case.check("text_states", &states, 2e-4, 0.04)?;
     let embeds = Tensor::cat(&grounder.head().text_embeds(&observation)?, 0)?;
     case.check("text_embeds", &embeds, 2e-4, 0.04)?;
@@ -284,13 +321,7 @@ fn check_grounding(case: &mut Case, grounder: &Grounder) -> TestResult {
         check_refiner(case, grounder, &observation, &logits.coarse, 3e-3, 1e-2)?;
         check_sam_logits(case, &logits.refined, 1e-2)?;
     }
-    check_heads_alone(case, grounder, observation)?;
-
-    let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?;
-    let next = lmm.decoder().logits(&last)?.squeeze(0)?;
-    case.check("next_token_logits", &next, 1e-3, 0.06)?;
-    let best = next.argmax(0)?.to_scalar::<u32>()?;
-    case.exact("next_token_argmax", best, case.list("next_token_argmax")?)
+    check_heads_alone(case, grounder, observation)
 }
 
 fn strided(x: &Tensor, stride: usize) -> TestResult<Tensor> {
@@ -356,8 +387,8 @@ fn check_heads_alone(case: &mut Case, grounder: &Grounder, mut observation: Obse
 }
 
 /// Greedy generation with rows of the generated tokens.
-fn check_generation(case: &mut Case, grounder: &Grounder) -> TestResult {
-    let lmm = grounder.lmm();
+fn check_generation(case: &mut Case, opened: &Opened) -> TestResult {
+    let lmm = opened.lmm();
     let picture = read_image(&case.picture)?;
     let question: String = case.list("question")?;
     let question = question.strip_prefix("<image>\n").unwrap_or(&question);
@@ -418,12 +449,12 @@ fn check_generation(case: &mut Case, grounder: &Grounder) -> TestResult {
 fn check_families(
     suffix: &str,
     dtype: DType,
-    check: impl Fn(&mut Case, &Grounder) -> TestResult,
+    check: impl Fn(&mut Case, &Opened) -> TestResult,
 ) -> TestResult {
     for (_, dir) in families()? {
-        let grounder = grounder(&dir, dtype)?;
+        let opened = open(&dir, dtype)?;
         for mut case in cases(&dir, suffix)? {
-            check(&mut case, &grounder)?;
+            check(&mut case, &opened)?;
         }
     }
     Ok(())

@@ -127,7 +127,9 @@ impl Caption {
         let lost = |phrase: &Vec<usize>| phrase.iter().all(|&token| token >= tokens);
         if let Some(number) = self.phrases()?.iter().position(lost) {
             return Err(Error::request(
-                format!("phrase {number} is skipped: the model reads only the first {tokens} tokens of the text"),
+                format!(
+                    "phrase {number} is skipped: the model reads only the first {tokens} tokens of the text"
+                ),
                 "leave the phrase out, or shorten the text before it",
             ));
         }
