@@ -216,7 +216,8 @@ impl Lmm for Hpt {
     fn prepare_image(&self, image: &RgbImage) -> Result<ImageInput> {
         let (pixel_values, geometry) = self.processor.process(image)?;
         let layout = ImageLayout::single(0, self.grid, self.grid);
-        Ok(ImageInput { pixel_values: pixel_values.unsqueeze(0)?, geometry, layout })
+        let pixel_values = pixel_values.unsqueeze(0)?;
+        Ok(ImageInput { pixel_values, pixel_values_aux: None, geometry, layout })
     }
 
     fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {

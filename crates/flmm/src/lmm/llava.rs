@@ -90,7 +90,8 @@ impl Lmm for Llava {
         let (pixel_values, geometry) = self.processor.process(image)?;
         let pixel_values = pixel_values.unsqueeze(0)?;
         let grid = self.parts.vision.config().grid();
-        Ok(ImageInput { pixel_values, geometry, layout: ImageLayout::single(0, grid, grid) })
+        let layout = ImageLayout::single(0, grid, grid);
+        Ok(ImageInput { pixel_values, pixel_values_aux: None, geometry, layout })
     }
 
     fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {

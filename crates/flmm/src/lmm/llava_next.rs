@@ -170,7 +170,7 @@ impl Lmm for LlavaNext {
         let (pixel_values, geometry) = self.processor.process(image)?;
         let side = self.parts.vision.config().grid();
         let layout = ImageLayout::coarse_and_fine(0, side, (fine.rows, fine.columns));
-        Ok(ImageInput { pixel_values, geometry, layout })
+        Ok(ImageInput { pixel_values, pixel_values_aux: None, geometry, layout })
     }
 
     fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {

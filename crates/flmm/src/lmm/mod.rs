@@ -3,6 +3,7 @@
 pub mod hpt;
 pub mod llava;
 pub mod llava_next;
+pub mod mgm;
 pub(crate) mod shared;
 
 use std::collections::HashMap;
@@ -122,6 +123,9 @@ pub const REGISTRY: &[Entry] = &[
     },
     Entry { spec: hpt::HPT_AIR_6B, recognises: hpt::recognises_air, open: hpt::open },
     Entry { spec: hpt::HPT_AIR_1_5_8B, recognises: hpt::recognises_air_1_5, open: hpt::open },
+    Entry { spec: mgm::MGM_2B, recognises: mgm::recognises_gemma, open: mgm::open },
+    Entry { spec: mgm::MGM_7B, recognises: mgm::recognises_vicuna, open: mgm::open },
+    Entry { spec: mgm::MGM_HD_7B, recognises: mgm::recognises_vicuna_hd, open: mgm::open },
 ];
 
 /// A picture made ready for a model.
@@ -129,6 +133,8 @@ pub const REGISTRY: &[Entry] = &[
 pub struct ImageInput {
     /// `[views, 3, S, S]`, f32.
     pub pixel_values: Tensor,
+    /// `[1, 3, A, A]`, f32: what a second vision tower sees (MGM).
+    pub pixel_values_aux: Option<Tensor>,
     /// Where the picture lies inside what the model sees.
     pub geometry: Geometry,
     /// The image's tokens; `start` is 0 until the prompt is known.
@@ -177,6 +183,18 @@ pub trait Lmm: Send + Sync {
 
     /// The embeddings that replace the image's tokens, from [`Lmm::vision_features`]: `[tokens, hidden]`.
     fn project(&self, image: &ImageInput, features: &Tensor) -> Result<Tensor>;
+
+    /// Other tensors between a picture and its embeddings, by the names they are recorded under: parity tests
+    /// compare them beside [`Lmm::vision_features`] and [`Lmm::project`].
+    fn intermediates(&self, _image: &ImageInput) -> Result<Vec<(&'static str, Tensor)>> {
+        Ok(Vec::new())
+    }
+
+    /// After how many tokens the published pipeline cuts off a text that is read to be grounded, for families
+    /// that do (MGM, `spec/models.md` §4).
+    fn reads_at_most(&self) -> Option<usize> {
+        None
+    }
 
     /// Preprocesses a picture and renders and tokenises a conversation.
     fn prepare(&self, image: &RgbImage, turns: &[Turn]) -> Result<Prepared> {

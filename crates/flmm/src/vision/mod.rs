@@ -2,6 +2,8 @@
 
 pub mod anyres;
 pub mod clip;
+pub mod convnext;
+pub mod dual;
 pub mod preprocess;
 pub mod regrid;
 pub mod resample;

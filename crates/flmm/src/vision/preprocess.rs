@@ -56,6 +56,14 @@ impl Normalisation {
         Ok(Tensor::from_vec(values, (3, height, width), &Device::Cpu)?)
     }
 
+    /// What `preprocessor_config.json` of the folder `dir` says; missing values are CLIP's.
+    ///
+    /// # Errors
+    /// As [`LlavaProcessor::from_config`].
+    pub fn from_config(dir: impl AsRef<Path>) -> Result<Self> {
+        Ok(ProcessorConfig::read(dir.as_ref())?.normalisation)
+    }
+
     /// The value of every byte.
     fn table(&self, channel: usize) -> [f32; 256] {
         let (mean, std) = (self.mean[channel], self.std[channel]);
