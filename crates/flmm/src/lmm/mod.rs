@@ -1,5 +1,6 @@
 //! Large multimodal models: one file per family, one registry.
 
+pub mod deepseek_vl;
 pub mod llava;
 pub mod llava_next;
 pub(crate) mod shared;
@@ -93,6 +94,16 @@ pub const REGISTRY: &[Entry] = &[
         spec: llava_next::LLAVA_NEXT_MISTRAL_7B,
         recognises: llava_next::recognises_mistral,
         open: llava_next::open_mistral,
+    },
+    Entry {
+        spec: deepseek_vl::DEEPSEEK_VL_1_3B,
+        recognises: deepseek_vl::recognises_siglip,
+        open: deepseek_vl::open,
+    },
+    Entry {
+        spec: deepseek_vl::DEEPSEEK_VL_7B,
+        recognises: deepseek_vl::recognises_hybrid,
+        open: deepseek_vl::open,
     },
 ];
 

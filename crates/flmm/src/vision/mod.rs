@@ -2,8 +2,9 @@
 
 pub mod anyres;
 pub mod clip;
+pub mod deepseek_hybrid;
 pub mod preprocess;
 pub mod regrid;
 pub mod resample;
 pub mod siglip;
-mod tower;
+pub(crate) mod tower;
