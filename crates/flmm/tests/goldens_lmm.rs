@@ -15,11 +15,13 @@ use flmm::layout::Merge;
 use flmm::lmm::{
     self, GROUNDING_INSTRUCTION, ImageInput, Lmm, OpenOptions, Prepared, REGISTRY, Turn, recognise,
 };
+use flmm::nn::bilinear;
 use flmm::sam::PromptOptions;
 use flmm::text::chat::MODELS;
 use flmm::text::sampling::Sampler;
 use flmm::text::{KvCache, Limits, generate};
 use flmm::vision::anyres::unpad;
+use flmm::vision::resample::antialiased_bilinear;
 use image::RgbImage;
 use serde_json::Value;
 
@@ -61,11 +63,21 @@ impl Case {
         }
     }
 
-    /// Recorded token ids, the sentinel -200 replaced by the model's image token.
+    /// Recorded token ids with one image token: the sentinel -200 is replaced by the model's, a run of them
+    /// (recorded run by run) by one.
     fn ids(&self, name: &str, prepared: &Prepared) -> TestResult<Vec<u32>> {
         let image = prepared.token_ids[prepared.image.layout.start];
-        let ids: Vec<i64> = self.list(name)?;
+        let ids: Vec<i64> = match self.record.get(format!("{name}_rle")) {
+            Some(_) => unexpanded(&self.runs(name)?, prepared),
+            None => self.list(name)?,
+        };
         Ok(ids.into_iter().map(|id| u32::try_from(id).unwrap_or(image)).collect())
+    }
+
+    /// A list that was recorded as pairs of a value and how often it comes.
+    fn runs(&self, name: &str) -> TestResult<Vec<i64>> {
+        let runs: Vec<(i64, usize)> = self.list(&format!("{name}_rle"))?;
+        Ok(runs.into_iter().flat_map(|(value, count)| std::iter::repeat_n(value, count)).collect())
     }
 
     fn list<T: serde::de::DeserializeOwned>(&self, name: &str) -> TestResult<T> {
@@ -203,7 +215,7 @@ fn caption(lmm: &dyn Lmm, text: &Value) -> TestResult<Caption> {
 }
 
 /// Ids before expansion: the image's tokens are one.
-fn unexpanded(ids: &[u32], prepared: &Prepared) -> Vec<u32> {
+fn unexpanded<T: Copy>(ids: &[T], prepared: &Prepared) -> Vec<T> {
     let layout = &prepared.image.layout;
     [&ids[..layout.start + 1], &ids[layout.end()..]].concat()
 }
@@ -215,7 +227,11 @@ fn check_input(case: &Case, prepared: &Prepared, caption: &Caption) -> TestResul
     let prompt = unexpanded(&prepared.token_ids, prepared).len();
     let mask_ids = [vec![-1; prompt], caption.mask_ids.clone()].concat();
     // Some references mark the image's place with -100.
-    let recorded: Vec<i32> = case.list::<Vec<i32>>("mask_ids")?.into_iter().map(|id| id.max(-1)).collect();
+    let recorded: Vec<i64> = match case.record.get("mask_ids_rle") {
+        Some(_) => unexpanded(&case.runs("mask_ids")?, prepared),
+        None => case.list("mask_ids")?,
+    };
+    let recorded = recorded.into_iter().map(|id| id.max(-1) as i32).collect();
     case.exact("mask_ids", mask_ids, recorded)?;
     case.exact("expanded_length", ids.len(), case.list("expanded_length")?)?;
     case.exact("image_positions", [layout.start, layout.end()], case.list("image_positions")?)?;
@@ -272,6 +288,22 @@ fn check_intermediates(case: &mut Case, lmm: &dyn Lmm, prepared: &Prepared) -> T
     Ok(())
 }
 
+/// DeepSeek-VL-7B: what the low tower sees, and the two halves of the features.
+fn check_two_towers(case: &mut Case, pixels: &Tensor, vision: &Tensor) -> TestResult {
+    if !case.golden.has("high_out") {
+        return Ok(());
+    }
+    let record = &case.record["low_resized"];
+    let rows: Vec<u32> = serde_json::from_value(record["rows_index_in_flattened_leading_dims"].clone())?;
+    let shape: Vec<usize> = serde_json::from_value(record["shape"].clone())?;
+    let dtype = if case.noise.is_some() { DType::BF16 } else { DType::F32 };
+    let small = antialiased_bilinear(&pixels.to_dtype(dtype)?, shape[2], shape[3])?.flatten_to(2)?;
+    case.check("low_resized.rows", &small.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?, 1e-6, 1e-3)?;
+    let (high, all) = (case.golden.get("high_out")?.dim(2)?, vision.dim(2)?);
+    case.check("high_out", &vision.narrow(2, 0, high)?, 2e-4, 0.04)?;
+    case.check("low_out", &vision.narrow(2, high, all - high)?, 2e-4, 0.04)
+}
+
 /// Teacher-forced pass, maps, states, masks.
 fn check_grounding(case: &mut Case, opened: &Opened) -> TestResult {
     let lmm = opened.lmm();
@@ -286,6 +318,7 @@ fn check_grounding(case: &mut Case, opened: &Opened) -> TestResult {
     if case.golden.has("vision_out.first16") {
         case.check("vision_out.first16", &vision.narrow(1, 0, 16)?, 2e-4, 0.04)?;
     }
+    check_two_towers(case, &prepared.image.pixel_values, &vision)?;
     let projected = lmm.project(&prepared.image, &vision)?;
     match case.golden.tensors.get("projector_out") {
         Some(recorded) if case.record.get("fine_grid_hw").is_some() => {
@@ -433,11 +466,14 @@ fn check_generation(case: &mut Case, opened: &Opened) -> TestResult {
     let prepared = lmm.prepare(&picture, &[Turn::user(question)])?;
     let prompt_ids = case.ids("gen_prompt_ids", &prepared)?;
     case.exact("gen_prompt_ids", unexpanded(&prepared.token_ids, &prepared), prompt_ids)?;
-    case.exact(
-        "gen_prompt_expanded_length",
-        prepared.token_ids.len(),
-        case.list("gen_prompt_expanded_length")?,
-    )?;
+    // Where the image's tokens were recorded one by one, the ids tell the length.
+    if case.record.get("gen_prompt_ids_rle").is_none() {
+        let length = prepared.token_ids.len();
+        case.exact("gen_prompt_expanded_length", length, case.list("gen_prompt_expanded_length")?)?;
+    } else {
+        let layout = &prepared.image.layout;
+        case.exact("gen_image_positions", [layout.start, layout.end()], case.list("gen_image_positions")?)?;
+    }
 
     let expected: Vec<u32> = case.list("gen_ids")?;
     let mut cache = KvCache::new(lmm.decoder().config(), 8);
@@ -481,7 +517,53 @@ fn check_generation(case: &mut Case, opened: &Opened) -> TestResult {
     let rows =
         (0..layers).map(|layer| capture.image_attention(&cache, layer, &prepared.image.layout, &positions));
     case.check("gen.attn_rows", &Tensor::cat(&rows.collect::<Result<Vec<_>, _>>()?, 0)?, 2e-5, 0.12)?;
-    case.check("gen.hidden_rows", &capture.hidden_rows(&positions)?, 2e-4, 0.04)
+    let states = capture.hidden_rows(&positions)?;
+    case.check("gen.hidden_rows", &states, 2e-4, 0.04)?;
+    let Opened::Whole(grounder) = opened else { return Ok(()) };
+    let states = weighted_hidden(&states, &grounder.head().text_layer_weights)?;
+    case.check("gen.text_states", &states, 2e-4, 0.04)?;
+    check_generated_phrases(case, grounder, &capture, &cache, &prepared.image)
+}
+
+/// Grounding of ranges of generated tokens, where it was recorded.
+fn check_generated_phrases(
+    case: &mut Case,
+    grounder: &Grounder,
+    capture: &Capture,
+    cache: &KvCache,
+    image: &ImageInput,
+) -> TestResult {
+    if case.record.get("ground_token_ranges").is_none() {
+        return Ok(());
+    }
+    let picture = read_image(&case.picture)?;
+    let ranges: Vec<(usize, usize)> = case.list("ground_token_ranges")?;
+    let rows = capture.positions();
+    let positions: Vec<Vec<usize>> =
+        ranges.iter().map(|&(start, end)| (rows.start + start..rows.start + end).collect()).collect();
+    let (sam_embedding, sam_geometry) = grounder.sam().encode_image(&picture)?;
+    let mut observation = Observation {
+        maps: capture.phrase_maps(cache, &image.layout, &positions, Merge::Mean)?,
+        hidden: capture.hidden_rows(&rows.collect::<Vec<_>>())?,
+        phrases: ranges.iter().map(|&(start, end)| (start..end).collect()).collect(),
+        geometry: image.geometry,
+        sam_embedding,
+        sam_geometry,
+    };
+    case.check("ground.attn_merged", &observation.maps, 2e-5, 0.12)?;
+    let unet = grounder.head().mask_head.forward(&observation.maps)?;
+    case.check("ground.unet_logits", &unet, 3e-3, 0.12)?;
+    let logits = grounder.decode(&observation)?;
+    let (height, width) = observation.sam_geometry.original;
+    let full = bilinear(&logits.coarse.unsqueeze(0)?, height, width)?.squeeze(0)?;
+    case.check("ground.cnn_logits_full", &full, 3e-3, 0.12)?;
+    if case.noise.is_none() {
+        case.golden.check("ground.sam_logits", &logits.refined, 1e-2)?;
+    }
+    // The mask head alone, whatever the LMM's arithmetic.
+    observation.maps = case.golden.get("ground.attn_merged")?.to_dtype(DType::F32)?;
+    let unet = grounder.head().mask_head.forward(&observation.maps)?;
+    case.golden.check("ground.unet_logits", &unet, 1e-3)
 }
 
 fn check_families(

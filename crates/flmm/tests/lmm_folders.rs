@@ -236,3 +236,127 @@ fn a_picture_without_tokens_is_refused() -> TestResult {
     refused(lmm.prepare_image(&RgbImage::new(0, 0)), &["no pixels"]);
     Ok(())
 }
+
+const DEEPSEEK: &str = "deepseek_vl_1_3b";
+const DEEPSEEK_HYBRID: &str = "deepseek_vl_7b";
+
+/// The sizes that a DeepSeek-VL folder gives for a tower's name.
+fn tower<'a>(config: &'a mut Value, name: &str) -> &'a mut Value {
+    &mut config["tiny_tower_overrides"][name]
+}
+
+#[test]
+fn deepseek_head_counts_that_do_not_fit_are_refused() -> TestResult {
+    let Some(folder) = Folder::of(DEEPSEEK)? else { return Ok(()) };
+    set(&folder, "language_config", "num_attention_heads", json!(5))?;
+    folder.refused(&["config.json", "language_config.num_key_value_heads", "5 query heads"]);
+    set(&folder, "language_config", "num_key_value_heads", json!(5))?;
+    folder.refused(&["config.json", "language_config.num_attention_heads", "5 heads", "48"]);
+
+    let Some(folder) = Folder::of(DEEPSEEK)? else { return Ok(()) };
+    folder.edit("config.json", |config| tower(config, "siglip_large_patch16_384")["heads"] = json!(5))?;
+    folder.refused(&["tiny_tower_overrides.siglip_large_patch16_384.heads", "5 heads", "32"]);
+
+    let Some(folder) = Folder::of(DEEPSEEK_HYBRID)? else { return Ok(()) };
+    folder.edit("config.json", |config| tower(config, "sam_b_downsample")["heads"] = json!(5))?;
+    folder.refused(&["config.json", "high tower", "num_heads"]);
+    Ok(())
+}
+
+#[test]
+fn deepseek_tokenizers_of_other_models_are_refused() -> TestResult {
+    let Some(folder) = Folder::of(DEEPSEEK)? else { return Ok(()) };
+    remove_token(&folder, "<image_placeholder>")?;
+    folder.edit("special_tokens_map.json", |map| map["additional_special_tokens"] = json!([]))?;
+    folder.refused(&["tokenizer.json", "`<image_placeholder>`", "stands for the picture"]);
+    Ok(())
+}
+
+#[test]
+fn deepseek_towers_that_are_not_known_are_refused() -> TestResult {
+    let Some(folder) = Folder::of(DEEPSEEK)? else { return Ok(()) };
+    let params =
+        |change: fn(&mut Value)| folder.edit("config.json", |config| change(&mut config["vision_config"]));
+    params(|vision| vision["params"]["model_name"] = json!("siglip_huge"))?;
+    folder.refused(&["vision_config.params.model_name", "`siglip_huge`", "siglip_large_patch16_384"]);
+    params(|vision| vision["params"]["model_name"] = json!("siglip_large_patch16_384"))?;
+    folder.open()?;
+    params(|vision| vision["params"]["select_layer"] = json!(-2))?;
+    folder.refused(&["vision_config.params.select_layer", "-2"]);
+    params(|vision| vision["cls"] = json!("ResNet"))?;
+    folder.refused(&["vision_config.cls", "`ResNet`", "CLIPVisionTower, HybridVisionTower"]);
+
+    let Some(folder) = Folder::of(DEEPSEEK_HYBRID)? else { return Ok(()) };
+    folder.edit("config.json", |config| {
+        config["vision_config"]["params"]["high_res_cfg"]["model_name"] = json!("sam_h");
+    })?;
+    folder.refused(&["high_res_cfg.model_name", "`sam_h`", "sam_b_downsample"]);
+    Ok(())
+}
+
+#[test]
+fn deepseek_sizes_out_of_range_are_refused() -> TestResult {
+    for (key, value, words) in [
+        ("downsample_channels", json!([32, 0]), "from 1 to 65536"),
+        ("downsample_channels", json!(32), "a list of whole numbers"),
+        ("downsample_channels", json!(vec![8; 9]), "more than 8"),
+        ("global_attn_indexes", json!([99]), "global_attn_indexes"),
+        ("mlp_ratio", json!(-1), "at most 64"),
+        ("layers", json!(2000), "1024 layers"),
+        ("window_size", json!(70_000), "window_size"),
+    ] {
+        let Some(folder) = Folder::of(DEEPSEEK_HYBRID)? else { return Ok(()) };
+        folder.edit("config.json", |config| tower(config, "sam_b_downsample")[key] = value)?;
+        folder.refused(&["config.json", words]);
+    }
+    let Some(folder) = Folder::of(DEEPSEEK_HYBRID)? else { return Ok(()) };
+    folder.edit("config.json", |config| {
+        config["vision_config"]["params"]["high_res_cfg"]["pixel_std"] = json!([1, 0, 1]);
+    })?;
+    folder.refused(&["high_res_cfg.pixel_std", "three usable numbers"]);
+    Ok(())
+}
+
+#[test]
+fn deepseek_settings_that_do_not_belong_together_are_refused() -> TestResult {
+    let Some(folder) = Folder::of(DEEPSEEK)? else { return Ok(()) };
+    let processor = "preprocessor_config.json";
+    folder.edit(processor, |config| config["min_size"] = json!(0))?;
+    folder.refused(&[processor, "min_size", "1 to 384"]);
+    folder.edit(processor, |config| {
+        (config["min_size"], config["image_size"]) = (json!(14), json!(1024));
+    })?;
+    folder.refused(&[processor, "1024 × 1024", "384 × 384"]);
+
+    let Some(folder) = Folder::of(DEEPSEEK)? else { return Ok(()) };
+    let aligner = |key: &'static str, value: Value| {
+        folder.edit("config.json", |config| config["aligner_config"]["params"][key] = value)
+    };
+    aligner("depth", json!(3))?;
+    folder.refused(&["aligner_config.params.depth", "3 layers"]);
+    aligner("depth", json!(2))?;
+    aligner("projector_type", json!("low_high_hybrid_split_mlp_gelu"))?;
+    folder.refused(&["aligner_config.params.projector_type", "known: mlp_gelu"]);
+    Ok(())
+}
+
+#[test]
+fn deepseek_tensors_that_are_missing_are_named_at_once() -> TestResult {
+    let Some(folder) = Folder::of(DEEPSEEK_HYBRID)? else { return Ok(()) };
+    let unused = ["attn_pool", "high_layer_norm", "low_layer_norm"];
+    folder.edit_tensors("model.safetensors", |tensors| {
+        tensors.retain(|name, _| !unused.iter().any(|part| name.contains(part)));
+    })?;
+    folder.open()?;
+    folder.edit_tensors("model.safetensors", |tensors| {
+        tensors.retain(|name, _| !name.contains("neck_hd.1") && !name.contains("attn.qkv.bias"));
+        tensors.remove("aligner.low_up_proj.bias");
+    })?;
+    folder.refused(&[
+        "tensor `aligner.low_up_proj.bias` is missing: expected shape [32]",
+        "tensor `vision_model.vision_tower_high.vision_tower.neck_hd.1.weight` is missing: expected shape [16]",
+        "tensor `vision_model.vision_tower_high.vision_tower.blocks.3.attn.qkv.bias` is missing",
+        "tensor `vision_model.vision_tower_low.vision_tower.blocks.1.attn.qkv.bias` is missing",
+    ]);
+    Ok(())
+}

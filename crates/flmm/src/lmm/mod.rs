@@ -1,5 +1,6 @@
 //! Large multimodal models: one file per family, one registry.
 
+pub mod deepseek_vl;
 pub mod hpt;
 pub mod llava;
 pub mod llava_next;
@@ -126,6 +127,16 @@ pub const REGISTRY: &[Entry] = &[
     Entry { spec: mgm::MGM_2B, recognises: mgm::recognises_gemma, open: mgm::open },
     Entry { spec: mgm::MGM_7B, recognises: mgm::recognises_vicuna, open: mgm::open },
     Entry { spec: mgm::MGM_HD_7B, recognises: mgm::recognises_vicuna_hd, open: mgm::open },
+    Entry {
+        spec: deepseek_vl::DEEPSEEK_VL_1_3B,
+        recognises: deepseek_vl::recognises_siglip,
+        open: deepseek_vl::open,
+    },
+    Entry {
+        spec: deepseek_vl::DEEPSEEK_VL_7B,
+        recognises: deepseek_vl::recognises_hybrid,
+        open: deepseek_vl::open,
+    },
 ];
 
 /// A picture made ready for a model.

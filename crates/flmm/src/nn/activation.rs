@@ -6,7 +6,7 @@
 use std::f32::consts::{FRAC_1_SQRT_2, LOG2_E};
 use std::marker::PhantomData;
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result as CandleResult, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result as CandleResult, Shape, Tensor};
 
 use super::host::{Elements, elements, fusable};
 use crate::error::Result;
@@ -16,14 +16,14 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
     apply::<Relu>(x, Tensor::relu)
 }
 
-/// The exact GELU, `x · ½ (1 + erf(x / √2))`.
+/// The exact GELU, `x · ½ (1 + erf(x / √2))`; reduced types are evaluated in f32 and rounded once.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    apply::<Gelu>(x, Tensor::gelu_erf)
+    Ok(apply::<Gelu>(&x.to_dtype(DType::F32)?, Tensor::gelu_erf)?.to_dtype(x.dtype())?)
 }
 
-/// The tanh approximation of GELU (Gemma, SigLIP).
+/// The tanh approximation of GELU (Gemma, SigLIP); reduced types are evaluated in f32 and rounded once.
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
-    apply::<GeluTanh>(x, Tensor::gelu)
+    Ok(apply::<GeluTanh>(&x.to_dtype(DType::F32)?, Tensor::gelu)?.to_dtype(x.dtype())?)
 }
 
 /// `x · sigmoid(1.702 x)` (OpenAI's CLIP).

@@ -10,7 +10,7 @@ use super::conv3x3::conv3x3;
 use crate::error::{Error, Result};
 use crate::weights::Params;
 
-/// A convolution of one of three kinds: 1×1, 3×3 with padding 1 (both stride 1), or k×k with stride k.
+/// A convolution of one of four kinds: 1×1, 3×3 with padding 1 and stride 1 or 2, or k×k with stride k.
 #[derive(Debug, Clone)]
 pub struct Conv2d {
     /// `[out, in, k, k]`
@@ -24,13 +24,14 @@ pub struct Conv2d {
 enum Kind {
     Pointwise,
     Same3x3,
+    Halve3x3,
     Patchify(usize),
 }
 
 impl Conv2d {
     /// Reads `weight [outputs, inputs, kernel, kernel]` and, if `bias`, `bias [outputs]`.
     ///
-    /// `(kernel, stride)` must be `(1, 1)`, `(3, 1)` (zero padding 1) or `(k, k)` (no padding); anything else
+    /// `(kernel, stride)` must be `(1, 1)`, `(3, 1)` or `(3, 2)` (zero padding 1) or `(k, k)` (no padding); anything else
     /// is a bug in the caller and gives [`Error::Request`].
     pub fn load(
         inputs: usize,
@@ -52,11 +53,13 @@ impl Conv2d {
         Ok(Self { kind: Kind::of(kernel, stride)?, weight, bias })
     }
 
-    /// `x [n, in, h, w]` → `[n, out, h, w]`, or `[n, out, h / k, w / k]` with stride k (which must divide).
+    /// `x [n, in, h, w]` → `[n, out, h, w]`, `[n, out, ⌈h / 2⌉, ⌈w / 2⌉]` for 3×3 with stride 2, or
+    /// `[n, out, h / k, w / k]` with stride k (which must divide).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = match self.kind {
             Kind::Pointwise => pointwise(x, &self.weight)?,
             Kind::Same3x3 => conv3x3(x, &self.weight)?,
+            Kind::Halve3x3 => halve3x3(x, &self.weight)?,
             Kind::Patchify(k) => patchify(x, &self.weight, k)?,
         };
         add_bias(y, self.bias.as_ref())
@@ -68,10 +71,11 @@ impl Kind {
         match (kernel, stride) {
             (1, 1) => Ok(Self::Pointwise),
             (3, 1) => Ok(Self::Same3x3),
+            (3, 2) => Ok(Self::Halve3x3),
             (k, s) if k == s && k > 0 => Ok(Self::Patchify(k)),
             _ => Err(Error::request(
                 format!("no {kernel}×{kernel} convolution with stride {stride}"),
-                "flmm has 1×1, 3×3 with stride 1, and k×k with stride k",
+                "flmm has 1×1, 3×3 with stride 1 or 2, and k×k with stride k",
             )),
         }
     }
@@ -91,6 +95,24 @@ fn pointwise(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let pixels = x.reshape((n, inputs, h * w))?;
     let y = weight.reshape((1, outputs, inputs))?.broadcast_matmul(&pixels)?;
     Ok(y.reshape((n, outputs, h, w))?)
+}
+
+/// 3×3, stride 2, zero padding 1: rows and columns are split into even and odd ones, so that every tap is a slice.
+fn halve3x3(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (n, inputs, h, w) = x.dims4()?;
+    let (outputs, ..) = weight.dims4()?;
+    let (height, width) = (h.div_ceil(2), w.div_ceil(2));
+    let x = x.pad_with_zeros(2, 1, 2 * height + 1 - h)?.pad_with_zeros(3, 1, 2 * width + 1 - w)?;
+    let x = x.reshape(&[n, inputs, height + 1, 2, width + 1, 2])?;
+    let mut taps = Vec::with_capacity(9);
+    for (dy, dx) in (0..3).flat_map(|dy| (0..3).map(move |dx| (dy, dx))) {
+        let rows = x.narrow(2, dy / 2, height)?.narrow(3, dy % 2, 1)?;
+        let tap = rows.narrow(4, dx / 2, width)?.narrow(5, dx % 2, 1)?;
+        taps.push(tap.reshape((n, inputs, height * width))?);
+    }
+    let columns = Tensor::stack(&taps, 2)?.reshape((n, inputs * 9, height * width))?;
+    let y = weight.reshape((1, outputs, inputs * 9))?.broadcast_matmul(&columns)?;
+    Ok(y.reshape((n, outputs, height, width))?)
 }
 
 fn patchify(x: &Tensor, weight: &Tensor, k: usize) -> Result<Tensor> {
@@ -161,6 +183,11 @@ mod tests {
             let conv = Conv2d::new(weight.clone(), None, stride).unwrap();
             assert_close(&conv.forward(&x).unwrap(), &naive(&x, &weight, stride, pad), 1e-5);
         }
+        for shape in [[2, 5, 8, 12], [1, 5, 7, 5], [1, 5, 1, 2]] {
+            let (x, weight) = (random(&shape, 1), random(&[7, 5, 3, 3], 2));
+            let conv = Conv2d::new(weight.clone(), None, 2).unwrap();
+            assert_close(&conv.forward(&x).unwrap(), &naive(&x, &weight, 2, 1), 1e-5);
+        }
         assert!(Conv2d::new(random(&[7, 5, 5, 5], 2), None, 1).is_err());
     }
 
@@ -177,7 +204,7 @@ mod tests {
 
     #[test]
     fn gradients() {
-        for (k, stride) in [(1, 1), (3, 1), (2, 2)] {
+        for (k, stride) in [(1, 1), (3, 1), (3, 2), (2, 2)] {
             let inputs = [random(&[2, 3, 4, 6], 5), random(&[4, 3, k, k], 6), random(&[4], 7)];
             check(&inputs, |t| Conv2d::new(t[1].clone(), Some(t[2].clone()), stride)?.forward(&t[0]));
         }

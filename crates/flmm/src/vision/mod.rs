@@ -3,9 +3,10 @@
 pub mod anyres;
 pub mod clip;
 pub mod convnext;
+pub mod deepseek_hybrid;
 pub mod dual;
 pub mod preprocess;
 pub mod regrid;
 pub mod resample;
 pub mod siglip;
-mod tower;
+pub(crate) mod tower;

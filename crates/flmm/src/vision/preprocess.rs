@@ -127,6 +127,31 @@ impl LlavaProcessor {
         Ok(Self::new(config.side, SizeRule::MultiplyFirst, config.normalisation))
     }
 
+    /// Reads `preprocessor_config.json` of a DeepSeek-VL folder: the side from `image_size`, the shortest side allowed
+    /// from `min_size` (14 where it is left out), `image_mean`, `image_std` and `do_normalize`.
+    ///
+    /// Squares are padded with the mean colour, whether or not pixels are normalised with it.
+    ///
+    /// # Errors
+    /// As [`LlavaProcessor::from_config`].
+    pub fn from_vlm_config(dir: impl AsRef<Path>) -> Result<Self> {
+        let config = ProcessorConfig::read(dir.as_ref())?;
+        let least = match config.json.get("min_size") {
+            None | Some(Value::Null) => 14,
+            Some(value) => {
+                value.as_u64().filter(|least| (1..=config.side as u64).contains(least)).ok_or_else(|| {
+                    let what = format!(
+                        "`min_size` is {value}, expected a number of pixels from 1 to {}",
+                        config.side
+                    );
+                    Error::config(&config.file, what, "download the file again")
+                })? as usize
+            }
+        };
+        let processor = Self::new(config.side, SizeRule::DivideFirst { least }, config.normalisation);
+        Ok(processor.with_background(config.background))
+    }
+
     /// Side of the square in pixels.
     pub fn side(&self) -> usize {
         self.side
@@ -248,6 +273,8 @@ pub(super) fn pad(
 pub(super) struct ProcessorConfig {
     pub(super) side: usize,
     pub(super) normalisation: Normalisation,
+    /// The mean colour of `image_mean`, even where `do_normalize` is off.
+    pub(super) background: [u8; 3],
     pub(super) json: Value,
     pub(super) file: std::path::PathBuf,
 }
@@ -259,7 +286,8 @@ impl ProcessorConfig {
         let json: Value = serde_json::from_str(&text)
             .map_err(|e| Error::config(&file, format!("not a JSON file: {e}"), "download the file again"))?;
         let side = side(&json).ok_or_else(|| {
-            let what = "`crop_size` or `size` must give the side of a square of 1 to 16384 pixels";
+            let what =
+                "`crop_size`, `size` or `image_size` must give the side of a square of 1 to 16384 pixels";
             Error::config(
                 &file,
                 what,
@@ -282,19 +310,20 @@ impl ProcessorConfig {
             mean: three("image_mean", Normalisation::CLIP.mean)?,
             std: three("image_std", Normalisation::CLIP.std)?,
         };
+        let background = normalisation.background();
         if !flag("do_rescale") {
             normalisation.rescale = 1.0;
         }
         if !flag("do_normalize") {
             (normalisation.mean, normalisation.std) = ([0.0; 3], [1.0; 3]);
         }
-        Ok(Self { side, normalisation, json, file })
+        Ok(Self { side, normalisation, background, json, file })
     }
 }
 
 /// The side of the square that the tower reads: a number, `{height, width}` or `{shortest_edge}`.
 fn side(json: &Value) -> Option<usize> {
-    ["crop_size", "size"].iter().find_map(|key| {
+    ["crop_size", "size", "image_size"].iter().find_map(|key| {
         let value = json.get(key)?;
         let at = |name: &str| value.get(name).and_then(Value::as_u64);
         let side = value.as_u64().or_else(|| at("shortest_edge")).or_else(|| {

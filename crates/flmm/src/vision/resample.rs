@@ -1,7 +1,10 @@
-//! Pillow's 8-bit resize, bit for bit (`spec/models.md` §10.1).
+//! Pillow's 8-bit resize, bit for bit (`spec/models.md` §10.1), and its bilinear filter on tensors (§10.3).
 
+use candle_core::{D, DType, Tensor};
 use image::RgbImage;
 use rayon::prelude::*;
+
+use crate::error::Result;
 
 /// Fractional bits of the fixed-point weights.
 const BITS: u32 = 22;
@@ -59,6 +62,41 @@ fn taps(input: usize, output: usize, filter: Filter) -> Vec<Taps> {
         Taps { first, weights: raw.into_iter().map(fixed).collect() }
     };
     (0..output).map(tap).collect()
+}
+
+/// Antialiased bilinear resize of `x [.., h, w]`: Pillow's filter, but weights and sums are f32 and nothing is
+/// rounded in between (`spec/models.md` §10.3). Returned in the type of `x`.
+///
+/// # Errors
+/// [`crate::Error::Tensor`] if `x` has fewer than two axes or no pixels.
+pub fn antialiased_bilinear(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
+    let (h, w) = (x.dim(D::Minus2)?, x.dim(D::Minus1)?);
+    if h * w * height * width == 0 {
+        return Err(candle_core::Error::msg("cannot resize an empty map").into());
+    }
+    let matrix = |input: usize, output: usize| {
+        let mut matrix = vec![0f32; output * input];
+        // As `taps`, in f32: the reference's weights differ from exact ones by 1e-5, and so do its pictures.
+        let scale = input as f32 / output as f32;
+        let stretch = scale.max(1.0);
+        for (i, row) in matrix.chunks_exact_mut(input).enumerate() {
+            let centre = scale * (i as f32 + 0.5);
+            let first = (centre - stretch + 0.5) as usize;
+            let end = ((centre + stretch + 0.5) as usize).min(input);
+            for (j, to) in row.iter_mut().enumerate().take(end).skip(first) {
+                *to = (1.0 - ((j as f32 - centre + 0.5) * (1.0 / stretch)).abs()).max(0.0);
+            }
+            let sum: f32 = row.iter().sum();
+            row.iter_mut().for_each(|weight| *weight /= sum);
+        }
+        Tensor::from_vec(matrix, (output, input), x.device())
+    };
+    let maps = x.elem_count() / (h * w);
+    let narrowed = x.to_dtype(DType::F32)?.reshape((maps * h, w))?.matmul(&matrix(w, width)?.t()?)?;
+    let y = matrix(h, height)?.unsqueeze(0)?.broadcast_matmul(&narrowed.reshape((maps, h, width))?)?;
+    let mut dims = x.dims()[..x.rank() - 2].to_vec();
+    dims.extend([height, width]);
+    Ok(y.reshape(dims)?.to_dtype(x.dtype())?)
 }
 
 /// Rounds a fixed-point sum to a byte. The shift is arithmetic.
@@ -192,6 +230,26 @@ mod tests {
         image.put_pixel(1, 0, Rgb([21, 1, 255]));
         // 15.5 and 0.5 round up.
         assert_eq!(pillow_resize(&image, 1, 1, Filter::Bilinear).get_pixel(0, 0).0, [16, 1, 255]);
+    }
+
+    #[test]
+    fn tensors_are_resized_as_pictures_are() {
+        let image =
+            RgbImage::from_fn(50, 30, |x, y| Rgb([(5 * x) as u8, (8 * y) as u8, (x * y % 251) as u8]));
+        let pixels: Vec<f32> = image.as_raw().iter().map(|&p| f32::from(p)).collect();
+        let pixels = Tensor::from_vec(pixels, (30, 50, 3), &candle_core::Device::Cpu).unwrap();
+        let pixels = pixels.permute((2, 0, 1)).unwrap().contiguous().unwrap();
+        for (w, h) in [(20, 17), (71, 30), (50, 44)] {
+            let ours = antialiased_bilinear(&pixels, h, w).unwrap().permute((1, 2, 0)).unwrap();
+            let ours = ours.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let theirs = pillow_resize(&image, w as u32, h as u32, Filter::Bilinear);
+            // Pillow rounds twice.
+            assert!(
+                ours.iter().zip(theirs.iter()).all(|(a, &b)| (a - f32::from(b)).abs() < 1.1),
+                "{w} × {h}"
+            );
+        }
+        assert!(antialiased_bilinear(&pixels, 0, 4).is_err());
     }
 
     #[test]

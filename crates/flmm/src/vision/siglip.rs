@@ -1,6 +1,6 @@
 //! SigLIP's vision transformer under both published naming styles (`spec/models.md` §7, §9).
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::regrid::regrid;
 use super::tower;
@@ -237,13 +237,11 @@ impl Block {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let x = (x + self.attention.forward(&self.norm1.forward(x)?)?)?;
         let inner = self.fc1.forward(&self.norm2.forward(&x)?)?;
-        // Evaluated in f32 and rounded once.
-        let wide = inner.to_dtype(DType::F32)?;
         let inner = match self.activation {
-            Activation::Gelu => gelu(&wide),
-            Activation::GeluTanh => gelu_tanh(&wide),
+            Activation::Gelu => gelu(&inner),
+            Activation::GeluTanh => gelu_tanh(&inner),
         };
-        Ok((&x + self.fc2.forward(&inner?.to_dtype(x.dtype())?)?)?)
+        Ok((&x + self.fc2.forward(&inner?)?)?)
     }
 }
 
