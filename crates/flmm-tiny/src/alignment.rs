@@ -12,15 +12,15 @@ use flmm_data::world::SegmentRef;
 use crate::lmm::Sample;
 use crate::symbolic::Thing;
 
-/// The heads (layer, head) that are aligned: late ones, so that a relation can be worked out before.
-const HEADS: [(usize, usize); 3] = [(3, 0), (4, 0), (5, 0)];
+/// The heads (layer, head) that are aligned: one that sees a word alone, and late ones that know its sentence.
+const HEADS: [(usize, usize); 4] = [(0, 1), (3, 0), (4, 0), (5, 0)];
 /// Keeps the logarithm finite where a phrase ignores its target.
 const EPS: f64 = 1e-4;
 
 /// Mean over phrases and aligned heads of `−log` of the share of image attention that lies on the phrase's target;
 /// `attention` is `[B, H, S, S]` per layer. `None` if no phrase has a visible target.
 pub(crate) fn loss(samples: &[Sample], attention: &[Tensor]) -> Result<Option<Tensor>> {
-    let (mut terms, mut phrases) = (Vec::new(), 0);
+    let (mut terms, mut count) = (Vec::new(), 0);
     for (index, sample) in samples.iter().enumerate() {
         let Some((rows, targets)) = (match attention.first() {
             Some(probs) => selection(sample, probs.dim(3)?)?,
@@ -28,12 +28,12 @@ pub(crate) fn loss(samples: &[Sample], attention: &[Tensor]) -> Result<Option<Te
         }) else {
             continue;
         };
-        phrases += rows.dim(0)?;
         let (first, tokens) = (sample.packed.prefix.len(), sample.things.len());
         for (layer, head) in HEADS {
             let Some(probs) = attention.get(layer) else { continue };
             let map = probs.get(index)?.get(head)?.narrow(1, first, tokens)?.contiguous()?;
             let map = rows.matmul(&map)?;
+            count += rows.dim(0)?;
             let share = ((&map * &targets)?.sum(D::Minus1)? / (map.sum(D::Minus1)? + 1e-6)?)?;
             terms.push((share + EPS)?.log()?.neg()?.sum_all()?);
         }
@@ -42,7 +42,7 @@ pub(crate) fn loss(samples: &[Sample], attention: &[Tensor]) -> Result<Option<Te
         return Ok(None);
     }
     let sum = Tensor::stack(&terms, 0)?.sum_all()?;
-    Ok(Some((sum / (phrases * HEADS.len()) as f64)?))
+    Ok(Some((sum / count as f64)?))
 }
 
 /// `[phrases, S]` that averages a phrase's rows, and `[phrases, tokens]` that is 1 on its target's patches.
@@ -68,4 +68,57 @@ fn selection(sample: &Sample, rows: usize) -> Result<Option<(Tensor, Tensor)>> {
     }
     let means = Tensor::from_vec(means, (count, rows), &Device::Cpu)?;
     Ok(Some((means, Tensor::from_vec(targets, (count, sample.things.len()), &Device::Cpu)?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pack::{Packed, Phrase};
+
+    /// Two prefix tokens, four patches of which two show object 0, a phrase of two tokens.
+    fn sample() -> Sample {
+        let packed = Packed {
+            prefix: vec![1, 2],
+            phrases: vec![
+                Phrase { rows: 6..8, segments: vec![SegmentRef::Object(0)] },
+                // Nothing of it is visible: no term.
+                Phrase { rows: 7..8, segments: vec![SegmentRef::Object(9)] },
+            ],
+            ..Packed::default()
+        };
+        let things = vec![Thing::Object(0), Thing::Object(0), Thing::Object(1), Thing::Padding];
+        Sample { packed, things, image: Vec::new() }
+    }
+
+    /// Attention of one layer and one head in which every row but those of the phrase is zero.
+    fn attention(rows: [[f32; 8]; 2]) -> Result<Tensor> {
+        let mut data = vec![0f32; 64];
+        data[48..64].copy_from_slice(rows.as_flattened());
+        Ok(Tensor::from_vec(data, (1, 1, 8, 8), &Device::Cpu)?)
+    }
+
+    #[test]
+    fn the_share_on_the_target_counts() -> Result<()> {
+        // One layer of two heads: of the aligned ones only (0, 1) is there.
+        let value = |rows| -> Result<f32> {
+            let probs = attention(rows)?;
+            let layer = Tensor::cat(&[&probs, &probs], 1)?;
+            Ok(loss(&[sample()], &[layer])?.map_or(Ok(f32::NAN), |loss| loss.to_scalar())?)
+        };
+        // What the text receives does not matter; over both rows half of the image's share is on the target.
+        let half = [[0.5, 0.0, 0.25, 0.25, 0.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.0, 0.0, 0.25, 0.25, 0.0, 0.0]];
+        assert!((value(half)? - 2f32.ln()).abs() < 1e-3);
+        let all = [[0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]; 2];
+        assert!(value(all)?.abs() < 1e-3);
+        Ok(())
+    }
+
+    #[test]
+    fn without_phrases_there_is_no_loss() -> Result<()> {
+        let mut sample = sample();
+        sample.packed.phrases.clear();
+        let probs = attention([[0.0; 8]; 2])?;
+        assert!(loss(&[sample], &[Tensor::cat(&[&probs, &probs], 1)?])?.is_none());
+        Ok(())
+    }
 }

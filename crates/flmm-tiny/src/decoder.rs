@@ -108,6 +108,42 @@ fn matching_head(
     Ok(())
 }
 
+/// Heads (layer, head) that start out carrying places: what they read from a patch is where its thing lies and how
+/// large it is, and they write it in the same code. Behind them a noun of the text knows the place of what it names.
+const PLACE_HEADS: [(usize, usize); 2] = [(0, 1), (3, 0)];
+/// Undoes the norm in front of the head, so that places are written about as strongly as they are read.
+const PLACE_GAIN: f32 = 0.2;
+
+/// Sets the value and output rows of [`PLACE_HEADS`] to `directions`.
+///
+/// Without it the decoder learnt to name things, but nothing about where they are, in 45,000 scenes.
+pub(crate) fn carry_places<'a>(
+    sizes: &LmmSizes,
+    directions: impl Iterator<Item = &'a [f32]>,
+    tensors: &mut BTreeMap<String, Tensor>,
+) -> Result<()> {
+    let (d, size) = (sizes.width, sizes.width / sizes.heads);
+    let directions: Vec<&[f32]> = directions.take(size).collect();
+    for (layer, head) in PLACE_HEADS {
+        let prefix = format!("{MODEL}.layers.{layer}.self_attn");
+        for name in ["v_proj", "o_proj"] {
+            let Some(tensor) = tensors.get_mut(&format!("{prefix}.{name}.weight")) else { continue };
+            let mut data = tensor.flatten_all()?.to_vec1::<f32>()?;
+            for (index, direction) in directions.iter().enumerate() {
+                let component = head * size + index;
+                for (at, value) in direction.iter().enumerate() {
+                    match name {
+                        "v_proj" => data[component * d + at] = *value,
+                        _ => data[at * d + component] = PLACE_GAIN * value,
+                    }
+                }
+            }
+            *tensor = Tensor::from_vec(data, (d, d), tensor.device())?;
+        }
+    }
+    Ok(())
+}
+
 struct Layer {
     input_norm: Tensor,
     attention: [Linear; 4],

@@ -150,11 +150,13 @@ impl Lmm {
         Ok((self.decoder.logits(&hidden)?, targets))
     }
 
-    /// Mean answer loss of a batch plus `alignment` times the [contrastive loss](crate::alignment).
+    /// Weighted mean answer loss of a batch plus `alignment` times the [contrastive loss](crate::alignment).
     pub(crate) fn loss(&self, samples: &[Sample], source: Source, alignment: f64) -> Result<Tensor> {
         let output = self.forward(samples, source, alignment > 0.0)?;
         let (logits, targets) = self.supervised(samples, &output)?;
-        let answers = cross_entropy(&logits, targets, None)?;
+        let answers = samples.iter().flat_map(|sample| &sample.packed.answers);
+        let weights = answers.flat_map(|a| std::iter::repeat_n(a.kind.weight(), a.targets.len())).collect();
+        let answers = cross_entropy(&logits, targets, Some(weights))?;
         match alignment::loss(samples, &output.attention)? {
             Some(aligned) if alignment > 0.0 => Ok((answers + (aligned * alignment)?)?),
             _ => Ok(answers),

@@ -121,8 +121,9 @@ fn main() -> Result<()> {
             gate.map(drop)
         }
         Stage::Codes(args) => {
-            let mut store =
-                Store::new(decoder::init(&setting.sizes, &embeddings, setting.codes.marks(), &mut rng)?)?;
+            let mut initial = decoder::init(&setting.sizes, &embeddings, setting.codes.marks(), &mut rng)?;
+            decoder::carry_places(&setting.sizes, setting.codes.place_directions(), &mut initial)?;
+            let mut store = Store::new(initial)?;
             let frozen = tower::init(&setting.sizes, &mut rng)?.into_iter().collect();
             let folder = cli.out.join("codes");
             stage_lmm::run(args, false, &setting, &world, &mut store, &frozen, &folder)?;
@@ -151,10 +152,13 @@ fn main() -> Result<()> {
             save(&folder.join("model.safetensors"), store.tensors())
         }
         Stage::Lmm(args) => {
-            let (tensors, frozen) = match &args.from {
+            let (mut tensors, frozen) = match &args.from {
                 Some(lmm) => parts(flmm::weights::load_checkpoint(lmm, Some(DType::F32), &Device::Cpu)?),
                 None => pretrained(&cli.out, setting.codes.marks()[1])?,
             };
+            if args.carry_places {
+                decoder::carry_places(&setting.sizes, setting.codes.place_directions(), &mut tensors)?;
+            }
             let mut store = Store::new(tensors)?;
             let frozen = frozen.into_iter().collect();
             let folder = cli.out.join("lmm");

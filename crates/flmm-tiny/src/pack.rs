@@ -14,8 +14,17 @@ use crate::stage_head::expressions;
 use crate::text::DESCRIBE;
 
 /// How often a scene is narrated, and how often its objects are referred to; questions fill what is left.
-const NARRATIONS: f64 = 0.6;
-const REFERRING: f64 = 0.8;
+const NARRATIONS: f64 = 0.35;
+const REFERRING: f64 = 0.5;
+/// How often a question of an easy kind is kept: such kinds are learnt early and need no more than a reminder.
+const EASY: f64 = 0.25;
+
+fn is_easy(kind: QuestionKind) -> bool {
+    matches!(
+        kind,
+        QuestionKind::Exist | QuestionKind::Colour | QuestionKind::Reason | QuestionKind::WhatBackground
+    )
+}
 
 /// A phrase of an answer and what it refers to.
 #[derive(Debug, Clone)]
@@ -35,6 +44,18 @@ pub(crate) enum Kind {
     Narration,
     /// Referring expressions after the description instruction.
     Referring,
+}
+
+impl Kind {
+    /// How much a token of the answer counts in the loss. Nothing in the picture decides which of many narrations
+    /// or expressions is given, so most of their loss is noise.
+    pub(crate) fn weight(self) -> f32 {
+        match self {
+            Self::Question(_) => 1.0,
+            Self::Narration => 0.5,
+            Self::Referring => 0.2,
+        }
+    }
 }
 
 /// One conversation's answer inside the packed sequence.
@@ -63,7 +84,7 @@ pub(crate) struct Packed {
     pub(crate) targets: Vec<(u32, u32)>,
     /// Phrases of the answers.
     pub(crate) phrases: Vec<Phrase>,
-    /// Answers, for evaluation.
+    /// Answers: how much they count, and for evaluation.
     pub(crate) answers: Vec<Answer>,
 }
 
@@ -84,6 +105,8 @@ pub(crate) struct Packer {
     separator: u32,
     /// Text tokens a sequence may have at most.
     pub(crate) budget: usize,
+    /// If not empty: questions of these kinds are drawn, and nothing else.
+    pub(crate) kinds: Vec<QuestionKind>,
 }
 
 impl Packer {
@@ -92,7 +115,7 @@ impl Packer {
         let id = |token: &str| tokenizer.token_to_id(token).ok_or_else(|| anyhow!("no token `{token}`"));
         let (bos, eos) = (id("<s>")?, id("</s>")?);
         let separator = *encode(&tokenizer, ".")?.0.last().ok_or_else(|| anyhow!("`.` has no token"))?;
-        Ok(Self { tokenizer, image_tokens, bos, eos, separator, budget })
+        Ok(Self { tokenizer, image_tokens, bos, eos, separator, budget, kinds: Vec::new() })
     }
 
     /// The tokenizer.
@@ -102,15 +125,7 @@ impl Packer {
 
     /// The same texts behind another number of image tokens.
     pub(crate) fn with_image_tokens(&self, image_tokens: usize) -> Self {
-        let Self { tokenizer, bos, eos, separator, budget, .. } = self;
-        Self {
-            tokenizer: tokenizer.clone(),
-            image_tokens,
-            bos: *bos,
-            eos: *eos,
-            separator: *separator,
-            budget: *budget,
-        }
+        Self { image_tokens, tokenizer: self.tokenizer.clone(), kinds: self.kinds.clone(), ..*self }
     }
 
     /// A random choice of the scene's conversations, kinds drawn evenly, up to the token budget.
@@ -171,6 +186,12 @@ impl Packer {
             });
         }
         let mut questions: Vec<_> = texts.questions.iter().chain(&texts.reasoning).collect();
+        if self.kinds.is_empty() {
+            questions.retain(|question| !is_easy(question.kind) || rng.random_bool(EASY));
+        } else {
+            drawn.clear();
+            questions.retain(|question| self.kinds.contains(&question.kind));
+        }
         questions.shuffle(rng);
         // Evenly by kind: every kind once, then every kind twice, ….
         let mut seen = std::collections::BTreeMap::new();

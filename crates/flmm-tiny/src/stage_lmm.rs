@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
-use flmm_data::world::{self, Split, WorldConfig};
+use flmm_data::world::{self, QuestionKind, Split, WorldConfig};
 use rand::Rng;
 
 use crate::lmm::{Lmm, Report, Sample, Setting, Source, rng_for};
+use crate::pack::Kind;
 use crate::parallel;
 use crate::progress::{self, Run};
 use crate::store::{AdamW, Grads, Store};
@@ -37,12 +38,35 @@ pub(crate) struct LmmArgs {
     /// Steps between evaluations.
     #[arg(long, default_value_t = 250)]
     pub(crate) evaluate_every: usize,
+    /// Only questions of these kinds, in the log's names: an early part of the curriculum.
+    #[arg(long, value_delimiter = ',', value_parser = question_kind)]
+    pub(crate) kinds: Vec<QuestionKind>,
+    /// Fail at the end unless this share of a kind is answered right, in percent: `Where=80`.
+    #[arg(long, value_parser = gate)]
+    pub(crate) gate: Vec<(QuestionKind, f64)>,
     /// Weight of the contrastive alignment of phrases with patches.
     #[arg(long, default_value_t = 0.3)]
     pub(crate) alignment: f64,
+    /// Of the stage `lmm`: first set the heads that carry places as the stage `codes` sets them, for a model that
+    /// was made before it did.
+    #[arg(long)]
+    pub(crate) carry_places: bool,
     /// Of the stage `lmm`: begin from this trained LMM folder instead of the stages `tower` and `codes`.
     #[arg(long)]
     pub(crate) from: Option<PathBuf>,
+}
+
+/// A kind of question by the name it has in the log.
+fn question_kind(name: &str) -> Result<QuestionKind, String> {
+    let kind = serde_json::from_value(serde_json::Value::from(name));
+    kind.map_err(|_| format!("no kind of question is called `{name}`"))
+}
+
+/// `KIND=PERCENT`
+fn gate(text: &str) -> Result<(QuestionKind, f64), String> {
+    let (kind, percent) = text.split_once('=').ok_or("expected KIND=PERCENT, such as Where=80")?;
+    let percent = percent.parse().map_err(|_| format!("`{percent}` is not a number"))?;
+    Ok((question_kind(kind)?, percent))
 }
 
 /// Share of picture batches in the stage `lmm`; the rest stays on codes as an anchor.
@@ -90,10 +114,29 @@ pub(crate) fn run(
         run.stepped(store, loss, &format!("norm {norm:.2} {source:?}"))?;
         if store.step.is_multiple_of(args.evaluate_every) || store.step == args.steps {
             let lmm = Lmm::load(&setting.sizes, &store.params(frozen))?;
-            let source = args.source(pixels, step, 0.0);
-            let report = evaluate(setting, world, &lmm, source, EVALUATION_SCENES)?;
-            run.report(store.step, &report.line())?;
+            // What the decoder answers from codes bounds what it can answer from pictures: the tower loses the rest.
+            let mut sources = vec![args.source(pixels, step, 0.0)];
+            if pixels {
+                sources.push(Source::Codes { grid: setting.sizes.grid(), noise: CODE_NOISE });
+            }
+            for source in sources {
+                let report = evaluate(setting, world, &lmm, source, EVALUATION_SCENES)?;
+                run.report(store.step, &format!("{source:?} {}", report.line()))?;
+                if store.step == args.steps {
+                    check_gates(&args.gate, &report)?;
+                }
+            }
         }
+    }
+    Ok(())
+}
+
+/// Hours are not worth spending on a model that has not learnt what they build on.
+fn check_gates(gates: &[(QuestionKind, f64)], report: &Report) -> Result<()> {
+    for (kind, wanted) in gates {
+        let (right, all) = report.answers.get(&Kind::Question(*kind)).copied().unwrap_or_default();
+        let percent = 100.0 * right as f64 / all.max(1) as f64;
+        ensure!(percent >= *wanted, "gate missed: {kind:?} {percent:.0} %, wanted {wanted} %; train longer");
     }
     Ok(())
 }
@@ -109,7 +152,8 @@ fn gradients(
 ) -> Result<(f64, Grads)> {
     let mut rng = rng_for(args.seed, store.step, worker);
     let first = ((store.step * args.workers + worker) * args.batch) as u64;
-    let packer = packer_for(setting, source);
+    let mut packer = packer_for(setting, source);
+    packer.kinds.clone_from(&args.kinds);
     let mut samples = Vec::new();
     for index in first..first + args.batch as u64 {
         let scene = world::generate(world, Split::Train, args.seed, index);

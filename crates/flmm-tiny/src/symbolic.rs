@@ -80,6 +80,14 @@ impl Codes {
         [&self.text_mark, &self.image_mark]
     }
 
+    /// Directions of a thing's centre (all bins of x and y) and size (the small bins of width and height, which are
+    /// the usual ones): what a head of 32 components can carry from a patch to a word.
+    pub(crate) fn place_directions(&self) -> impl Iterator<Item = &[f32]> {
+        [(2, BINS), (3, BINS), (4, 6), (5, 6)].into_iter().flat_map(|(coordinate, bins)| {
+            self.places[coordinate * BINS..coordinate * BINS + bins].iter().map(Vec::as_slice)
+        })
+    }
+
     /// Adds the image mark to image tokens.
     pub(crate) fn mark_image(&self, tokens: &mut [f32]) {
         for token in tokens.chunks_exact_mut(self.width) {
@@ -230,5 +238,45 @@ pub(crate) fn add_noise(tokens: &mut [f32], width: usize, std: f32, rng: &mut Ch
     for value in tokens {
         let sum: f32 = (0..4).map(|_| rng.random::<f32>() - 0.5).sum();
         *value += sum * scale;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flmm::vision::preprocess::{LlavaProcessor, Normalisation, SizeRule};
+    use flmm_data::world::{Split, WorldConfig, generate};
+
+    /// The centre that the strongest bins of a code name is the centre of the object's box.
+    #[test]
+    fn a_code_tells_where_its_object_is() -> Result<()> {
+        let codes = Codes::new(Level::One, 160, 20);
+        let processor = LlavaProcessor::new(144, SizeRule::MultiplyFirst, Normalisation::CLIP);
+        let (mut near, mut all) = (0, 0);
+        for index in 0..40 {
+            let scene = generate(&WorldConfig::new(Level::One), Split::Val, 7, index);
+            let geometry =
+                processor.geometry((scene.image.height() as usize, scene.image.width() as usize))?;
+            let things = things(&scene, &geometry, 12);
+            let tokens = codes.tokens(&scene, &things, &geometry);
+            for (code, thing) in tokens.chunks_exact(160).zip(&things) {
+                let Thing::Object(object) = thing else { continue };
+                let strongest = |coordinate: usize| {
+                    let along = |bin: usize| -> f32 {
+                        let direction = &codes.places[coordinate * BINS + bin];
+                        code.iter().zip(direction).map(|(c, d)| c * d).sum()
+                    };
+                    let best =
+                        (0..BINS).fold(0, |best, bin| if along(bin) > along(best) { bin } else { best });
+                    best as f32 / (BINS - 1) as f32
+                };
+                let [x, y, w, h] = box_in_square(scene.objects[*object].bbox, &geometry);
+                let off = (strongest(2) - x - w / 2.0).abs().max((strongest(3) - y - h / 2.0).abs());
+                near += usize::from(off < 0.12);
+                all += 1;
+            }
+        }
+        assert!(near * 10 > all * 9, "{near} of {all}");
+        Ok(())
     }
 }

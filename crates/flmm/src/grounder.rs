@@ -134,10 +134,11 @@ impl Grounder {
         turns: &[Turn],
         caption: &Caption,
     ) -> Result<Observation> {
-        let phrases = caption.phrases()?;
-        let capture = self.read_caption(session, turns, caption)?;
+        caption.phrases()?;
+        let mut caption = caption.clone();
+        let capture = self.read_caption(session, turns, &mut caption)?;
         self.encode(session)?;
-        self.observation(session, &capture, phrases)
+        self.observation(session, &capture, caption.phrases()?)
     }
 
     /// Mask logits of every phrase observed; differentiable in the head.
@@ -280,12 +281,12 @@ impl Grounder {
             PhraseChoice::Keywords | PhraseChoice::NounPhrases => Some(noun_phrases(text)),
             PhraseChoice::Given(phrases) => Some(find_phrases(text, phrases)?),
         };
-        let caption = match &ranges {
+        let mut caption = match &ranges {
             Some(ranges) if !spans::overlapping(ranges) => Caption::from_ranges(tokenizer, text, ranges)?,
             _ => Caption::from_segments(tokenizer, [(text, None)])?,
         };
         let clock = Instant::now();
-        let capture = self.read_caption(session, &[Turn::user(GROUNDING_INSTRUCTION)], &caption)?;
+        let capture = self.read_caption(session, &[Turn::user(GROUNDING_INSTRUCTION)], &mut caption)?;
         let timings = Timings { read: clock.elapsed(), ..Timings::default() };
 
         let positions: Vec<usize> = capture.positions().collect();
@@ -315,8 +316,9 @@ impl Grounder {
         Ok(result)
     }
 
-    /// Reads prompt and caption; the capture holds the caption's rows.
-    fn read_caption(&self, session: &mut Session, turns: &[Turn], caption: &Caption) -> Result<Capture> {
+    /// Reads prompt and caption; the capture holds the caption's rows. A caption that is too long for a model that
+    /// cuts sequences off is cut.
+    fn read_caption(&self, session: &mut Session, turns: &[Turn], caption: &mut Caption) -> Result<Capture> {
         if caption.token_ids.is_empty() {
             return Err(Error::request(
                 "the text to ground has no tokens",
@@ -324,6 +326,9 @@ impl Grounder {
             ));
         }
         let mut ids = session.prompt(self.lmm(), turns)?;
+        if let Some(limit) = self.lmm.reads_at_most() {
+            caption.cut(limit.saturating_sub(ids.len()))?;
+        }
         let mut capture = Capture::from_position(ids.len());
         ids.extend_from_slice(&caption.token_ids);
         session.read(self.lmm(), &ids, Some(&mut capture))?;

@@ -12,14 +12,16 @@ use flmm::capture::{Capture, weighted_hidden};
 use flmm::grounder::{AnswerOptions, Caption, ModelPaths, Observation};
 use flmm::image_input::read_image;
 use flmm::layout::Merge;
-use flmm::lmm::{GROUNDING_INSTRUCTION, ImageInput, Lmm, OpenOptions, Prepared, REGISTRY, Turn, recognise};
+use flmm::lmm::{
+    self, GROUNDING_INSTRUCTION, ImageInput, Lmm, OpenOptions, Prepared, REGISTRY, Turn, recognise,
+};
 use flmm::nn::bilinear;
 use flmm::sam::PromptOptions;
 use flmm::text::chat::MODELS;
 use flmm::text::sampling::Sampler;
 use flmm::text::{KvCache, Limits, generate};
 use flmm::vision::anyres::unpad;
-use flmm::vision::resample::antialiased_bilinear;
+use image::RgbImage;
 use serde_json::Value;
 
 /// A recorded run: one picture and text of one family in one arithmetic.
@@ -166,20 +168,33 @@ fn cases(dir: &Path, suffix: &str) -> TestResult<Vec<Case>> {
     Ok(cases)
 }
 
-fn grounder(dir: &Path, dtype: DType) -> TestResult<Grounder> {
+/// A family's model, with the recorded heads unless they were left out to keep a folder small.
+enum Opened {
+    Whole(Box<Grounder>),
+    Lmm(Box<dyn Lmm>),
+}
+
+impl Opened {
+    fn lmm(&self) -> &dyn Lmm {
+        match self {
+            Self::Whole(grounder) => grounder.lmm(),
+            Self::Lmm(lmm) => lmm.as_ref(),
+        }
+    }
+}
+
+fn open(dir: &Path, dtype: DType) -> TestResult<Opened> {
     let head =
         ["heads.safetensors", "heads.pth"].map(|name| dir.join(name)).into_iter().find(|file| file.is_file());
+    let (model, options) = (dir.join("model"), options(dir, dtype)?);
+    let Some(head) = head else { return Ok(Opened::Lmm(lmm::open_with(&model, &options)?)) };
     let sam = golden_dir("lmm/_sam").ok_or("lmm/_sam is missing")?;
     let sam = ["sam_vit_tiny.safetensors", "sam_vit_tiny.pth"]
         .map(|name| sam.join(name))
         .into_iter()
         .find(|file| file.is_file());
-    let paths = ModelPaths {
-        model: dir.join("model"),
-        sam: sam.ok_or("no SAM file")?,
-        head: head.ok_or("no heads file")?,
-    };
-    Ok(Grounder::open_with(&paths, &options(dir, dtype)?)?)
+    let paths = ModelPaths { model, sam: sam.ok_or("no SAM file")?, head };
+    Ok(Opened::Whole(Box::new(Grounder::open_with(&paths, &options)?)))
 }
 
 /// The recorded text, segment by segment.
@@ -232,60 +247,65 @@ fn check_input(case: &Case, prepared: &Prepared, caption: &Caption) -> TestResul
     case.exact("image_size_hw", [found.original.0, found.original.1], case.list("image_size_hw")?)
 }
 
-fn check_pixels(case: &mut Case, pixels: &Tensor) -> TestResult {
-    let views: Vec<usize> = case
-        .list::<Value>("pixel_values")
-        .and_then(|value| Ok(serde_json::from_value(value["shape"].clone())?))?;
-    let pixels = pixels.reshape(views)?;
-    // The bf16 files leave out what the f32 files give.
-    if case.golden.has("pixel_values") {
-        return case.golden.check("pixel_values", &pixels, 1e-6);
+/// A tensor recorded under `name`: whole, as rows, or by its mean and deviation, whichever the case has.
+fn check_recorded(case: &mut Case, name: &str, actual: &Tensor, absolute: f64, relative: f64) -> TestResult {
+    let record = case.record[name].clone();
+    let actual = match record.get("shape") {
+        Some(shape) => actual.reshape(serde_json::from_value::<Vec<usize>>(shape.clone())?)?,
+        None => actual.clone(),
+    };
+    case.check(name, &actual, absolute, relative)?;
+    let rows = format!("{name}.rows");
+    if case.golden.has(&rows) {
+        let index: Vec<u32> = serde_json::from_value(record["rows_index_in_flattened_leading_dims"].clone())?;
+        let flat = actual.flatten_to(actual.rank() - 2)?;
+        let picked = flat.index_select(&Tensor::new(index, &Device::Cpu)?, 0)?;
+        case.check(&rows, &picked, absolute, relative)?;
     }
-    if case.golden.has("pixel_values.rows") {
-        let rows: Vec<u32> = serde_json::from_value(
-            case.record["pixel_values"]["rows_index_in_flattened_leading_dims"].clone(),
-        )?;
-        let flat = pixels.flatten_to(pixels.rank() - 2)?;
-        return case.golden.check(
-            "pixel_values.rows",
-            &flat.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?,
-            1e-6,
-        );
+    if let (Some(mean), Some(std)) = (record["mean"].as_f64(), record["std"].as_f64()) {
+        let values = actual.flatten_all()?.to_dtype(DType::F64)?;
+        let off = (values.mean_all()?.to_scalar::<f64>()? - mean).abs();
+        let spread = (values.var(0)?.to_scalar::<f64>()?.sqrt() - std).abs();
+        let tolerance = if case.noise.is_some() { relative * std } else { absolute };
+        println!("{}: {name}: mean off by {off:.1e}, deviation by {spread:.1e}", case.golden.case);
+        if off.max(spread) > tolerance {
+            return Err(format!("{}: `{name}`: mean or deviation differs", case.golden.case).into());
+        }
     }
     Ok(())
 }
 
-/// DeepSeek-VL-7B: what the low tower sees, and the two halves of the features.
-fn check_two_towers(case: &mut Case, pixels: &Tensor, vision: &Tensor) -> TestResult {
-    if !case.golden.has("high_out") {
-        return Ok(());
+/// What the towers see, and the family's own tensors on the way to the projector.
+fn check_intermediates(case: &mut Case, lmm: &dyn Lmm, prepared: &Prepared) -> TestResult {
+    check_recorded(case, "pixel_values", &prepared.image.pixel_values, 1e-6, 0.005)?;
+    for (name, tensor) in lmm.intermediates(&prepared.image)? {
+        let (absolute, relative) = match name {
+            // Resized in f32, then rounded to the model's type.
+            "low_resized" => (1e-6, 1e-3),
+            name if name.ends_with("_image") => (1e-6, 1e-5),
+            _ => (2e-4, 0.04),
+        };
+        let known = !case.record[name].is_null() || case.golden.has(name);
+        assert!(known, "{}: `{name}` is not recorded", case.golden.case);
+        check_recorded(case, name, &tensor, absolute, relative)?;
     }
-    let record = &case.record["low_resized"];
-    let rows: Vec<u32> = serde_json::from_value(record["rows_index_in_flattened_leading_dims"].clone())?;
-    let shape: Vec<usize> = serde_json::from_value(record["shape"].clone())?;
-    let dtype = if case.noise.is_some() { DType::BF16 } else { DType::F32 };
-    let small = antialiased_bilinear(&pixels.to_dtype(dtype)?, shape[2], shape[3])?.flatten_to(2)?;
-    case.check("low_resized.rows", &small.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?, 1e-6, 1e-3)?;
-    let (high, all) = (case.golden.get("high_out")?.dim(2)?, vision.dim(2)?);
-    case.check("high_out", &vision.narrow(2, 0, high)?, 2e-4, 0.04)?;
-    case.check("low_out", &vision.narrow(2, high, all - high)?, 2e-4, 0.04)
+    Ok(())
 }
 
 /// Teacher-forced pass, maps, states, masks.
-fn check_grounding(case: &mut Case, grounder: &Grounder) -> TestResult {
-    let lmm = grounder.lmm();
+fn check_grounding(case: &mut Case, opened: &Opened) -> TestResult {
+    let lmm = opened.lmm();
     let picture = read_image(&case.picture)?;
     let prepared = lmm.prepare(&picture, &[Turn::user(GROUNDING_INSTRUCTION)])?;
     let caption = caption(lmm, &case.record["text"])?;
     check_input(case, &prepared, &caption)?;
-    check_pixels(case, &prepared.image.pixel_values)?;
+    check_intermediates(case, lmm, &prepared)?;
 
     let vision = lmm.vision_features(&prepared.image)?;
     case.check("vision_out", &vision, 2e-4, 0.04)?;
     if case.golden.has("vision_out.first16") {
         case.check("vision_out.first16", &vision.narrow(1, 0, 16)?, 2e-4, 0.04)?;
     }
-    check_two_towers(case, &prepared.image.pixel_values, &vision)?;
     let projected = lmm.project(&prepared.image, &vision)?;
     match case.golden.tensors.get("projector_out") {
         Some(recorded) if case.record.get("fine_grid_hw").is_some() => {
@@ -307,8 +327,12 @@ fn check_grounding(case: &mut Case, grounder: &Grounder) -> TestResult {
     let rows: Vec<usize> = case.list("hidden_row_positions")?;
     if let Ok(expected) = case.golden.get("hidden_rows").cloned() {
         let ids: Vec<u32> = rows.iter().map(|&row| read.token_ids[row]).collect();
-        let states =
-            Tensor::cat(&[&lmm.decoder().embed(&ids)?.unsqueeze(0)?, &capture.hidden_rows(&rows)?], 0)?;
+        let mut embeds = lmm.decoder().embed(&ids)?;
+        if let Some(scale) = lmm.decoder().config().embedding_scale {
+            embeds =
+                embeds.broadcast_mul(&Tensor::new(scale as f32, &Device::Cpu)?.to_dtype(embeds.dtype())?)?;
+        }
+        let states = Tensor::cat(&[&embeds.unsqueeze(0)?, &capture.hidden_rows(&rows)?], 0)?;
         assert_eq!(states.dims(), expected.dims());
         case.check("hidden_rows", &states, 2e-4, 0.04)?;
     }
@@ -319,10 +343,32 @@ fn check_grounding(case: &mut Case, grounder: &Grounder) -> TestResult {
         case.list::<Vec<usize>>("phrase_token_counts")?,
     )?;
 
+    let positions: Vec<Vec<usize>> =
+        phrases.iter().map(|phrase| phrase.iter().map(|token| start + token).collect()).collect();
+    let maps = capture.phrase_maps(&cache, &read.image.layout, &positions, Merge::Mean)?;
+    case.check("attn_merged", &maps, 2e-5, 0.12)?;
+    if let Opened::Whole(grounder) = opened {
+        check_head(case, grounder, (&picture, &caption), &capture.hidden_rows(&rows)?)?;
+    }
+
+    let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?;
+    let next = lmm.decoder().logits(&last)?.squeeze(0)?;
+    case.check("next_token_logits", &next, 1e-3, 0.06)?;
+    let best = next.argmax(0)?.to_scalar::<u32>()?;
+    case.exact("next_token_argmax", best, case.list("next_token_argmax")?)
+}
+
+/// From the phrases' maps and states to masks.
+fn check_head(
+    case: &mut Case,
+    grounder: &Grounder,
+    (picture, caption): (&RgbImage, &Caption),
+    hidden_rows: &Tensor,
+) -> TestResult {
     // The facade's own pass over the same input.
-    let observation = grounder.observe(&picture, &caption)?;
+    let observation = grounder.observe(picture, caption)?;
     case.check("attn_merged", &observation.maps, 2e-5, 0.12)?;
-    let states = weighted_hidden(&capture.hidden_rows(&rows)?, &grounder.head().text_layer_weights)?;
+    let states = weighted_hidden(hidden_rows, &grounder.head().text_layer_weights)?;
     case.check("text_states", &states, 2e-4, 0.04)?;
     let embeds = Tensor::cat(&grounder.head().text_embeds(&observation)?, 0)?;
     case.check("text_embeds", &embeds, 2e-4, 0.04)?;
@@ -333,13 +379,7 @@ fn check_grounding(case: &mut Case, grounder: &Grounder) -> TestResult {
         check_refiner(case, grounder, &observation, &logits.coarse, 3e-3, 1e-2)?;
         check_sam_logits(case, &logits.refined, 1e-2)?;
     }
-    check_heads_alone(case, grounder, observation)?;
-
-    let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?;
-    let next = lmm.decoder().logits(&last)?.squeeze(0)?;
-    case.check("next_token_logits", &next, 1e-3, 0.06)?;
-    let best = next.argmax(0)?.to_scalar::<u32>()?;
-    case.exact("next_token_argmax", best, case.list("next_token_argmax")?)
+    check_heads_alone(case, grounder, observation)
 }
 
 fn strided(x: &Tensor, stride: usize) -> TestResult<Tensor> {
@@ -405,8 +445,8 @@ fn check_heads_alone(case: &mut Case, grounder: &Grounder, mut observation: Obse
 }
 
 /// Greedy generation with rows of the generated tokens.
-fn check_generation(case: &mut Case, grounder: &Grounder) -> TestResult {
-    let lmm = grounder.lmm();
+fn check_generation(case: &mut Case, opened: &Opened) -> TestResult {
+    let lmm = opened.lmm();
     let picture = read_image(&case.picture)?;
     let question: String = case.list("question")?;
     let question = question.strip_prefix("<image>\n").unwrap_or(&question);
@@ -466,37 +506,39 @@ fn check_generation(case: &mut Case, grounder: &Grounder) -> TestResult {
     case.check("gen.attn_rows", &Tensor::cat(&rows.collect::<Result<Vec<_>, _>>()?, 0)?, 2e-5, 0.12)?;
     let states = capture.hidden_rows(&positions)?;
     case.check("gen.hidden_rows", &states, 2e-4, 0.04)?;
+    if case.record.get("ground_token_ranges").is_some() {
+        check_generated_phrases(case, opened, &capture, &cache, &prepared.image)?;
+    }
+    let Opened::Whole(grounder) = opened else { return Ok(()) };
     let states = weighted_hidden(&states, &grounder.head().text_layer_weights)?;
-    case.check("gen.text_states", &states, 2e-4, 0.04)?;
-    check_generated_phrases(case, grounder, &capture, &cache, &prepared.image)
+    case.check("gen.text_states", &states, 2e-4, 0.04)
 }
 
-/// Grounding of ranges of generated tokens, where it was recorded.
+/// Grounding of ranges of generated tokens.
 fn check_generated_phrases(
     case: &mut Case,
-    grounder: &Grounder,
+    opened: &Opened,
     capture: &Capture,
     cache: &KvCache,
     image: &ImageInput,
 ) -> TestResult {
-    if case.record.get("ground_token_ranges").is_none() {
-        return Ok(());
-    }
-    let picture = read_image(&case.picture)?;
     let ranges: Vec<(usize, usize)> = case.list("ground_token_ranges")?;
     let rows = capture.positions();
     let positions: Vec<Vec<usize>> =
         ranges.iter().map(|&(start, end)| (rows.start + start..rows.start + end).collect()).collect();
-    let (sam_embedding, sam_geometry) = grounder.sam().encode_image(&picture)?;
-    let mut observation = Observation {
-        maps: capture.phrase_maps(cache, &image.layout, &positions, Merge::Mean)?,
+    let maps = capture.phrase_maps(cache, &image.layout, &positions, Merge::Mean)?;
+    case.check("ground.attn_merged", &maps, 2e-5, 0.12)?;
+    let Opened::Whole(grounder) = opened else { return Ok(()) };
+
+    let (sam_embedding, sam_geometry) = grounder.sam().encode_image(&read_image(&case.picture)?)?;
+    let observation = Observation {
+        maps,
         hidden: capture.hidden_rows(&rows.collect::<Vec<_>>())?,
         phrases: ranges.iter().map(|&(start, end)| (start..end).collect()).collect(),
         geometry: image.geometry,
         sam_embedding,
         sam_geometry,
     };
-    case.check("ground.attn_merged", &observation.maps, 2e-5, 0.12)?;
     let unet = grounder.head().mask_head.forward(&observation.maps)?;
     case.check("ground.unet_logits", &unet, 3e-3, 0.12)?;
     let logits = grounder.decode(&observation)?;
@@ -507,20 +549,19 @@ fn check_generated_phrases(
         case.golden.check("ground.sam_logits", &logits.refined, 1e-2)?;
     }
     // The mask head alone, whatever the LMM's arithmetic.
-    observation.maps = case.golden.get("ground.attn_merged")?.to_dtype(DType::F32)?;
-    let unet = grounder.head().mask_head.forward(&observation.maps)?;
-    case.golden.check("ground.unet_logits", &unet, 1e-3)
+    let recorded = case.golden.get("ground.attn_merged")?.to_dtype(DType::F32)?;
+    case.golden.check("ground.unet_logits", &grounder.head().mask_head.forward(&recorded)?, 1e-3)
 }
 
 fn check_families(
     suffix: &str,
     dtype: DType,
-    check: impl Fn(&mut Case, &Grounder) -> TestResult,
+    check: impl Fn(&mut Case, &Opened) -> TestResult,
 ) -> TestResult {
     for (_, dir) in families()? {
-        let grounder = grounder(&dir, dtype)?;
+        let opened = open(&dir, dtype)?;
         for mut case in cases(&dir, suffix)? {
-            check(&mut case, &grounder)?;
+            check(&mut case, &opened)?;
         }
     }
     Ok(())
@@ -547,7 +588,8 @@ fn goldens_lmm_generation_bf16() -> TestResult {
 }
 
 /// A second question in a session, which re-reads only what is new, is answered as in a session of its own.
-fn check_conversation(case: &mut Case, grounder: &Grounder) -> TestResult {
+fn check_conversation(case: &mut Case, opened: &Opened) -> TestResult {
+    let Opened::Whole(grounder) = opened else { return Ok(()) };
     let picture = read_image(&case.picture)?;
     let options = AnswerOptions { max_new_tokens: 6, phrases: None, ..AnswerOptions::default() };
     let mut session = grounder.start(&picture)?;

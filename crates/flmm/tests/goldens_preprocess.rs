@@ -9,6 +9,7 @@ use common::{TestResult, golden_dir, json, tensors};
 use flmm::Geometry;
 use flmm::image_input::read_image;
 use flmm::vision::anyres::{AnyResProcessor, PINPOINTS, unpad};
+use flmm::vision::dual::DualProcessor;
 use flmm::vision::preprocess::{
     LlavaProcessor, Normalisation, SizeRule, pad_to_square, sam_resize, sam_size,
 };
@@ -158,9 +159,8 @@ fn goldens_preprocess_pixels() -> TestResult {
             if let Some(geometry) = &made.geometry {
                 check_geometry(expected, geometry, &what);
             }
-            let mut digest = Sha256::new();
-            made.views.iter().for_each(|view| digest.update(view.as_raw()));
-            let digest: String = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+            let bytes: Vec<&[u8]> = made.views.iter().map(|view| view.as_raw().as_slice()).collect();
+            let digest = hex_digest(&bytes.concat());
             if expected["sha256"] != digest.as_str() {
                 panic!("{what}: {}", first_difference(&dir, expected, &made.views)?);
             }
@@ -172,6 +172,57 @@ fn goldens_preprocess_pixels() -> TestResult {
     }
     println!("{compared} results equal");
     assert!(compared > 0);
+    Ok(())
+}
+
+fn hex_digest(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Recorded rows `rows` and every `step`-th column of a tensor, and its mean.
+fn check_sampled(tensor: &Tensor, stored: &Tensor, rows: &Value, step: u64, mean: &Value) -> TestResult<f64> {
+    let rows: Vec<u32> = serde_json::from_value(rows.clone())?;
+    let axis = tensor.rank() - 2;
+    let columns: Vec<u32> = (0..tensor.dim(axis + 1)? as u32).step_by(step as usize).collect();
+    let picked = tensor
+        .index_select(&Tensor::new(rows, tensor.device())?, axis)?
+        .index_select(&Tensor::new(columns, tensor.device())?, axis + 1)?;
+    let found = tensor.to_dtype(candle_core::DType::F64)?.mean_all()?.to_scalar::<f64>()?;
+    assert!((found - mean.as_f64().ok_or("no mean")?).abs() < 1e-6, "mean {found}, expected {mean}");
+    common::max_abs_diff(&picked, &stored.reshape(picked.shape())?)
+}
+
+#[test]
+fn goldens_preprocess_mini_gemini() -> TestResult {
+    let Some(dir) = golden_dir("preprocess") else { return Ok(()) };
+    let index = json(&dir.join("index.json"))?;
+    let mut compared = 0;
+    for entry in index["images"].as_array().ok_or("no images")? {
+        let name = entry["name"].as_str().ok_or("no name")?;
+        let image = read_image(dir.join(entry["file"].as_str().ok_or("no file")?))?;
+        let stored = dir.join(format!("{name}.safetensors"));
+        let stored = if stored.is_file() { tensors(&stored)? } else { Default::default() };
+        for (key, grid) in [("mgm", 1), ("mgm_hd", 2)] {
+            let Some(expected) = entry["processors"].get(key) else { continue };
+            let side = |name: &str| expected[name][3].as_u64().or_else(|| expected[name][4].as_u64());
+            let aux = side("aux_shape").ok_or("no aux_shape")? as usize;
+            let processor = DualProcessor::new(336, aux, grid, Normalisation::CLIP);
+            let digest = hex_digest(processor.square(&image)?.0.as_raw());
+            assert_eq!(expected["aux_u8_sha256"], digest.as_str(), "{name}.{key}: 8-bit square");
+            let made = processor.process(&image)?;
+            assert_eq!(made.main.dims(), [if grid == 1 { 1 } else { 5 }, 3, 336, 336]);
+            for (part, tensor, rows) in [("main", &made.main, "rows"), ("aux", &made.aux, "aux_rows")] {
+                let Some(stored) = stored.get(&format!("{key}.{part}_rows")) else { continue };
+                let step = expected[format!("{part}_column_step")].as_u64().ok_or("no column step")?;
+                let mean = &expected[format!("{part}_mean")];
+                let difference = check_sampled(tensor, stored, &expected[rows], step, mean)?;
+                println!("{name}.{key}.{part}: {difference:.1e}");
+                assert!(difference <= 5e-6, "{name}.{key}.{part}: differs by {difference:e}");
+                compared += 1;
+            }
+        }
+    }
+    println!("{compared} tensors");
     Ok(())
 }
 

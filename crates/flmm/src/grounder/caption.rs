@@ -115,6 +115,29 @@ impl Caption {
         }
     }
 
+    /// Drops what lies behind the first `tokens` tokens, for models that cut a sequence off
+    /// ([`crate::lmm::Lmm::reads_at_most`]).
+    ///
+    /// # Errors
+    /// [`Error::Request`] if nothing would be left of a phrase: such a sample is skipped (`spec/models.md` §4).
+    pub fn cut(&mut self, tokens: usize) -> Result<()> {
+        if tokens >= self.token_ids.len() {
+            return Ok(());
+        }
+        let lost = |phrase: &Vec<usize>| phrase.iter().all(|&token| token >= tokens);
+        if let Some(number) = self.phrases()?.iter().position(lost) {
+            return Err(Error::request(
+                format!(
+                    "phrase {number} is skipped: the model reads only the first {tokens} tokens of the text"
+                ),
+                "leave the phrase out, or shorten the text before it",
+            ));
+        }
+        self.token_ids.truncate(tokens);
+        self.mask_ids.truncate(tokens);
+        Ok(())
+    }
+
     fn push(&mut self, ids: &[u32], mask_id: i32) {
         self.token_ids.extend_from_slice(ids);
         self.mask_ids.extend(std::iter::repeat_n(mask_id, ids.len()));
@@ -132,6 +155,21 @@ mod tests {
         assert_eq!(caption(&[-1, 1, 0, 0, -1, 1]).phrases()?, vec![vec![2, 3], vec![1, 5]]);
         assert!(caption(&[0, 2]).phrases().is_err());
         assert!(Caption { token_ids: vec![1], mask_ids: Vec::new() }.phrases().is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn a_cut_keeps_a_part_of_every_phrase() -> Result<()> {
+        let whole = Caption { token_ids: vec![7; 6], mask_ids: vec![-1, 0, 0, 1, 1, -1] };
+        for (tokens, left) in [(9, 6), (6, 6), (5, 5), (4, 4)] {
+            let mut caption = whole.clone();
+            caption.cut(tokens)?;
+            assert_eq!((caption.token_ids.len(), caption.phrases()?.len()), (left, 2));
+        }
+        let mut caption = whole.clone();
+        let message = caption.cut(3).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(message.contains("phrase 1 is skipped"), "{message}");
+        assert_eq!(caption, whole);
         Ok(())
     }
 }

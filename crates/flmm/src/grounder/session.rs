@@ -62,7 +62,7 @@ impl Session {
     /// Fails for an empty conversation or question, and when the prompt leaves no room in the context.
     pub(super) fn prompt(&mut self, lmm: &dyn Lmm, turns: &[Turn]) -> Result<Vec<u32>> {
         let prepared = Prepared::new(self.image.clone(), &lmm.prompt(turns)?, lmm.image_token())?;
-        let limit = lmm.decoder().config().max_positions;
+        let limit = lmm.decoder().config().max_positions.min(lmm.reads_at_most().unwrap_or(usize::MAX));
         if prepared.token_ids.len() >= limit {
             return Err(too_long(prepared.token_ids.len() + 1, limit));
         }

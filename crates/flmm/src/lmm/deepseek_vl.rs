@@ -18,7 +18,7 @@ use crate::text::chat::DEEPSEEK;
 use crate::text::tokenizer::Tokenizer;
 use crate::text::{Decoder, DecoderConfig};
 use crate::vision::preprocess::LlavaProcessor;
-use crate::weights::{Params, load_checkpoint};
+use crate::weights::Params;
 
 use towers::{HYBRID, Tower};
 
@@ -94,7 +94,7 @@ impl DeepSeekVl {
         let stop_ids = stop_ids(dir, &tokenizer, &DEEPSEEK)?;
 
         let (dtype, device) = (options.dtype, &options.device);
-        let params = Params::new(dir, load_checkpoint(dir, Some(dtype), device)?);
+        let params = Params::new(dir, options.load(dir)?);
         let tower = Tower::load(&config, dtype, device, &params.pp("vision_model"))?;
         let (side, read) = (tower.image_size(), processor.side());
         if side != read {
@@ -123,6 +123,11 @@ impl DeepSeekVl {
         };
         params.finish(WRONG_FOLDER)?;
         Ok(model)
+    }
+
+    /// What the towers are given, in the model's type.
+    fn pixels(&self, image: &ImageInput) -> Result<Tensor> {
+        Ok(image.pixel_values.to_device(self.decoder.device())?.to_dtype(self.decoder.dtype())?)
     }
 }
 
@@ -157,22 +162,32 @@ impl Lmm for DeepSeekVl {
         let (pixel_values, geometry) = self.processor.process(image)?;
         let (rows, columns) = self.spec.grid;
         let layout = ImageLayout::single(0, rows, columns);
-        Ok(ImageInput { pixel_values: pixel_values.unsqueeze(0)?, geometry, layout })
+        let pixel_values = pixel_values.unsqueeze(0)?;
+        Ok(ImageInput { pixel_values, pixel_values_aux: None, geometry, layout })
     }
 
     /// Of two towers, both outputs side by side: high, then low.
     fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {
-        let dtype = self.decoder.dtype();
-        let pixels = image.pixel_values.to_device(self.decoder.device())?.to_dtype(dtype)?;
+        let pixels = self.pixels(image)?;
         match &self.tower {
             Tower::Siglip(tower, None) => tower.forward(&pixels),
             Tower::Siglip(tower, Some(norm)) => tower.forward(&norm.forward(&pixels)?),
-            Tower::Hybrid(towers) => towers.forward(&pixels),
+            Tower::Hybrid(towers) => {
+                let (high, low) = towers.forward(&pixels)?;
+                Ok(Tensor::cat(&[&high, &low], 2)?)
+            }
         }
     }
 
     fn project(&self, _image: &ImageInput, features: &Tensor) -> Result<Tensor> {
         self.aligner.forward(&features.squeeze(0)?)
+    }
+
+    fn intermediates(&self, image: &ImageInput) -> Result<Vec<(&'static str, Tensor)>> {
+        let Tower::Hybrid(towers) = &self.tower else { return Ok(Vec::new()) };
+        let pixels = self.pixels(image)?;
+        let (high, low) = towers.forward(&pixels)?;
+        Ok(vec![("low_resized", towers.small(&pixels)?), ("high_out", high), ("low_out", low)])
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use image::RgbImage;
 
 use crate::config::Config;
@@ -16,7 +16,7 @@ use crate::text::tokenizer::Tokenizer;
 use crate::text::{Decoder, DecoderConfig};
 use crate::vision::clip::{ClipConfig, ClipVision};
 use crate::vision::preprocess::LlavaProcessor;
-use crate::weights::{Params, load_checkpoint};
+use crate::weights::Params;
 
 /// The published model.
 pub const LLAVA_1_5_7B: LmmSpec = LmmSpec {
@@ -44,15 +44,15 @@ pub(crate) fn recognises(dir: &Path) -> Result<bool> {
 
 /// [`Llava::open`] as [`crate::lmm::REGISTRY`] wants it.
 pub(crate) fn open(spec: &LmmSpec, dir: &Path, options: &OpenOptions) -> Result<Box<dyn Lmm>> {
-    Ok(Box::new(Llava::open(spec, dir, options.dtype, &options.device)?))
+    Ok(Box::new(Llava::open(spec, dir, options)?))
 }
 
 impl Llava {
     /// Opens a Hugging Face folder; `spec` is its line in the registry. Sizes come from `config.json`.
-    pub fn open(spec: &LmmSpec, dir: &Path, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn open(spec: &LmmSpec, dir: &Path, options: &OpenOptions) -> Result<Self> {
         let config = Config::read(&dir.join("config.json"))?;
         let processor = LlavaProcessor::from_config(dir)?;
-        let (mut parts, params) = Parts::load(spec, dir, &config, &VICUNA, (dtype, device))?;
+        let (mut parts, params) = Parts::load(spec, dir, &config, &VICUNA, options)?;
         parts.check_processor(&config, processor.side())?;
         params.finish(WRONG_FOLDER)?;
         let grid = parts.vision.config().grid();
@@ -90,7 +90,8 @@ impl Lmm for Llava {
         let (pixel_values, geometry) = self.processor.process(image)?;
         let pixel_values = pixel_values.unsqueeze(0)?;
         let grid = self.parts.vision.config().grid();
-        Ok(ImageInput { pixel_values, geometry, layout: ImageLayout::single(0, grid, grid) })
+        let layout = ImageLayout::single(0, grid, grid);
+        Ok(ImageInput { pixel_values, pixel_values_aux: None, geometry, layout })
     }
 
     fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {
@@ -125,7 +126,7 @@ impl Parts {
         dir: &Path,
         config: &Config,
         format: &'static ChatFormat,
-        (dtype, device): (DType, &Device),
+        options: &OpenOptions,
     ) -> Result<(Self, Params)> {
         let text = DecoderConfig::from_config(&config.object("text_config")?)?;
         let layer = config.integer_or("vision_feature_layer", -2)?;
@@ -136,7 +137,7 @@ impl Parts {
         let image_token = image_token(dir, config, &tokenizer, format.image)?;
         let stop_ids = stop_ids(dir, &tokenizer, format)?;
 
-        let params = Params::new(dir, canonical(load_checkpoint(dir, Some(dtype), device)?));
+        let params = Params::new(dir, canonical(options.load(dir)?));
         let projector = params.pp("multi_modal_projector");
         let layers = ["linear_1", "linear_2"].map(|name| projector.pp(name));
         let bias = config.flag_or("multimodal_projector_bias", true)?;

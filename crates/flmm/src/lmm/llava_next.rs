@@ -95,7 +95,7 @@ impl LlavaNext {
     ) -> Result<Self> {
         let config = Config::read(&dir.join("config.json"))?;
         let processor = AnyResProcessor::from_config(dir, config.get("image_grid_pinpoints"))?;
-        let (mut parts, params) = Parts::load(spec, dir, &config, format, (options.dtype, &options.device))?;
+        let (mut parts, params) = Parts::load(spec, dir, &config, format, options)?;
         parts.check_processor(&config, processor.side())?;
         // Larger LLaVA-1.6 have decoders of the same type with other prompts; their tokenizers give them away.
         let why = "which the prompts of LLaVA-1.6 with Vicuna and Mistral have between turns";
@@ -170,7 +170,7 @@ impl Lmm for LlavaNext {
         let (pixel_values, geometry) = self.processor.process(image)?;
         let side = self.parts.vision.config().grid();
         let layout = ImageLayout::coarse_and_fine(0, side, (fine.rows, fine.columns));
-        Ok(ImageInput { pixel_values, geometry, layout })
+        Ok(ImageInput { pixel_values, pixel_values_aux: None, geometry, layout })
     }
 
     fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {

@@ -1,11 +1,15 @@
 //! Large multimodal models: one file per family, one registry.
 
 pub mod deepseek_vl;
+pub mod hpt;
 pub mod llava;
 pub mod llava_next;
+pub mod mgm;
 pub(crate) mod shared;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
@@ -16,7 +20,7 @@ use crate::geometry::Geometry;
 use crate::layout::ImageLayout;
 use crate::text::Decoder;
 use crate::text::tokenizer::Tokenizer;
-use crate::weights::files;
+use crate::weights::{checkpoint_bytes, files, load_checkpoint_with};
 
 pub use crate::text::chat::{Role, Turn};
 
@@ -30,7 +34,7 @@ pub struct LmmSpec {
     pub name: &'static str,
     /// Repository of the published weights.
     pub repo: &'static str,
-    /// `model_type` of its `config.json`.
+    /// `model_type` of its `config.json`; `hpt` for HPT, whose three folders have one each.
     pub model_type: &'static str,
     /// Decoder layers.
     pub layers: usize,
@@ -58,13 +62,36 @@ pub struct OpenOptions {
     /// Side of the square picture the model sees, in pixels, for families whose files do not tell (HPT); the
     /// published size unless given.
     pub image_size: Option<usize>,
+    /// Told how far the weights are read.
+    pub progress: Option<LoadProgress>,
+}
+
+/// Receives bytes read and bytes in all while weights are read; called from the thread that opens the model.
+#[derive(Clone)]
+pub struct LoadProgress(pub Arc<dyn Fn(u64, u64) + Send + Sync>);
+
+impl std::fmt::Debug for LoadProgress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LoadProgress")
+    }
 }
 
 impl OpenOptions {
     /// Nothing but type and device.
     pub fn new(dtype: DType, device: &Device) -> Self {
         let device = device.clone();
-        Self { dtype, device, vision_tower: None, vision_tower_aux: None, image_size: None }
+        Self { dtype, device, vision_tower: None, vision_tower_aux: None, image_size: None, progress: None }
+    }
+
+    /// The tensors of the checkpoint at `path` in the model's type and on its device.
+    pub(crate) fn load(&self, path: &Path) -> Result<HashMap<String, Tensor>> {
+        let (total, mut done) = (checkpoint_bytes(path), 0);
+        load_checkpoint_with(path, Some(self.dtype), &self.device, &mut |bytes| {
+            done += bytes;
+            if let Some(progress) = &self.progress {
+                (progress.0)(done, total.max(done));
+            }
+        })
     }
 }
 
@@ -105,6 +132,11 @@ pub const REGISTRY: &[Entry] = &[
         recognises: deepseek_vl::recognises_hybrid,
         open: deepseek_vl::open,
     },
+    Entry { spec: hpt::HPT_AIR_6B, recognises: hpt::recognises_air, open: hpt::open },
+    Entry { spec: hpt::HPT_AIR_1_5_8B, recognises: hpt::recognises_air_1_5, open: hpt::open },
+    Entry { spec: mgm::MGM_2B, recognises: mgm::recognises_gemma, open: mgm::open },
+    Entry { spec: mgm::MGM_7B, recognises: mgm::recognises_vicuna, open: mgm::open },
+    Entry { spec: mgm::MGM_HD_7B, recognises: mgm::recognises_vicuna_hd, open: mgm::open },
 ];
 
 /// A picture made ready for a model.
@@ -112,6 +144,8 @@ pub const REGISTRY: &[Entry] = &[
 pub struct ImageInput {
     /// `[views, 3, S, S]`, f32.
     pub pixel_values: Tensor,
+    /// `[1, 3, A, A]`, f32: what a second vision tower sees (MGM).
+    pub pixel_values_aux: Option<Tensor>,
     /// Where the picture lies inside what the model sees.
     pub geometry: Geometry,
     /// The image's tokens; `start` is 0 until the prompt is known.
@@ -160,6 +194,18 @@ pub trait Lmm: Send + Sync {
 
     /// The embeddings that replace the image's tokens, from [`Lmm::vision_features`]: `[tokens, hidden]`.
     fn project(&self, image: &ImageInput, features: &Tensor) -> Result<Tensor>;
+
+    /// Other tensors between a picture and its embeddings, by the names they are recorded under: parity tests
+    /// compare them beside [`Lmm::vision_features`] and [`Lmm::project`].
+    fn intermediates(&self, _image: &ImageInput) -> Result<Vec<(&'static str, Tensor)>> {
+        Ok(Vec::new())
+    }
+
+    /// After how many tokens the published pipeline cuts off a text that is read to be grounded, for families
+    /// that do (MGM, `spec/models.md` §4).
+    fn reads_at_most(&self) -> Option<usize> {
+        None
+    }
 
     /// Preprocesses a picture and renders and tokenises a conversation.
     fn prepare(&self, image: &RgbImage, turns: &[Turn]) -> Result<Prepared> {

@@ -8,6 +8,7 @@ mod channel_norm;
 mod conv;
 mod conv3x3;
 mod cross_entropy;
+mod depthwise;
 mod gated;
 #[cfg(test)]
 pub(crate) mod gradcheck;
@@ -23,6 +24,7 @@ pub use activation::{gelu, gelu_tanh, quick_gelu, relu, sigmoid, silu};
 pub use channel_norm::{GroupNorm1, LayerNorm2d};
 pub use conv::{Conv2d, ConvTranspose2d};
 pub use cross_entropy::cross_entropy;
+pub use depthwise::DepthwiseConv2d;
 pub use gated::silu_mul;
 pub use linear::Linear;
 pub use norm::{LayerNorm, layer_norm, rms_norm};

@@ -67,7 +67,11 @@ impl DecoderConfig {
     /// Fails with the key's name when a value is out of range, when the decoder type is unknown, or when a
     /// feature is asked for that is not implemented (rotary scaling, other activations).
     pub fn from_config(config: &Config) -> Result<Self> {
-        let model_type = config.text_or("model_type", "llama")?;
+        Self::of_type(config, config.text_or("model_type", "llama")?)
+    }
+
+    /// As [`DecoderConfig::from_config`], for a file whose `model_type` says what the decoder is part of.
+    pub fn of_type(config: &Config, model_type: &str) -> Result<Self> {
         // (vocabulary, hidden, intermediate, layers, heads, kv heads if left out, positions)
         let (vocab, hidden, intermediate, layers, heads, kv, positions) = match model_type {
             "llama" => (32_000, 4096, 11_008, 32, 32, None, 2048),

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
+use super::regrid::regrid;
 use super::tower;
 use crate::config::Config;
 use crate::error::Result;
@@ -20,7 +21,9 @@ pub struct ClipConfig {
     pub num_layers: usize,
     /// Number of heads.
     pub num_heads: usize,
-    /// Side of the input in pixels.
+    /// Side of the pictures that the tower was trained on, in pixels; tells the size of the position table.
+    pub trained_size: usize,
+    /// Side of the pictures it reads here; where it differs, the positions are re-gridded.
     pub image_size: usize,
     /// Side of a patch in pixels.
     pub patch_size: usize,
@@ -58,11 +61,18 @@ impl ClipConfig {
             intermediate_size: config.size_or("intermediate_size", 3072)?,
             num_layers,
             num_heads,
+            trained_size: image_size,
             image_size,
             patch_size,
             layer_norm_eps: config.number_or("layer_norm_eps", 1e-5)?,
             blocks_used: tower::blocks_used(config, num_layers, feature_layer)?,
         })
+    }
+
+    /// The same tower for pictures of another size.
+    pub fn at_size(mut self, image_size: usize) -> Self {
+        self.image_size = image_size;
+        self
     }
 
     /// Tokens per side.
@@ -79,7 +89,7 @@ pub struct ClipVision {
     class_embedding: Tensor,
     /// `[hidden, 3, patch, patch]`
     patch_embedding: Tensor,
-    /// `[1 + grid², hidden]`
+    /// `[1 + grid², hidden]`, already on the grid that is used.
     position_embedding: Tensor,
     pre_layrnorm: LayerNorm,
     layers: Vec<Block>,
@@ -90,13 +100,14 @@ impl ClipVision {
     pub fn load(config: ClipConfig, params: &Params) -> Result<Self> {
         let (width, patch) = (config.hidden_size, config.patch_size);
         let embeddings = params.pp("embeddings");
-        let positions = config.grid() * config.grid() + 1;
+        let trained = config.trained_size / patch;
+        let positions = embeddings.pp("position_embedding").get(&[1 + trained * trained, width], "weight")?;
         let layers =
             (0..config.blocks_used).map(|index| Block::load(&config, &params.pp("encoder.layers").pp(index)));
         Ok(Self {
             class_embedding: embeddings.get(&[width], "class_embedding")?,
             patch_embedding: embeddings.pp("patch_embedding").get(&[width, 3, patch, patch], "weight")?,
-            position_embedding: embeddings.pp("position_embedding").get(&[positions, width], "weight")?,
+            position_embedding: regrid(&positions, trained, config.grid())?,
             pre_layrnorm: LayerNorm::load(width, config.layer_norm_eps, &params.pp("pre_layrnorm"))?,
             layers: layers.collect::<Result<_>>()?,
             config,
@@ -106,6 +117,11 @@ impl ClipVision {
     /// Sizes.
     pub fn config(&self) -> &ClipConfig {
         &self.config
+    }
+
+    /// The positions `[1 + grid², hidden]`, re-gridded where the picture size asks for it.
+    pub fn position_embedding(&self) -> &Tensor {
+        &self.position_embedding
     }
 
     /// `pixel_values [B, 3, S, S]` → `[B, grid², hidden]`: the selected hidden state without the class token.

@@ -2,7 +2,9 @@
 
 pub mod anyres;
 pub mod clip;
+pub mod convnext;
 pub mod deepseek_hybrid;
+pub mod dual;
 pub mod preprocess;
 pub mod regrid;
 pub mod resample;

@@ -56,6 +56,14 @@ impl Normalisation {
         Ok(Tensor::from_vec(values, (3, height, width), &Device::Cpu)?)
     }
 
+    /// What `preprocessor_config.json` of the folder `dir` says; missing values are CLIP's.
+    ///
+    /// # Errors
+    /// As [`LlavaProcessor::from_config`].
+    pub fn from_config(dir: impl AsRef<Path>) -> Result<Self> {
+        Ok(ProcessorConfig::read(dir.as_ref())?.normalisation)
+    }
+
     /// The value of every byte.
     fn table(&self, channel: usize) -> [f32; 256] {
         let (mean, std) = (self.mean[channel], self.std[channel]);
@@ -99,6 +107,12 @@ impl LlavaProcessor {
     /// The same with another padding colour.
     pub fn with_background(mut self, background: [u8; 3]) -> Self {
         self.background = background;
+        self
+    }
+
+    /// The same for a tower that reads `side × side`.
+    pub fn with_side(mut self, side: usize) -> Self {
+        self.side = side;
         self
     }
 

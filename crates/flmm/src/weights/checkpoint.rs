@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 
 use super::files;
-use super::pth::load_pth;
-use super::safetensors::load_safetensors;
+use super::pth::load_pth_with;
+use super::safetensors;
 use crate::error::{Error, Result};
 
 /// Names looked for in a folder, in this order. An index comes before a single file, safetensors before pickles.
@@ -37,15 +37,26 @@ pub fn load_checkpoint(
     dtype: Option<DType>,
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
+    load_checkpoint_with(path, dtype, device, &mut |_| {})
+}
+
+/// As [`load_checkpoint`]; `read` receives the number of bytes of every tensor that was read, see
+/// [`checkpoint_bytes`].
+pub fn load_checkpoint_with(
+    path: impl AsRef<Path>,
+    dtype: Option<DType>,
+    device: &Device,
+    read: &mut dyn FnMut(u64),
+) -> Result<HashMap<String, Tensor>> {
     let path = path.as_ref();
     let file = if files::is_dir(path) { weight_file(path)? } else { path.to_owned() };
     if !files::is_file(&file) {
         return Err(Error::weights(&file, "no such file or folder", EXPECTED));
     }
     if file.to_string_lossy().ends_with(".index.json") {
-        return load_sharded(&file, dtype, device);
+        return load_sharded(&file, dtype, device, read);
     }
-    load_file(&file, dtype, device)
+    load_file(&file, dtype, device, read)
 }
 
 /// The weight files of the checkpoint at `path` without reading them: one, or all shards of an index.
@@ -58,16 +69,36 @@ pub fn checkpoint_files(path: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
     Ok(Index::read(&file)?.shards)
 }
 
-fn load_file(file: &Path, dtype: Option<DType>, device: &Device) -> Result<HashMap<String, Tensor>> {
+/// The size of the checkpoint at `path` in bytes, headers included; 0 where it cannot be told.
+pub fn checkpoint_bytes(path: impl AsRef<Path>) -> u64 {
+    let files = checkpoint_files(path).unwrap_or_default();
+    files.iter().filter_map(|file| Some(std::fs::metadata(file).ok()?.len())).sum()
+}
+
+fn load_file(
+    file: &Path,
+    dtype: Option<DType>,
+    device: &Device,
+    read: &mut dyn FnMut(u64),
+) -> Result<HashMap<String, Tensor>> {
     match file.extension().and_then(|e| e.to_str()) {
-        Some("safetensors") => load_safetensors(&[file.to_owned()], dtype, device),
-        Some("bin" | "pth" | "pt") => load_pth(file, dtype, device),
+        Some("safetensors") => {
+            let mut tensors = HashMap::new();
+            safetensors::load_file(file, dtype, device, &mut tensors, read)?;
+            Ok(tensors)
+        }
+        Some("bin" | "pth" | "pt") => load_pth_with(file, dtype, device, read),
         _ => Err(Error::weights(file, "the kind of this file cannot be told from its extension", EXPECTED)),
     }
 }
 
 /// Loads the shards named by an index and checks that they hold every tensor it lists.
-fn load_sharded(file: &Path, dtype: Option<DType>, device: &Device) -> Result<HashMap<String, Tensor>> {
+fn load_sharded(
+    file: &Path,
+    dtype: Option<DType>,
+    device: &Device,
+    read: &mut dyn FnMut(u64),
+) -> Result<HashMap<String, Tensor>> {
     let index = Index::read(file)?;
     let mut tensors = HashMap::new();
     for shard in &index.shards {
@@ -75,7 +106,7 @@ fn load_sharded(file: &Path, dtype: Option<DType>, device: &Device) -> Result<Ha
             let what = format!("the index names the shard `{}`, which is not there", shard.display());
             return Err(Error::weights(file, what, "download the missing shard"));
         }
-        for (name, tensor) in load_file(shard, dtype, device)? {
+        for (name, tensor) in load_file(shard, dtype, device, read)? {
             if tensors.contains_key(&name) {
                 let what = format!("tensor `{name}` is also in another shard");
                 return Err(Error::weights(shard, what, "remove shards that belong to another download"));

@@ -15,6 +15,21 @@ pub(super) enum Bytes {
     Embedded(&'static [u8]),
 }
 
+impl Bytes {
+    /// Gives the memory of what was read back to the system; reading it again reads the file again.
+    ///
+    /// Without this a process that copies tensors out of a map would hold every weight twice.
+    #[allow(unsafe_code)]
+    pub(super) fn release(&self) {
+        #[cfg(unix)]
+        if let Self::Mapped(map) = self {
+            // SAFETY: the map is read-only and backed by its file, so a dropped page comes back with the same bytes.
+            // Advice that the system refuses changes nothing.
+            let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        }
+    }
+}
+
 impl Deref for Bytes {
     type Target = [u8];
 

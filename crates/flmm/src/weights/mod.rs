@@ -9,7 +9,7 @@ mod pickle;
 mod pth;
 mod safetensors;
 
-pub use checkpoint::{checkpoint_files, load_checkpoint};
+pub use checkpoint::{checkpoint_bytes, checkpoint_files, load_checkpoint, load_checkpoint_with};
 pub use params::Params;
 pub use pth::{load_pth, load_pth_bytes};
 pub use safetensors::{

@@ -36,8 +36,21 @@ pub fn load_pth(
     dtype: Option<DType>,
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
-    let bytes = map(file.as_ref())?;
-    load_pth_bytes(&bytes, file, dtype, device)
+    load_pth_with(file.as_ref(), dtype, device, &mut |_| {})
+}
+
+/// As [`load_pth`]; `read` receives the bytes of every tensor that was read.
+pub(super) fn load_pth_with(
+    file: &Path,
+    dtype: Option<DType>,
+    device: &Device,
+    read: &mut dyn FnMut(u64),
+) -> Result<HashMap<String, Tensor>> {
+    let bytes = map(file)?;
+    load_from(&bytes, file, dtype, device, &mut |count| {
+        bytes.release();
+        read(count);
+    })
 }
 
 /// As [`load_pth`], from bytes at hand; `name` is what errors call them.
@@ -47,7 +60,16 @@ pub fn load_pth_bytes(
     dtype: Option<DType>,
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
-    let file = name.as_ref();
+    load_from(bytes, name.as_ref(), dtype, device, &mut |_| {})
+}
+
+fn load_from(
+    bytes: &[u8],
+    file: &Path,
+    dtype: Option<DType>,
+    device: &Device,
+    read: &mut dyn FnMut(u64),
+) -> Result<HashMap<String, Tensor>> {
     let archive = Archive::open(bytes, file)?;
     let pickle = Pickle::read(archive.pickle).map_err(|what| Error::weights(file, what, RESAVE))?;
     let entries = parameters(&pickle).map_err(|what| Error::weights(file, what, RESAVE))?;
@@ -64,6 +86,7 @@ pub fn load_pth_bytes(
                     .tensor(view, &mut budget, dtype, device)
                     .map_err(|e| e.into_error(file, &name))?;
                 views.insert(view, tensor.clone());
+                read((tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64);
                 tensor
             }
         };

@@ -35,10 +35,24 @@ pub fn load_safetensors(
 ) -> Result<HashMap<String, Tensor>> {
     let mut tensors = HashMap::new();
     for file in files {
-        let bytes = map(file)?;
-        load_from(&bytes, file, dtype, device, &mut tensors)?;
+        load_file(file, dtype, device, &mut tensors, &mut |_| {})?;
     }
     Ok(tensors)
+}
+
+/// Adds the tensors of one file to `tensors`; `read` receives the bytes of every tensor that was read.
+pub(super) fn load_file(
+    file: &Path,
+    dtype: Option<DType>,
+    device: &Device,
+    tensors: &mut HashMap<String, Tensor>,
+    read: &mut dyn FnMut(u64),
+) -> Result<()> {
+    let bytes = map(file)?;
+    load_from(&bytes, file, dtype, device, tensors, &mut |count| {
+        bytes.release();
+        read(count);
+    })
 }
 
 /// As [`load_safetensors`], from bytes at hand; `name` is what errors call them.
@@ -49,7 +63,7 @@ pub fn load_safetensors_bytes(
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
     let mut tensors = HashMap::new();
-    load_from(bytes, name.as_ref(), dtype, device, &mut tensors)?;
+    load_from(bytes, name.as_ref(), dtype, device, &mut tensors, &mut |_| {})?;
     Ok(tensors)
 }
 
@@ -68,10 +82,14 @@ fn load_from(
     dtype: Option<DType>,
     device: &Device,
     tensors: &mut HashMap<String, Tensor>,
+    read: &mut dyn FnMut(u64),
 ) -> Result<()> {
     check_frame(bytes, file)?;
     let views = SafeTensors::deserialize(bytes).map_err(|e| explain(e, bytes, file))?;
-    for (name, view) in views.iter() {
+    // In the order of the file: one sweep over the disk.
+    let mut views: Vec<_> = views.iter().collect();
+    views.sort_by_key(|(_, view)| view.data().as_ptr());
+    for (name, view) in views {
         let Some(element) = Element::from_safetensors(view.dtype()) else {
             let what = format!("tensor `{name}` has the type {:?}, which is not supported", view.dtype());
             return Err(Error::weights(file, what, "save the tensor as f32, f16 or bf16"));
@@ -87,6 +105,7 @@ fn load_from(
             let what = format!("tensor `{name}` is also in another of the files");
             return Err(Error::weights(file, what, "load each shard once and remove stale shards"));
         }
+        read(view.data().len() as u64);
     }
     Ok(())
 }
