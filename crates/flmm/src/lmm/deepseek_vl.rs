@@ -124,6 +124,11 @@ impl DeepSeekVl {
         params.finish(WRONG_FOLDER)?;
         Ok(model)
     }
+
+    /// What the towers are given, in the model's type.
+    fn pixels(&self, image: &ImageInput) -> Result<Tensor> {
+        Ok(image.pixel_values.to_device(self.decoder.device())?.to_dtype(self.decoder.dtype())?)
+    }
 }
 
 impl Lmm for DeepSeekVl {
@@ -163,17 +168,26 @@ impl Lmm for DeepSeekVl {
 
     /// Of two towers, both outputs side by side: high, then low.
     fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {
-        let dtype = self.decoder.dtype();
-        let pixels = image.pixel_values.to_device(self.decoder.device())?.to_dtype(dtype)?;
+        let pixels = self.pixels(image)?;
         match &self.tower {
             Tower::Siglip(tower, None) => tower.forward(&pixels),
             Tower::Siglip(tower, Some(norm)) => tower.forward(&norm.forward(&pixels)?),
-            Tower::Hybrid(towers) => towers.forward(&pixels),
+            Tower::Hybrid(towers) => {
+                let (high, low) = towers.forward(&pixels)?;
+                Ok(Tensor::cat(&[&high, &low], 2)?)
+            }
         }
     }
 
     fn project(&self, _image: &ImageInput, features: &Tensor) -> Result<Tensor> {
         self.aligner.forward(&features.squeeze(0)?)
+    }
+
+    fn intermediates(&self, image: &ImageInput) -> Result<Vec<(&'static str, Tensor)>> {
+        let Tower::Hybrid(towers) = &self.tower else { return Ok(Vec::new()) };
+        let pixels = self.pixels(image)?;
+        let (high, low) = towers.forward(&pixels)?;
+        Ok(vec![("low_resized", towers.small(&pixels)?), ("high_out", high), ("low_out", low)])
     }
 }
 

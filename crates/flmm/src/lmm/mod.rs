@@ -122,11 +122,6 @@ pub const REGISTRY: &[Entry] = &[
         recognises: llava_next::recognises_mistral,
         open: llava_next::open_mistral,
     },
-    Entry { spec: hpt::HPT_AIR_6B, recognises: hpt::recognises_air, open: hpt::open },
-    Entry { spec: hpt::HPT_AIR_1_5_8B, recognises: hpt::recognises_air_1_5, open: hpt::open },
-    Entry { spec: mgm::MGM_2B, recognises: mgm::recognises_gemma, open: mgm::open },
-    Entry { spec: mgm::MGM_7B, recognises: mgm::recognises_vicuna, open: mgm::open },
-    Entry { spec: mgm::MGM_HD_7B, recognises: mgm::recognises_vicuna_hd, open: mgm::open },
     Entry {
         spec: deepseek_vl::DEEPSEEK_VL_1_3B,
         recognises: deepseek_vl::recognises_siglip,
@@ -137,6 +132,11 @@ pub const REGISTRY: &[Entry] = &[
         recognises: deepseek_vl::recognises_hybrid,
         open: deepseek_vl::open,
     },
+    Entry { spec: hpt::HPT_AIR_6B, recognises: hpt::recognises_air, open: hpt::open },
+    Entry { spec: hpt::HPT_AIR_1_5_8B, recognises: hpt::recognises_air_1_5, open: hpt::open },
+    Entry { spec: mgm::MGM_2B, recognises: mgm::recognises_gemma, open: mgm::open },
+    Entry { spec: mgm::MGM_7B, recognises: mgm::recognises_vicuna, open: mgm::open },
+    Entry { spec: mgm::MGM_HD_7B, recognises: mgm::recognises_vicuna_hd, open: mgm::open },
 ];
 
 /// A picture made ready for a model.

@@ -1,7 +1,7 @@
 //! DeepSeek-VL-7B's two towers: SAM's encoder on the whole picture, SigLIP on a small copy of it
 //! (`spec/models.md` §7).
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::resample::antialiased_bilinear;
 use super::siglip::{SiglipConfig, SiglipVision};
@@ -96,7 +96,6 @@ pub struct HybridVision {
     high_norm: Option<PixelNorm>,
     low: SiglipVision,
     low_norm: Option<PixelNorm>,
-    dtype: DType,
     image_size: usize,
     widths: (usize, usize),
 }
@@ -107,7 +106,6 @@ impl HybridVision {
     pub(crate) fn load(
         (high, high_norm): (&HighConfig, Option<PixelNorm>),
         (low, low_norm): (SiglipConfig, Option<PixelNorm>),
-        dtype: DType,
         params: &Params,
     ) -> Result<Self> {
         Ok(Self {
@@ -117,7 +115,6 @@ impl HybridVision {
             low: SiglipVision::load(low, &params.pp("vision_tower_low.vision_tower"))?,
             high_norm,
             low_norm,
-            dtype,
         })
     }
 
@@ -136,18 +133,20 @@ impl HybridVision {
         self.widths
     }
 
-    /// `pixel_values [B, 3, S, S]` between 0 and 1 → `[B, grid², high + low]`: the high tower's features, then the
-    /// low tower's.
-    pub fn forward(&self, pixel_values: &Tensor) -> Result<Tensor> {
-        let pixels = pixel_values.to_dtype(self.dtype)?;
+    /// What the low tower sees before its normalisation: `[B, 3, S, S]` → `[B, 3, s, s]`.
+    pub fn small(&self, pixels: &Tensor) -> Result<Tensor> {
         let side = self.low.config().image_size;
-        let small = antialiased_bilinear(&pixels, side, side)?;
-        let normed = |norm: &Option<PixelNorm>, pixels: Tensor| match norm {
-            Some(norm) => norm.forward(&pixels),
-            None => Ok(pixels),
+        antialiased_bilinear(pixels, side, side)
+    }
+
+    /// `pixels [B, 3, S, S]` between 0 and 1, in the model's type → features of the high and of the low tower, both
+    /// `[B, grid², width]`.
+    pub fn forward(&self, pixels: &Tensor) -> Result<(Tensor, Tensor)> {
+        let normed = |norm: &Option<PixelNorm>, pixels: &Tensor| match norm {
+            Some(norm) => norm.forward(pixels),
+            None => Ok(pixels.clone()),
         };
-        let low = self.low.forward(&normed(&self.low_norm, small)?)?;
         let high = self.high.forward(&normed(&self.high_norm, pixels)?)?;
-        Ok(Tensor::cat(&[&high, &low], 2)?)
+        Ok((high, self.low.forward(&normed(&self.low_norm, &self.small(pixels)?)?)?))
     }
 }

@@ -46,7 +46,7 @@ impl Tower {
                     (settings.object("high_res_cfg")?, settings.object("low_res_cfg")?);
                 let high = (&high(config, &high_settings)?, norm(&high_settings)?);
                 let low = (low(config, &low_settings)?, norm(&low_settings)?);
-                Ok(Self::Hybrid(Box::new(HybridVision::load(high, low, dtype, params)?)))
+                Ok(Self::Hybrid(Box::new(HybridVision::load(high, low, params)?)))
             }
             other => Err(vision.error(
                 "cls",
