@@ -303,7 +303,7 @@ fn incomplete(dir: &Path, what: &str) -> Error {
 fn grid(side: usize, patch: usize, max_positions: usize) -> Result<usize> {
     let hint = "leave the picture size out to get the published one";
     let grid = side / patch;
-    if grid == 0 || side % patch != 0 {
+    if grid == 0 || !side.is_multiple_of(patch) {
         let what = format!("pictures of {side} × {side} cannot be cut into patches of {patch} × {patch}");
         return Err(Error::request(what, hint));
     }
