@@ -360,3 +360,72 @@ fn deepseek_tensors_that_are_missing_are_named_at_once() -> TestResult {
     ]);
     Ok(())
 }
+
+#[test]
+fn hpt_folders_are_complete_and_known() -> TestResult {
+    let Some(folder) = Folder::of("hpt_air")? else { return Ok(()) };
+    let open = |side: usize| folder.open_at(Some(side));
+    open(84)?;
+    let projector = folder.file("projector/config.json");
+    let text = std::fs::read(&projector)?;
+    std::fs::remove_file(&projector)?;
+    refused(open(84), &["incomplete", "no projector/config.json"]);
+    std::fs::write(&projector, text)?;
+    folder.edit("projector/config.json", |config| config["hidden_act"] = json!("relu"))?;
+    refused(open(84), &["projector/config.json", "hidden_act", "`relu`"]);
+    folder.edit("projector/config.json", |config| config["hidden_act"] = json!("gelu"))?;
+    folder.edit("visual_encoder/config.json", |config| config["model_type"] = json!("dinov2"))?;
+    refused(open(84), &["visual_encoder/config.json", "`dinov2`", "clip_vision_model, siglip_vision_model"]);
+    Ok(())
+}
+
+#[test]
+fn hpt_sizes_are_checked() -> TestResult {
+    for family in ["hpt_air", "hpt_air_1_5"] {
+        let Some(folder) = Folder::of(family)? else { return Ok(()) };
+        for (side, words) in [
+            (13, "patches of 14 × 14"),
+            (90, "patches of 14 × 14"),
+            (0, "patches of 14 × 14"),
+            (14_000, "1000 × 1000 tokens"),
+            (usize::MAX / 14 * 14, "tokens, more than"),
+        ] {
+            let error = refused(folder.open_at(Some(side)), &[words]);
+            assert!(matches!(error, Error::Request { .. }), "{error}");
+        }
+        // The published size, where none is given.
+        let lmm = folder.open()?;
+        let side = if family == "hpt_air" { 392 } else { 448 };
+        assert_eq!(lmm.spec().grid, (side / 14, side / 14));
+        assert_eq!(lmm.prepare_image(&RgbImage::new(5, 3))?.pixel_values.dims(), [1, 3, side, side]);
+
+        folder.edit("llm/config.json", |config| config["num_attention_heads"] = json!(7))?;
+        refused(folder.open_at(Some(84)), &["llm/config.json", "7"]);
+    }
+    Ok(())
+}
+
+#[test]
+fn tensors_of_all_hpt_folders_are_named_at_once() -> TestResult {
+    for family in ["hpt_air", "hpt_air_1_5"] {
+        let Some(folder) = Folder::of(family)? else { return Ok(()) };
+        for (part, tensor) in [
+            ("llm", "lm_head.weight"),
+            ("visual_encoder", "vision_model.embeddings.position_embedding.weight"),
+            ("projector", "model.2.bias"),
+        ] {
+            folder.edit_tensors(&format!("{part}/model.safetensors"), |tensors| {
+                assert!(tensors.remove(tensor).is_some(), "{tensor}");
+            })?;
+        }
+        refused(
+            folder.open_at(Some(84)),
+            &[
+                "tensor `llm.lm_head.weight` is missing",
+                "tensor `visual_encoder.vision_model.embeddings.position_embedding.weight` is missing",
+                "tensor `projector.model.2.bias` is missing",
+            ],
+        );
+    }
+    Ok(())
+}

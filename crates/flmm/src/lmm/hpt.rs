@@ -156,8 +156,8 @@ impl Hpt {
             Variant::Air15 => LlavaProcessor::new(side, SizeRule::MultiplyFirst, Normalisation::HALF),
         };
         let tower = TowerConfig::read(variant, &visual_encoder, side)?;
-        let (width, grid) = tower.width_and_grid();
-        check_size(side, grid, text.max_positions)?;
+        let (width, patch) = tower.width_and_patch();
+        let grid = grid(side, patch, text.max_positions)?;
 
         let params = Params::new(dir, load_folders(dir, options)?);
         let model = Self {
@@ -257,11 +257,11 @@ impl TowerConfig {
         })
     }
 
-    /// Width of the features, tokens per side.
-    fn width_and_grid(&self) -> (usize, usize) {
+    /// Width of the features, side of a patch in pixels.
+    fn width_and_patch(&self) -> (usize, usize) {
         match self {
-            Self::Clip(config) => (config.hidden_size, config.grid()),
-            Self::Siglip(config) => (config.hidden_size, config.grid()),
+            Self::Clip(config) => (config.hidden_size, config.patch_size),
+            Self::Siglip(config) => (config.hidden_size, config.patch_size),
         }
     }
 
@@ -299,14 +299,17 @@ fn incomplete(dir: &Path, what: &str) -> Error {
     Error::config(dir, format!("the folder of an HPT is incomplete: {what}"), hint)
 }
 
-/// Refuses pictures without a token, and those whose tokens the language model could not read.
-fn check_size(side: usize, grid: usize, max_positions: usize) -> Result<()> {
+/// Tokens per side of pictures of `side × side`. Refuses sides that patches do not fill, and pictures with more
+/// tokens than the language model could read.
+fn grid(side: usize, patch: usize, max_positions: usize) -> Result<usize> {
     let hint = "leave the picture size out to get the published one";
-    if grid == 0 {
-        return Err(Error::request(format!("pictures of {side} × {side} are smaller than one patch"), hint));
+    let grid = side / patch;
+    if grid == 0 || !side.is_multiple_of(patch) {
+        let what = format!("pictures of {side} × {side} cannot be cut into patches of {patch} × {patch}");
+        return Err(Error::request(what, hint));
     }
     match grid.checked_mul(grid) {
-        Some(tokens) if tokens < max_positions => Ok(()),
+        Some(tokens) if tokens < max_positions => Ok(grid),
         _ => Err(Error::request(
             format!(
                 "pictures of {side} × {side} are {grid} × {grid} tokens, more than the {max_positions} that the \

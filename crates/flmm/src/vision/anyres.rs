@@ -35,7 +35,7 @@ impl AnyResProcessor {
     /// # Errors
     /// [`Error::Request`] if there is no pinpoint, or one that is no such multiple or larger than 16384 pixels.
     pub fn new(side: usize, pinpoints: Vec<(usize, usize)>, normalisation: Normalisation) -> Result<Self> {
-        let length = |length: usize| (1..=MAX_LENGTH).contains(&length) && length % side == 0;
+        let length = |length: usize| (1..=MAX_LENGTH).contains(&length) && length.is_multiple_of(side);
         let fits = |&(h, w): &(usize, usize)| length(h) && length(w) && (h, w) != (side, side);
         if side == 0 || pinpoints.is_empty() || !pinpoints.iter().all(fits) {
             let what = format!(
