@@ -203,7 +203,7 @@ fn image_grid(config: &Config) -> Result<usize> {
 fn side_aux(config: &Config, tower: &ConvNext, across: usize) -> Result<usize> {
     let side = config.size_or("image_size_aux", 768)?;
     let cells = side / tower.map_stride();
-    if side > MAX_AUX || side % tower.stride() != 0 || cells % across != 0 {
+    if side > MAX_AUX || !side.is_multiple_of(tower.stride()) || !cells.is_multiple_of(across) {
         let what = format!(
             "expected at most {MAX_AUX} pixels, a multiple of {} (the auxiliary tower's stride) and of {} (its \
              cells for {across} tokens per side), found {side}",

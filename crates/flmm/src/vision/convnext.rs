@@ -13,6 +13,9 @@ const EPS: f64 = 1e-6;
 /// Side of a patch of the stem.
 const STEM: usize = 4;
 
+/// Most stages that are read; every stage halves the map.
+const MAX_STAGES: usize = 8;
+
 /// Pixels that go through a block's feed-forward layers at once: its hidden maps, four times as wide, would else
 /// be the largest tensors of the whole program.
 const PIXELS: usize = 1 << 14;
@@ -30,8 +33,8 @@ impl ConvNext {
     /// Reads `stem.{0,1}`, `stages.S.downsample.{0,1}` and `stages.S.blocks.B.{conv_dw, norm, mlp.fc1, mlp.fc2, gamma}`.
     pub fn load(params: &Params) -> Result<Self> {
         let (mut widths, mut depths) = (Vec::new(), Vec::new());
-        loop {
-            let stage = params.pp("stages").pp(widths.len());
+        for index in 0..MAX_STAGES {
+            let stage = params.pp("stages").pp(index);
             let count = (0..).take_while(|block| stage.has(&format!("blocks.{block}.gamma"))).count();
             let width = stage.shape("blocks.0.gamma").and_then(|shape| shape.first().copied());
             let Some(width) = width.filter(|&width| width > 0) else { break };
