@@ -7,6 +7,7 @@ pub mod config;
 pub mod error;
 pub mod geometry;
 pub mod grounder;
+pub mod hub;
 pub mod image_input;
 pub mod layout;
 pub mod lmm;

@@ -11,7 +11,7 @@ use super::safetensors::load_safetensors;
 use crate::error::{Error, Result};
 
 /// Names looked for in a folder, in this order. An index comes before a single file, safetensors before pickles.
-const KNOWN: [&str; 7] = [
+pub(crate) const KNOWN: [&str; 7] = [
     "model.safetensors.index.json",
     "model.safetensors",
     "head.safetensors",
@@ -56,6 +56,11 @@ pub fn checkpoint_files(path: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
         return Ok(vec![file]);
     }
     Ok(Index::read(&file)?.shards)
+}
+
+/// Whether the file's extension is one of those that weights are read from.
+pub(crate) fn is_weight_file(path: &Path) -> bool {
+    matches!(path.extension().and_then(|e| e.to_str()), Some("safetensors" | "bin" | "pth" | "pt"))
 }
 
 fn load_file(file: &Path, dtype: Option<DType>, device: &Device) -> Result<HashMap<String, Tensor>> {
@@ -133,10 +138,7 @@ fn weight_file(folder: &Path) -> Result<PathBuf> {
         return Ok(known);
     }
     let mut found = files::list(folder)?;
-    found.retain(|path| {
-        let extension = path.extension().and_then(|e| e.to_str());
-        matches!(extension, Some("safetensors" | "bin" | "pth" | "pt"))
-    });
+    found.retain(|path| is_weight_file(path));
     found.sort();
     match found.as_slice() {
         [one] => Ok(one.clone()),

@@ -9,6 +9,7 @@ mod pickle;
 mod pth;
 mod safetensors;
 
+pub(crate) use checkpoint::{KNOWN, is_weight_file};
 pub use checkpoint::{checkpoint_files, load_checkpoint};
 pub use params::Params;
 pub use pth::{load_pth, load_pth_bytes};
