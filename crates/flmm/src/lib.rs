@@ -4,6 +4,7 @@ pub mod atomic;
 pub mod capture;
 pub mod clusters;
 pub mod config;
+pub mod convert;
 pub mod error;
 pub mod geometry;
 pub mod grounder;

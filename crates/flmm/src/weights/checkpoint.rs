@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 
 use super::files;
-use super::pth::load_pth;
-use super::safetensors::load_safetensors;
+use super::outline::TensorInfo;
+use super::pth::load_pth_some;
+use super::safetensors::load_safetensors_some;
 use crate::error::{Error, Result};
 
 /// Names looked for in a folder, in this order. An index comes before a single file, safetensors before pickles.
@@ -37,15 +38,61 @@ pub fn load_checkpoint(
     dtype: Option<DType>,
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
+    load_checkpoint_some(path, dtype, device, &|_| true)
+}
+
+/// As [`load_checkpoint`], without reading the tensors whose names `keep` refuses.
+///
+/// # Errors
+/// As [`load_checkpoint`].
+pub fn load_checkpoint_some(
+    path: impl AsRef<Path>,
+    dtype: Option<DType>,
+    device: &Device,
+    keep: &dyn Fn(&str) -> bool,
+) -> Result<HashMap<String, Tensor>> {
     let path = path.as_ref();
-    let file = if files::is_dir(path) { weight_file(path)? } else { path.to_owned() };
-    if !files::is_file(&file) {
-        return Err(Error::weights(&file, "no such file or folder", EXPECTED));
+    if super::rehearsal::is_running() {
+        // Where there are no weights, all that is asked for is missing: that is a finding, not a failure.
+        let tensors = if find(path).is_ok() { outline(path)? } else { Vec::new() };
+        return super::rehearsal::stand_ins(path, &tensors, dtype, keep);
     }
+    let file = find(path)?;
     if file.to_string_lossy().ends_with(".index.json") {
-        return load_sharded(&file, dtype, device);
+        return load_sharded(&file, dtype, device, keep);
     }
-    load_file(&file, dtype, device)
+    load_file(&file, dtype, device, keep)
+}
+
+/// Names, types and shapes of all tensors of the checkpoint at `path`, sorted by name. Only headers are read.
+///
+/// # Errors
+/// As [`load_checkpoint`].
+pub fn outline(path: impl AsRef<Path>) -> Result<Vec<TensorInfo>> {
+    let file = find(path.as_ref())?;
+    let shards = if file.to_string_lossy().ends_with(".index.json") {
+        Index::read(&file)?.existing(&file)?
+    } else {
+        vec![file]
+    };
+    let mut tensors = Vec::new();
+    for shard in &shards {
+        tensors.extend(match kind(shard)? {
+            Kind::Safetensors => super::safetensors::outline(shard)?,
+            Kind::Pickle => super::pth::outline(shard)?,
+        });
+    }
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(tensors)
+}
+
+/// The weight file at `path`, or the one to load of the folder.
+fn find(path: &Path) -> Result<PathBuf> {
+    let file = if files::is_dir(path) { weight_file(path)? } else { path.to_owned() };
+    match files::is_file(&file) {
+        true => Ok(file),
+        false => Err(Error::weights(&file, "no such file or folder", EXPECTED)),
+    }
 }
 
 /// The weight files of the checkpoint at `path` without reading them: one, or all shards of an index.
@@ -63,24 +110,44 @@ pub(crate) fn is_weight_file(path: &Path) -> bool {
     matches!(path.extension().and_then(|e| e.to_str()), Some("safetensors" | "bin" | "pth" | "pt"))
 }
 
-fn load_file(file: &Path, dtype: Option<DType>, device: &Device) -> Result<HashMap<String, Tensor>> {
+/// The two kinds of weight files.
+enum Kind {
+    Safetensors,
+    Pickle,
+}
+
+/// The kind that the file's extension tells.
+fn kind(file: &Path) -> Result<Kind> {
     match file.extension().and_then(|e| e.to_str()) {
-        Some("safetensors") => load_safetensors(&[file.to_owned()], dtype, device),
-        Some("bin" | "pth" | "pt") => load_pth(file, dtype, device),
+        Some("safetensors") => Ok(Kind::Safetensors),
+        Some("bin" | "pth" | "pt") => Ok(Kind::Pickle),
         _ => Err(Error::weights(file, "the kind of this file cannot be told from its extension", EXPECTED)),
     }
 }
 
+fn load_file(
+    file: &Path,
+    dtype: Option<DType>,
+    device: &Device,
+    keep: &dyn Fn(&str) -> bool,
+) -> Result<HashMap<String, Tensor>> {
+    match kind(file)? {
+        Kind::Safetensors => load_safetensors_some(file, dtype, device, keep),
+        Kind::Pickle => load_pth_some(file, dtype, device, keep),
+    }
+}
+
 /// Loads the shards named by an index and checks that they hold every tensor it lists.
-fn load_sharded(file: &Path, dtype: Option<DType>, device: &Device) -> Result<HashMap<String, Tensor>> {
+fn load_sharded(
+    file: &Path,
+    dtype: Option<DType>,
+    device: &Device,
+    keep: &dyn Fn(&str) -> bool,
+) -> Result<HashMap<String, Tensor>> {
     let index = Index::read(file)?;
     let mut tensors = HashMap::new();
-    for shard in &index.shards {
-        if !files::is_file(shard) {
-            let what = format!("the index names the shard `{}`, which is not there", shard.display());
-            return Err(Error::weights(file, what, "download the missing shard"));
-        }
-        for (name, tensor) in load_file(shard, dtype, device)? {
+    for shard in &index.existing(file)? {
+        for (name, tensor) in load_file(shard, dtype, device, keep)? {
             if tensors.contains_key(&name) {
                 let what = format!("tensor `{name}` is also in another shard");
                 return Err(Error::weights(shard, what, "remove shards that belong to another download"));
@@ -89,7 +156,7 @@ fn load_sharded(file: &Path, dtype: Option<DType>, device: &Device) -> Result<Ha
         }
     }
     let missing: Vec<&str> =
-        index.names.iter().filter(|n| !tensors.contains_key(*n)).map(|n| n.as_str()).collect();
+        index.names.iter().filter(|n| keep(n) && !tensors.contains_key(*n)).map(|n| n.as_str()).collect();
     if let Some(first) = missing.first() {
         let what = format!("{} tensors of the index are in no shard, the first is `{first}`", missing.len());
         return Err(Error::weights(
@@ -129,6 +196,17 @@ impl Index {
             return Err(damaged("the index lists no tensors".to_owned()));
         }
         Ok(Self { names: map.keys().cloned().collect(), shards: shards.into_iter().collect() })
+    }
+
+    /// The shards of the index in `file`, if all are there.
+    fn existing(&self, file: &Path) -> Result<Vec<PathBuf>> {
+        match self.shards.iter().find(|shard| !files::is_file(shard)) {
+            Some(shard) => {
+                let what = format!("the index names the shard `{}`, which is not there", shard.display());
+                Err(Error::weights(file, what, "download the missing shard"))
+            }
+            None => Ok(self.shards.clone()),
+        }
     }
 }
 

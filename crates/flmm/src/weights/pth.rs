@@ -9,6 +9,7 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::element::{Element, elem_count};
 use super::mmap::map;
+use super::outline::TensorInfo;
 use super::pickle::{Id, Pickle, TensorRef, Value};
 use crate::error::{Error, Result};
 
@@ -36,8 +37,30 @@ pub fn load_pth(
     dtype: Option<DType>,
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
-    let bytes = map(file.as_ref())?;
-    load_pth_bytes(&bytes, file, dtype, device)
+    load_pth_some(file.as_ref(), dtype, device, &|_| true)
+}
+
+/// As [`load_pth`], without the tensors whose names `keep` refuses.
+pub(super) fn load_pth_some(
+    file: &Path,
+    dtype: Option<DType>,
+    device: &Device,
+    keep: &dyn Fn(&str) -> bool,
+) -> Result<HashMap<String, Tensor>> {
+    load_from(&map(file)?, file, dtype, device, keep)
+}
+
+/// Names, types and shapes of a file's tensors, from its description.
+pub(super) fn outline(file: &Path) -> Result<Vec<TensorInfo>> {
+    let bytes = map(file)?;
+    let pickle = describe(&Archive::open(&bytes, file)?, file)?;
+    let entries = parameters(&pickle).map_err(|what| Error::weights(file, what, RESAVE))?;
+    let info = |(name, view): (String, &TensorRef)| TensorInfo {
+        name,
+        dtype: view.storage.element.name().to_owned(),
+        shape: view.shape.clone(),
+    };
+    Ok(entries.into_iter().map(info).collect())
 }
 
 /// As [`load_pth`], from bytes at hand; `name` is what errors call them.
@@ -47,16 +70,29 @@ pub fn load_pth_bytes(
     dtype: Option<DType>,
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
-    let file = name.as_ref();
+    load_from(bytes, name.as_ref(), dtype, device, &|_| true)
+}
+
+fn describe(archive: &Archive<'_>, file: &Path) -> Result<Pickle> {
+    Pickle::read(archive.pickle).map_err(|what| Error::weights(file, what, RESAVE))
+}
+
+fn load_from(
+    bytes: &[u8],
+    file: &Path,
+    dtype: Option<DType>,
+    device: &Device,
+    keep: &dyn Fn(&str) -> bool,
+) -> Result<HashMap<String, Tensor>> {
     let archive = Archive::open(bytes, file)?;
-    let pickle = Pickle::read(archive.pickle).map_err(|what| Error::weights(file, what, RESAVE))?;
+    let pickle = describe(&archive, file)?;
     let entries = parameters(&pickle).map_err(|what| Error::weights(file, what, RESAVE))?;
 
     // Two names of one view share a tensor. What remains can be larger than the file only by overlapping views.
     let mut views: HashMap<&TensorRef, Tensor> = HashMap::new();
     let mut budget = bytes.len().saturating_mul(4);
     let mut tensors = HashMap::with_capacity(entries.len());
-    for (name, view) in entries {
+    for (name, view) in entries.into_iter().filter(|(name, _)| keep(name)) {
         let tensor = match views.get(view) {
             Some(tensor) => tensor.clone(),
             None => {

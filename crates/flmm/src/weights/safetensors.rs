@@ -10,6 +10,7 @@ use safetensors::{SafeTensorError, SafeTensors};
 
 use super::element::{Element, elem_count};
 use super::mmap::map;
+use super::outline::TensorInfo;
 use crate::atomic;
 use crate::error::{Error, Result};
 
@@ -36,9 +37,35 @@ pub fn load_safetensors(
     let mut tensors = HashMap::new();
     for file in files {
         let bytes = map(file)?;
-        load_from(&bytes, file, dtype, device, &mut tensors)?;
+        load_from(&bytes, file, dtype, device, &|_| true, &mut tensors)?;
     }
     Ok(tensors)
+}
+
+/// As [`load_safetensors`] for one file, without the tensors whose names `keep` refuses.
+pub(super) fn load_safetensors_some(
+    file: &Path,
+    dtype: Option<DType>,
+    device: &Device,
+    keep: &dyn Fn(&str) -> bool,
+) -> Result<HashMap<String, Tensor>> {
+    let mut tensors = HashMap::new();
+    load_from(&map(file)?, file, dtype, device, keep, &mut tensors)?;
+    Ok(tensors)
+}
+
+/// Names, types and shapes of a file's tensors, from its header.
+pub(super) fn outline(file: &Path) -> Result<Vec<TensorInfo>> {
+    let bytes = map(file)?;
+    check_frame(&bytes, file)?;
+    let views = SafeTensors::deserialize(&bytes).map_err(|e| explain(e, &bytes, file))?;
+    let info = |(name, view): (&str, safetensors::tensor::TensorView<'_>)| TensorInfo {
+        name: name.to_owned(),
+        dtype: Element::from_safetensors(view.dtype())
+            .map_or_else(|| format!("{:?}", view.dtype()), |element| element.name().to_owned()),
+        shape: view.shape().to_vec(),
+    };
+    Ok(views.iter().map(info).collect())
 }
 
 /// As [`load_safetensors`], from bytes at hand; `name` is what errors call them.
@@ -49,7 +76,7 @@ pub fn load_safetensors_bytes(
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
     let mut tensors = HashMap::new();
-    load_from(bytes, name.as_ref(), dtype, device, &mut tensors)?;
+    load_from(bytes, name.as_ref(), dtype, device, &|_| true, &mut tensors)?;
     Ok(tensors)
 }
 
@@ -67,11 +94,12 @@ fn load_from(
     file: &Path,
     dtype: Option<DType>,
     device: &Device,
+    keep: &dyn Fn(&str) -> bool,
     tensors: &mut HashMap<String, Tensor>,
 ) -> Result<()> {
     check_frame(bytes, file)?;
     let views = SafeTensors::deserialize(bytes).map_err(|e| explain(e, bytes, file))?;
-    for (name, view) in views.iter() {
+    for (name, view) in views.iter().filter(|(name, _)| keep(name)) {
         let Some(element) = Element::from_safetensors(view.dtype()) else {
             let what = format!("tensor `{name}` has the type {:?}, which is not supported", view.dtype());
             return Err(Error::weights(file, what, "save the tensor as f32, f16 or bf16"));
