@@ -227,7 +227,7 @@ fn a_token_goes_to_the_hub_and_nowhere_else() {
 fn refusals_say_what_to_do() {
     let place = Place::new(&sharded());
     for (refusal, says) in [
-        ((401, ""), ["no such repository", "huggingface-cli login"]),
+        ((401, ""), ["no such repository", "hf auth login"]),
         ((401, "GatedRepo"), ["accepted its licence", "HF_TOKEN"]),
         ((403, ""), ["accepted its licence", "HF_TOKEN"]),
         ((404, "RepoNotFound"), ["no such repository", "check the name"]),

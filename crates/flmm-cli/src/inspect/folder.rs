@@ -25,7 +25,7 @@ pub(crate) fn run(path: &Path, as_json: bool, talk: &Talk) -> Result<()> {
         Named::Repo(repo) => Hub::from_env()?.cached(&repo).ok_or_else(|| {
             Failure::usage(
                 format!("`{repo}` is neither a folder nor a repository that was downloaded"),
-                format!("check the path, or run `huggingface-cli download {}`", repo.id()),
+                format!("check the path, or run `hf download {}`", repo.id()),
             )
         })?,
     };

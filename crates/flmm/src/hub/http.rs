@@ -173,15 +173,13 @@ impl Client {
                 format!(
                     "{id}: the hub allows these files only to those who have accepted its licence (status {status})"
                 ),
-                format!(
-                    "accept the conditions at {page}, then give a token: HF_TOKEN, or `huggingface-cli login`"
-                ),
+                format!("accept the conditions at {page}, then give a token: HF_TOKEN, or `hf auth login`"),
             ),
             // To strangers the hub does not tell a private repository from one that does not exist.
             (401, _) if self.token.is_none() => (
                 format!("{id}: there is no such repository on the hub, or it is private and needs a token"),
                 format!(
-                    "check the name at {page}; if it is private or gated, set HF_TOKEN or use `huggingface-cli login`"
+                    "check the name at {page}; if it is private or gated, set HF_TOKEN or use `hf auth login`"
                 ),
             ),
             (401, _) => (

@@ -281,9 +281,9 @@ impl Hub {
         Error::hub(
             format!("{repo}: {names} not in the cache {}, and {why}", self.settings.cache.display()),
             format!(
-                "with a connection run `huggingface-cli download {}{revision}` or this command again; or set HF_HOME to \
-                 a cache that has the model; or give a local folder",
-                repo.id()
+                "with a connection run this command again or `huggingface-cli download {id}{revision}` (newer: `hf \
+                 download {id}{revision}`); or set HF_HOME to a folder whose cache has the model; or give a local folder",
+                id = repo.id()
             ),
         )
     }

@@ -12,7 +12,7 @@ pub struct HubSettings {
     pub endpoint: String,
     /// The cache: `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else `~/.cache/huggingface/hub`.
     pub cache: PathBuf,
-    /// Who asks: `HF_TOKEN`, else the file `token` in `HF_HOME` (`huggingface-cli login` writes it).
+    /// Who asks: `HF_TOKEN`, else the file `token` in `HF_HOME` (`hf auth login` writes it).
     pub token: Option<String>,
     /// Whether the network must not be used: `HF_HUB_OFFLINE`.
     pub offline: bool,
