@@ -297,6 +297,20 @@ fn refuses_compressed_records_and_foreign_files() {
     assert!(refusal(b"PK\x03\x04").contains("truncated"));
 }
 
+#[test]
+fn refuses_records_that_lead_out_of_the_archive() {
+    for name in
+        ["../data.pkl", "/etc/data.pkl", "archive/../../data.pkl", "archive\\..\\data.pkl", "a/\0/data.pkl"]
+    {
+        let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+        let options = SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+        zip.start_file(name, options).unwrap();
+        zip.write_all(b"x").unwrap();
+        let message = refusal(&zip.finish().unwrap().into_inner());
+        assert!(message.contains("leads out of the archive"), "{name:?}: {message}");
+    }
+}
+
 fn small() -> Vec<u8> {
     let root = dict(&[
         ("a", tensor(storage("FloatStorage", "0", 12), 2, &[2, 3], &[3, 1])),

@@ -71,25 +71,23 @@ fn hostile_files_are_refused_and_nothing_is_written() {
     let place = Place::new();
     let marker = std::env::temp_dir().join(format!("flmm-owned-{}", std::process::id()));
     let command = format!("touch {}", marker.display());
+    // A whole head in which one tensor is not what it should be.
     let call = |module: &str, name: &str, argument: &str| {
-        let call: Ops = pickles::call(pickles::global(module, name), &[pickles::text(argument)]);
-        pickles::archive(&pickles::pickle(pickles::dict(&[("text_proj.weight", call)])), &[])
+        head_with(pickles::call(pickles::global(module, name), &[pickles::text(argument)]))
     };
     let view = |shape: &[i64], strides: &[i64], key: &str, count: i64| {
-        let tensor = pickles::tensor(pickles::storage("FloatStorage", key, count), 0, shape, strides);
-        let root = pickles::dict(&[("text_proj.weight", tensor)]);
-        pickles::archive(&pickles::pickle(root), &[("0", pickles::counting(4))])
+        head_with(pickles::tensor(pickles::storage("FloatStorage", key, count), 0, shape, strides))
     };
     let whole = std::fs::read(fixture("lmm/llava15/heads.pth")).unwrap();
     let hostile = [
         ("os_system", call("os", "system", &command)),
         ("posix_system", call("posix", "system", &command)),
         ("builtins_eval", call("builtins", "eval", "__import__('os').abort()")),
-        ("huge_storage", view(&[1 << 40], &[1], "0", 1 << 40)),
-        ("huge_view", view(&[1 << 40, 1 << 20], &[0, 0], "0", 4)),
-        ("overflow", view(&[i64::MAX, i64::MAX], &[1, 1], "0", 4)),
-        ("outside_storage", view(&[8], &[1], "0", 4)),
-        ("path_in_key", view(&[4], &[1], "../../../../etc/passwd", 4)),
+        ("huge_storage", view(&[2], &[1], "bad", 1 << 40)),
+        ("huge_view", view(&[1 << 40, 1 << 20], &[0, 0], "bad", 1)),
+        ("overflow", view(&[i64::MAX, i64::MAX], &[1, 1], "bad", 1)),
+        ("outside_storage", view(&[2], &[8], "bad", 1)),
+        ("path_in_key", view(&[2], &[1], "../../../../etc/passwd", 2)),
         ("path_in_archive", path_in_archive()),
         ("truncated", whole[..whole.len() / 2].to_vec()),
         ("no_archive", b"#!/bin/sh\ntouch owned\n".to_vec()),
@@ -117,18 +115,32 @@ fn hostile_files_are_refused_and_nothing_is_written() {
     assert!(!marker.exists());
 }
 
-/// An archive whose folder and records lead out of it. Nothing is ever unpacked, so all it can do is not to be found.
+/// The head of `fixtures/` with `tensor` as `mask_head.decoder.0.conv_block.convs.0.gn.weight`.
+fn head_with(tensor: Ops) -> Vec<u8> {
+    const CHANGED: &str = "mask_head.decoder.0.conv_block.convs.0.gn.weight";
+    let file = fixture("lmm/llava15/heads.pth");
+    let read = flmm::weights::load_checkpoint(file, None, &candle_core::Device::Cpu).unwrap();
+    let mut entries = vec![(CHANGED, tensor)];
+    let mut records = vec![("bad".to_owned(), pickles::counting(1))];
+    for (i, (name, tensor)) in read.iter().filter(|(name, _)| *name != CHANGED).enumerate() {
+        let shape: Vec<i64> = tensor.dims().iter().map(|&n| n as i64).collect();
+        let strides: Vec<i64> = (0..shape.len()).map(|axis| shape[axis + 1..].iter().product()).collect();
+        let storage = pickles::storage("FloatStorage", &i.to_string(), shape.iter().product());
+        entries.push((name, pickles::tensor(storage, 0, &shape, &strides)));
+        records.push((i.to_string(), pickles::floats(&tensor.flatten_all().unwrap().to_vec1().unwrap())));
+    }
+    let records: Vec<(&str, Vec<u8>)> =
+        records.iter().map(|(key, bytes)| (key.as_str(), bytes.clone())).collect();
+    pickles::archive(&pickles::pickle(pickles::dict(&entries)), &records)
+}
+
+/// An archive with a record that leads out of it.
 fn path_in_archive() -> Vec<u8> {
     use std::io::Write;
-    let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    let whole = std::fs::read(fixture("lmm/llava15/heads.pth")).unwrap();
+    let mut zip = zip::ZipWriter::new_append(std::io::Cursor::new(whole)).unwrap();
     let options = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
-    let tensor = pickles::tensor(pickles::storage("FloatStorage", "0", 4), 0, &[4], &[1]);
-    let root = pickles::pickle(pickles::dict(&[("text_proj.weight", tensor)]));
-    for (name, content) in
-        [("../data.pkl", root), ("../../evil.txt", b"owned".to_vec()), ("/data/0", pickles::counting(4))]
-    {
-        zip.start_file(name, options).unwrap();
-        zip.write_all(&content).unwrap();
-    }
+    zip.start_file("heads/data/../../../evil.txt", options).unwrap();
+    zip.write_all(b"owned").unwrap();
     zip.finish().unwrap().into_inner()
 }

@@ -179,6 +179,14 @@ impl<'a> Archive<'a> {
         for index in 0..zip.len() {
             let entry = zip.by_index_raw(index).map_err(broken)?;
             let name = entry.name().map_err(broken)?.into_owned();
+            // Nothing is unpacked, so such a name does no harm here; but no honest writer makes it.
+            if name.starts_with('/')
+                || name.contains(['\\', '\0'])
+                || name.split('/').any(|part| part == "..")
+            {
+                let what = format!("record `{}` leads out of the archive", name.escape_debug());
+                return Err(Error::weights(file, what, "do not use this file: it was made to do harm"));
+            }
             // torch.save puts everything in one folder, named after the file.
             let Some((_, inner)) = name.split_once('/') else { continue };
             let record = inner.strip_prefix("data/");
