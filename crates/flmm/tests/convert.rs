@@ -260,7 +260,7 @@ fn a_rehearsal_finds_what_is_missing_without_reading() {
     assert!(findings.unused.iter().all(|name| last.iter().any(|prefix| name.starts_with(prefix))));
     let infos = outline(dir.path()).unwrap();
     let used = infos.iter().filter(|info| !findings.unused.contains(&info.name));
-    assert_eq!(findings.used_elements, used.map(TensorInfo::elements).sum());
+    assert_eq!(findings.used_elements, used.map(TensorInfo::elements).sum::<usize>());
     assert_eq!(findings.unused.len(), 18);
     // Without weights everything is missing; after the rehearsal that is an error again.
     std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
