@@ -40,6 +40,8 @@ pub(crate) enum Command {
     World(WorldArgs),
     /// Look inside: the models known, one model, the attention behind a mask.
     Inspect(InspectArgs),
+    /// Turn released checkpoints into the files this program keeps: checked, safe to read, only what is needed.
+    Convert(ConvertArgs),
     /// Say whose work is included and under which licences.
     Credits,
     /// Print a completion script for a shell.
@@ -53,8 +55,9 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// LMM in the Hugging Face layout, or a bundle with `lmm/`, `sam/` and `head/` [default: the embedded flmm-tiny].
-    #[arg(long, value_name = "DIR")]
+    /// LMM in the Hugging Face layout, or a bundle with `lmm/`, `sam/` and `head/`: a folder, or a repository of the
+    /// Hugging Face hub as org/name or org/name@revision [default: the embedded flmm-tiny].
+    #[arg(long, value_name = "DIR|REPO")]
     pub(crate) model: Option<PathBuf>,
     /// SAM checkpoint (.pth or .safetensors), for a model that is not a bundle.
     #[arg(long, value_name = "FILE", requires = "model")]
@@ -167,6 +170,41 @@ pub(crate) enum Split {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    #[command(subcommand)]
+    pub(crate) what: Convert,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Convert {
+    /// Turn a released grounding head into a folder with head.safetensors and head.json.
+    Head {
+        /// The released file (.pth, .pt, .bin or .safetensors).
+        file: PathBuf,
+        /// The LMM it was trained for: a name or repository of `flmm inspect lmms`, or a model folder.
+        #[arg(long, value_name = "NAME|DIR")]
+        lmm: String,
+        /// Folder to write to, new or empty.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Replace the converted files in a folder that is not empty.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Turn a SAM checkpoint into safetensors.
+    Sam {
+        /// The checkpoint, for example sam_vit_l_0b3195.pth.
+        file: PathBuf,
+        /// A new or empty folder, or a file whose name ends in .safetensors.
+        #[arg(long, value_name = "DIR|FILE")]
+        out: PathBuf,
+        /// Replace the converted files where there are some.
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
     #[command(subcommand)]
     pub(crate) what: Inspect,
@@ -180,8 +218,13 @@ pub(crate) enum Inspect {
         #[arg(long)]
         json: bool,
     },
-    /// Show the sizes of a model and its parts.
+    /// Show what a model or a part of one is: sizes, tensors, what is missing. Nothing is computed and no weight is read.
+    ///
+    /// With -v, every tensor is listed. Without PATH, the model that the other options choose is opened.
     Model {
+        /// LMM, SAM, grounding head or bundle: a folder, a file, or a repository that was downloaded before.
+        #[arg(value_name = "PATH|REPO", conflicts_with = "model")]
+        path: Option<PathBuf>,
         #[command(flatten)]
         model: ModelArgs,
         /// Print JSON.

@@ -4,9 +4,11 @@
 
 mod args;
 mod chat;
+mod convert;
 mod credits;
 mod embedded;
 mod failure;
+mod fetch;
 mod ground;
 mod inspect;
 mod model;
@@ -47,6 +49,7 @@ fn run(cli: &Cli, talk: &Talk) -> Result<()> {
         Command::Ground(args) => ground::run(args, talk),
         Command::World(args) => world::run(args, talk),
         Command::Inspect(args) => inspect::run(&args.what, talk),
+        Command::Convert(args) => convert::run(&args.what, talk),
         Command::Credits => talk.print(&credits::text()),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -5,10 +5,12 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use flmm::Grounder;
 use flmm::grounder::ModelPaths;
+use flmm::hub::Hub;
 
 use crate::args::{ModelArgs, Precision};
 use crate::embedded;
 use crate::failure::{Failure, Result};
+use crate::fetch::{self, Named, named};
 use crate::talk::Talk;
 
 /// An opened model and what to call it.
@@ -19,7 +21,7 @@ pub(crate) struct Model {
 
 /// Opens the model the user chose, or the embedded one.
 pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
-    let (name, paths) = choose(args)?;
+    let (name, paths) = choose(args, talk)?;
     let dtype = match args.dtype {
         Precision::F32 => DType::F32,
         Precision::Bf16 => DType::BF16,
@@ -33,8 +35,11 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
     Ok(Model { grounder, name })
 }
 
+/// Where public SAM checkpoints come from; the method was made with this size.
+const SAM_SOURCE: &str = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth";
+
 /// Name and files of the chosen model.
-fn choose(args: &ModelArgs) -> Result<(String, ModelPaths)> {
+fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
     let Some(model) = &args.model else {
         let bundle = embedded::bundle().ok_or_else(|| {
             Failure::usage(
@@ -44,34 +49,70 @@ fn choose(args: &ModelArgs) -> Result<(String, ModelPaths)> {
         })?;
         return Ok((embedded::NAME.to_owned(), ModelPaths::bundle(&bundle)));
     };
-    let bundle = ModelPaths::bundle(model);
-    let is_bundle = !model.join("config.json").is_file() && bundle.model.is_dir();
-    let (lmm, sam, head) = match is_bundle {
-        true => {
-            (bundle.model, args.sam.clone().unwrap_or(bundle.sam), args.head.clone().unwrap_or(bundle.head))
-        }
-        false => match (&args.sam, &args.head) {
-            (Some(sam), Some(head)) => (model.clone(), sam.clone(), head.clone()),
-            _ => {
-                return Err(Failure::usage(
-                    format!(
-                        "`{}` is not a bundle: its SAM and its grounding head are not known",
-                        model.display()
-                    ),
-                    "add --sam FILE and --head DIR",
-                ));
-            }
-        },
-    };
-    for path in [&lmm, &sam, &head] {
-        if !path.exists() {
-            return Err(Failure::usage(
-                format!("`{}`: no such file or folder", path.display()),
-                "check the path",
-            ));
+    // Before anything is downloaded.
+    let given = [
+        (&args.sam, format!("check the path; public SAM checkpoints: {SAM_SOURCE}")),
+        (&args.head, "check the path; `flmm convert head` makes a folder of a released head".to_owned()),
+    ];
+    for (path, hint) in given {
+        if let Some(path) = path
+            && !path.exists()
+        {
+            return Err(Failure::usage(format!("`{}`: no such file or folder", path.display()), hint));
         }
     }
-    Ok((name_of(model), ModelPaths { model: lmm, sam, head }))
+    match named(model)? {
+        Named::Local(folder) => {
+            let bundle = ModelPaths::bundle(&folder);
+            let is_bundle = !folder.join("config.json").is_file() && bundle.model.is_dir();
+            let paths = parts(args, &folder, is_bundle)?;
+            for path in [&paths.sam, &paths.head] {
+                if !path.exists() {
+                    let what = format!("`{}`: no such file or folder", path.display());
+                    return Err(Failure::usage(
+                        what,
+                        "the bundle is not complete: add the part, or --sam and --head",
+                    ));
+                }
+            }
+            Ok((name_of(&folder), paths))
+        }
+        Named::Repo(repo) => {
+            let hub = Hub::from_env()?;
+            let plan = hub.plan(&repo)?;
+            // A model that cannot be used for want of its parts is not downloaded.
+            let paths = parts(args, plan.folder(), plan.is_bundle())?;
+            fetch::download(&hub, &repo, &plan, talk)?;
+            Ok((repo.to_string(), paths))
+        }
+    }
+}
+
+/// The three parts of the model in `folder`: its own, or those given.
+fn parts(args: &ModelArgs, folder: &Path, is_bundle: bool) -> Result<ModelPaths> {
+    let bundle = ModelPaths::bundle(folder);
+    match (is_bundle, &args.sam, &args.head) {
+        (true, sam, head) => Ok(ModelPaths {
+            model: bundle.model,
+            sam: sam.clone().unwrap_or(bundle.sam),
+            head: head.clone().unwrap_or(bundle.head),
+        }),
+        (false, Some(sam), Some(head)) => {
+            Ok(ModelPaths { model: folder.to_owned(), sam: sam.clone(), head: head.clone() })
+        }
+        (false, ..) => {
+            let model = args.model.as_deref().unwrap_or(folder);
+            Err(Failure::usage(
+                format!(
+                    "`{}` is not a bundle: its SAM and its grounding head are not known",
+                    model.display()
+                ),
+                format!(
+                    "add --sam FILE (public checkpoints: {SAM_SOURCE}) and --head DIR, its grounding head"
+                ),
+            ))
+        }
+    }
 }
 
 /// The last part of a path, made absolute where that is needed to have one.

@@ -35,6 +35,11 @@ impl Talk {
         self.stdout_colour
     }
 
+    /// Whether more was asked for.
+    pub(crate) fn verbose(&self) -> bool {
+        self.verbose
+    }
+
     /// A result, followed by a line end.
     pub(crate) fn print(&self, text: &str) -> Result<()> {
         let mut out = std::io::stdout().lock();
@@ -95,6 +100,18 @@ impl Talk {
         }
         let bar = ProgressBar::new(total);
         match ProgressStyle::with_template("{wide_bar} {pos}/{len} {eta}") {
+            Ok(style) => bar.with_style(style),
+            Err(_) => bar,
+        }
+    }
+
+    /// A bar of `total` bytes; invisible unless on a terminal.
+    pub(crate) fn bytes_bar(&self, total: u64) -> ProgressBar {
+        if self.quiet || !self.stderr_terminal {
+            return ProgressBar::hidden();
+        }
+        let bar = ProgressBar::new(total);
+        match ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}") {
             Ok(style) => bar.with_style(style),
             Err(_) => bar,
         }

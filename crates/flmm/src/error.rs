@@ -41,6 +41,14 @@ pub enum Error {
         /// What the user can do.
         hint: String,
     },
+    /// The Hugging Face hub, or the way to it, did not give what was asked for.
+    #[error("{what}")]
+    Hub {
+        /// What is missing or was refused, naming the repository.
+        what: String,
+        /// What the user can do.
+        hint: String,
+    },
     /// The operating system refused to read or write a file.
     #[error("{}: {source}", path.display())]
     Io {
@@ -64,6 +72,7 @@ impl Error {
             Self::Image { hint, .. }
             | Self::Weights { hint, .. }
             | Self::Config { hint, .. }
+            | Self::Hub { hint, .. }
             | Self::Request { hint, .. } => Some(hint),
             Self::Io { source, .. } => match source.kind() {
                 std::io::ErrorKind::NotFound => Some("check the path"),
@@ -92,6 +101,11 @@ impl Error {
     /// An [`Error::Config`] for `file`.
     pub fn config(file: impl AsRef<Path>, what: impl Into<String>, hint: impl Into<String>) -> Self {
         Self::Config { file: file.as_ref().to_owned(), what: what.into(), hint: hint.into() }
+    }
+
+    /// An [`Error::Hub`].
+    pub fn hub(what: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Hub { what: what.into(), hint: hint.into() }
     }
 
     /// An [`Error::Request`].

@@ -1,6 +1,7 @@
 //! `flmm inspect`: what is inside.
 
 mod attention;
+mod folder;
 mod lmms;
 mod sizes;
 
@@ -11,7 +12,8 @@ use crate::talk::Talk;
 pub(crate) fn run(what: &Inspect, talk: &Talk) -> Result<()> {
     match what {
         Inspect::Lmms { json } => lmms::run(*json, talk),
-        Inspect::Model { model, json } => sizes::run(model, *json, talk),
+        Inspect::Model { path: Some(path), json, .. } => folder::run(path, *json, talk),
+        Inspect::Model { path: None, model, json } => sizes::run(model, *json, talk),
         Inspect::Attention(args) => attention::run(args, talk),
     }
 }

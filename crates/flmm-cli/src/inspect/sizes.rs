@@ -41,7 +41,7 @@ pub(crate) fn run(args: &ModelArgs, as_json: bool, talk: &Talk) -> Result<()> {
 }
 
 /// `{"a": {"b": 1}}` as the row `a.b  1`.
-fn flatten(prefix: &str, value: &Value, rows: &mut Vec<Vec<String>>) {
+pub(super) fn flatten(prefix: &str, value: &Value, rows: &mut Vec<Vec<String>>) {
     match value {
         Value::Object(map) => {
             for (key, value) in map {

@@ -3,6 +3,13 @@
 mod answers;
 mod bad_input;
 mod bad_model;
+mod convert;
+#[path = "../../../flmm/tests/common/fake_hub.rs"]
+mod fake_hub;
 mod help;
+mod hub;
+mod inspect_model;
+#[path = "../../../flmm/tests/common/pickles.rs"]
+mod pickles;
 mod support;
 mod worlds;

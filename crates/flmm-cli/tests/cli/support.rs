@@ -72,6 +72,11 @@ impl Place {
         for name in ["NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "TERM", "RAYON_NUM_THREADS"] {
             command.env_remove(name);
         }
+        // No test may find, or ask for, what a developer has downloaded.
+        for name in ["HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH", "TRANSFORMERS_OFFLINE"] {
+            command.env_remove(name);
+        }
+        command.env("HF_HOME", self.path("hf")).env("HF_ENDPOINT", "http://127.0.0.1:9").env("NO_PROXY", "*");
         command
     }
 

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 
 use super::files;
-use super::pth::load_pth_with;
-use super::safetensors;
+use super::outline::TensorInfo;
+use super::watch::Watch;
+use super::{pth, safetensors};
 use crate::error::{Error, Result};
 
 /// Names looked for in a folder, in this order. An index comes before a single file, safetensors before pickles.
-const KNOWN: [&str; 7] = [
+pub(crate) const KNOWN: [&str; 7] = [
     "model.safetensors.index.json",
     "model.safetensors",
     "head.safetensors",
@@ -37,7 +38,7 @@ pub fn load_checkpoint(
     dtype: Option<DType>,
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
-    load_checkpoint_with(path, dtype, device, &mut |_| {})
+    load(path.as_ref(), dtype, device, &mut Watch::everything(&mut |_| {}))
 }
 
 /// As [`load_checkpoint`]; `read` receives the number of bytes of every tensor that was read, see
@@ -48,15 +49,69 @@ pub fn load_checkpoint_with(
     device: &Device,
     read: &mut dyn FnMut(u64),
 ) -> Result<HashMap<String, Tensor>> {
-    let path = path.as_ref();
-    let file = if files::is_dir(path) { weight_file(path)? } else { path.to_owned() };
-    if !files::is_file(&file) {
-        return Err(Error::weights(&file, "no such file or folder", EXPECTED));
+    load(path.as_ref(), dtype, device, &mut Watch::everything(read))
+}
+
+/// As [`load_checkpoint`], without reading the tensors whose names `keep` refuses.
+///
+/// # Errors
+/// As [`load_checkpoint`].
+pub fn load_checkpoint_some(
+    path: impl AsRef<Path>,
+    dtype: Option<DType>,
+    device: &Device,
+    keep: &dyn Fn(&str) -> bool,
+) -> Result<HashMap<String, Tensor>> {
+    load(path.as_ref(), dtype, device, &mut Watch { keep, read: &mut |_| {} })
+}
+
+fn load(
+    path: &Path,
+    dtype: Option<DType>,
+    device: &Device,
+    watch: &mut Watch<'_>,
+) -> Result<HashMap<String, Tensor>> {
+    if super::rehearsal::is_running() {
+        // Where there are no weights, all that is asked for is missing: that is a finding, not a failure.
+        let tensors = if find(path).is_ok() { outline(path)? } else { Vec::new() };
+        return super::rehearsal::stand_ins(path, &tensors, dtype, watch.keep);
     }
+    let file = find(path)?;
     if file.to_string_lossy().ends_with(".index.json") {
-        return load_sharded(&file, dtype, device, read);
+        return load_sharded(&file, dtype, device, watch);
     }
-    load_file(&file, dtype, device, read)
+    load_file(&file, dtype, device, watch)
+}
+
+/// Names, types and shapes of all tensors of the checkpoint at `path`, sorted by name. Only headers are read.
+///
+/// # Errors
+/// As [`load_checkpoint`].
+pub fn outline(path: impl AsRef<Path>) -> Result<Vec<TensorInfo>> {
+    let file = find(path.as_ref())?;
+    let shards = if file.to_string_lossy().ends_with(".index.json") {
+        Index::read(&file)?.existing(&file)?
+    } else {
+        vec![file]
+    };
+    let mut tensors = Vec::new();
+    for shard in &shards {
+        tensors.extend(match kind(shard)? {
+            Kind::Safetensors => super::safetensors::outline(shard)?,
+            Kind::Pickle => super::pth::outline(shard)?,
+        });
+    }
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(tensors)
+}
+
+/// The weight file at `path`, or the one to load of the folder.
+fn find(path: &Path) -> Result<PathBuf> {
+    let file = if files::is_dir(path) { weight_file(path)? } else { path.to_owned() };
+    match files::is_file(&file) {
+        true => Ok(file),
+        false => Err(Error::weights(&file, "no such file or folder", EXPECTED)),
+    }
 }
 
 /// The weight files of the checkpoint at `path` without reading them: one, or all shards of an index.
@@ -79,15 +134,34 @@ fn load_file(
     file: &Path,
     dtype: Option<DType>,
     device: &Device,
-    read: &mut dyn FnMut(u64),
+    watch: &mut Watch<'_>,
 ) -> Result<HashMap<String, Tensor>> {
-    match file.extension().and_then(|e| e.to_str()) {
-        Some("safetensors") => {
+    match kind(file)? {
+        Kind::Safetensors => {
             let mut tensors = HashMap::new();
-            safetensors::load_file(file, dtype, device, &mut tensors, read)?;
+            safetensors::load_file(file, dtype, device, &mut tensors, watch)?;
             Ok(tensors)
         }
-        Some("bin" | "pth" | "pt") => load_pth_with(file, dtype, device, read),
+        Kind::Pickle => pth::load_file(file, dtype, device, watch),
+    }
+}
+
+/// Whether the file's extension is one of those that weights are read from.
+pub(crate) fn is_weight_file(path: &Path) -> bool {
+    matches!(path.extension().and_then(|e| e.to_str()), Some("safetensors" | "bin" | "pth" | "pt"))
+}
+
+/// The two kinds of weight files.
+enum Kind {
+    Safetensors,
+    Pickle,
+}
+
+/// The kind that the file's extension tells.
+fn kind(file: &Path) -> Result<Kind> {
+    match file.extension().and_then(|e| e.to_str()) {
+        Some("safetensors") => Ok(Kind::Safetensors),
+        Some("bin" | "pth" | "pt") => Ok(Kind::Pickle),
         _ => Err(Error::weights(file, "the kind of this file cannot be told from its extension", EXPECTED)),
     }
 }
@@ -97,16 +171,12 @@ fn load_sharded(
     file: &Path,
     dtype: Option<DType>,
     device: &Device,
-    read: &mut dyn FnMut(u64),
+    watch: &mut Watch<'_>,
 ) -> Result<HashMap<String, Tensor>> {
     let index = Index::read(file)?;
     let mut tensors = HashMap::new();
-    for shard in &index.shards {
-        if !files::is_file(shard) {
-            let what = format!("the index names the shard `{}`, which is not there", shard.display());
-            return Err(Error::weights(file, what, "download the missing shard"));
-        }
-        for (name, tensor) in load_file(shard, dtype, device, read)? {
+    for shard in &index.existing(file)? {
+        for (name, tensor) in load_file(shard, dtype, device, watch)? {
             if tensors.contains_key(&name) {
                 let what = format!("tensor `{name}` is also in another shard");
                 return Err(Error::weights(shard, what, "remove shards that belong to another download"));
@@ -114,8 +184,12 @@ fn load_sharded(
             tensors.insert(name, tensor);
         }
     }
-    let missing: Vec<&str> =
-        index.names.iter().filter(|n| !tensors.contains_key(*n)).map(|n| n.as_str()).collect();
+    let missing: Vec<&str> = index
+        .names
+        .iter()
+        .filter(|n| (watch.keep)(n) && !tensors.contains_key(*n))
+        .map(|n| n.as_str())
+        .collect();
     if let Some(first) = missing.first() {
         let what = format!("{} tensors of the index are in no shard, the first is `{first}`", missing.len());
         return Err(Error::weights(
@@ -156,6 +230,17 @@ impl Index {
         }
         Ok(Self { names: map.keys().cloned().collect(), shards: shards.into_iter().collect() })
     }
+
+    /// The shards of the index in `file`, if all are there.
+    fn existing(&self, file: &Path) -> Result<Vec<PathBuf>> {
+        match self.shards.iter().find(|shard| !files::is_file(shard)) {
+            Some(shard) => {
+                let what = format!("the index names the shard `{}`, which is not there", shard.display());
+                Err(Error::weights(file, what, "download the missing shard"))
+            }
+            None => Ok(self.shards.clone()),
+        }
+    }
 }
 
 /// The file in `folder` to load.
@@ -164,10 +249,7 @@ fn weight_file(folder: &Path) -> Result<PathBuf> {
         return Ok(known);
     }
     let mut found = files::list(folder)?;
-    found.retain(|path| {
-        let extension = path.extension().and_then(|e| e.to_str());
-        matches!(extension, Some("safetensors" | "bin" | "pth" | "pt"))
-    });
+    found.retain(|path| is_weight_file(path));
     found.sort();
     match found.as_slice() {
         [one] => Ok(one.clone()),

@@ -4,14 +4,23 @@ mod checkpoint;
 mod element;
 pub mod files;
 mod mmap;
+mod outline;
 mod params;
 mod pickle;
 mod pth;
+mod rehearsal;
 mod safetensors;
+mod watch;
 
-pub use checkpoint::{checkpoint_bytes, checkpoint_files, load_checkpoint, load_checkpoint_with};
-pub use params::Params;
+pub(crate) use checkpoint::{KNOWN, is_weight_file};
+pub use checkpoint::{
+    checkpoint_bytes, checkpoint_files, load_checkpoint, load_checkpoint_some, load_checkpoint_with, outline,
+};
+pub use outline::TensorInfo;
+pub use params::{Params, Problem};
 pub use pth::{load_pth, load_pth_bytes};
+pub(crate) use rehearsal::stand_ins;
+pub use rehearsal::{Findings, rehearse};
 pub use safetensors::{
     MAX_HEADER, load_safetensors, load_safetensors_bytes, safetensors_metadata, save_safetensors,
     save_safetensors_as,

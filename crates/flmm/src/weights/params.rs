@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor};
 
+use super::rehearsal;
 use crate::error::{Error, Result};
 
 /// Hands out tensors by name and records which were used, missing or misshapen.
@@ -28,14 +29,37 @@ struct Shared {
 #[derive(Default)]
 struct State {
     used: BTreeSet<String>,
-    problems: Vec<String>,
+    problems: Vec<Problem>,
+}
+
+/// A tensor that is not as a model needs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Its full name.
+    pub name: String,
+    /// The shape that was asked for.
+    pub expected: Vec<usize>,
+    /// The shape it has; `None` if there is no such tensor.
+    pub found: Option<Vec<usize>>,
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { name, expected, found } = self;
+        match found {
+            Some(found) => write!(f, "tensor `{name}`: expected shape {expected:?}, found {found:?}"),
+            None => write!(f, "tensor `{name}` is missing: expected shape {expected:?}"),
+        }
+    }
 }
 
 impl Params {
     /// Tensors by full name; `file` is what error messages call their origin.
     pub fn new(file: impl AsRef<Path>, tensors: HashMap<String, Tensor>) -> Self {
         let shared = Shared { file: file.as_ref().to_owned(), tensors, state: Mutex::default() };
-        Self { prefix: String::new(), shared: Arc::new(shared) }
+        let params = Self { prefix: String::new(), shared: Arc::new(shared) };
+        rehearsal::note(&params);
+        params
     }
 
     /// The same tensors seen below `name.`.
@@ -65,12 +89,13 @@ impl Params {
                 state.used.insert(full);
                 return Ok(tensor.clone());
             }
-            Some(tensor) => {
-                let found = tensor.dims();
-                state.problems.push(format!("tensor `{full}`: expected shape {shape:?}, found {found:?}"));
-                state.used.insert(full);
+            other => {
+                let found = other.map(|tensor| tensor.dims().to_vec());
+                if found.is_some() {
+                    state.used.insert(full.clone());
+                }
+                state.problems.push(Problem { name: full, expected: shape.to_vec(), found });
             }
-            None => state.problems.push(format!("tensor `{full}` is missing: expected shape {shape:?}")),
         }
         // A view of one zero: a wrong folder must not cost the memory of a whole model.
         Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?)
@@ -83,13 +108,32 @@ impl Params {
         all.into_keys().filter(|name| !state.used.contains(*name)).cloned().collect()
     }
 
-    /// Fails with every missing and misshapen tensor in one error.
-    pub fn finish(&self, hint: &str) -> Result<()> {
+    /// Missing and misshapen tensors so far.
+    pub fn problems(&self) -> Vec<Problem> {
         let state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if state.problems.is_empty() {
+        state.problems.clone()
+    }
+
+    /// Every tensor: its name, whether it was asked for, and its number of elements.
+    pub(super) fn uses(&self) -> Vec<(String, bool, usize)> {
+        let state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let tensors = self.shared.tensors.iter();
+        tensors.map(|(name, tensor)| (name.clone(), state.used.contains(name), tensor.elem_count())).collect()
+    }
+
+    /// What error messages call the tensors' origin.
+    pub(super) fn file(&self) -> &Path {
+        &self.shared.file
+    }
+
+    /// Fails with every missing and misshapen tensor in one error; not in a rehearsal ([`super::rehearse`]).
+    pub fn finish(&self, hint: &str) -> Result<()> {
+        let problems = self.problems();
+        if problems.is_empty() || rehearsal::is_running() {
             return Ok(());
         }
-        Err(Error::weights(&self.shared.file, state.problems.join("\n"), hint))
+        let lines: Vec<String> = problems.iter().map(Problem::to_string).collect();
+        Err(Error::weights(&self.shared.file, lines.join("\n"), hint))
     }
 
     fn full(&self, name: &str) -> String {

@@ -9,7 +9,9 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::element::{Element, elem_count};
 use super::mmap::map;
+use super::outline::TensorInfo;
 use super::pickle::{Id, Pickle, TensorRef, Value};
+use super::watch::Watch;
 use crate::error::{Error, Result};
 
 /// Largest description (`data.pkl`) that is read. A checkpoint of 10,000 tensors needs about 3 MB.
@@ -36,21 +38,35 @@ pub fn load_pth(
     dtype: Option<DType>,
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
-    load_pth_with(file.as_ref(), dtype, device, &mut |_| {})
+    load_file(file.as_ref(), dtype, device, &mut Watch::everything(&mut |_| {}))
 }
 
-/// As [`load_pth`]; `read` receives the bytes of every tensor that was read.
-pub(super) fn load_pth_with(
+/// The tensors of a file that `watch` keeps.
+pub(super) fn load_file(
     file: &Path,
     dtype: Option<DType>,
     device: &Device,
-    read: &mut dyn FnMut(u64),
+    watch: &mut Watch<'_>,
 ) -> Result<HashMap<String, Tensor>> {
     let bytes = map(file)?;
-    load_from(&bytes, file, dtype, device, &mut |count| {
+    let mut read = |count| {
         bytes.release();
-        read(count);
-    })
+        (watch.read)(count);
+    };
+    load_from(&bytes, file, dtype, device, &mut Watch { keep: watch.keep, read: &mut read })
+}
+
+/// Names, types and shapes of a file's tensors, from its description.
+pub(super) fn outline(file: &Path) -> Result<Vec<TensorInfo>> {
+    let bytes = map(file)?;
+    let pickle = describe(&Archive::open(&bytes, file)?, file)?;
+    let entries = parameters(&pickle).map_err(|what| Error::weights(file, what, RESAVE))?;
+    let info = |(name, view): (String, &TensorRef)| TensorInfo {
+        name,
+        dtype: view.storage.element.name().to_owned(),
+        shape: view.shape.clone(),
+    };
+    Ok(entries.into_iter().map(info).collect())
 }
 
 /// As [`load_pth`], from bytes at hand; `name` is what errors call them.
@@ -60,7 +76,11 @@ pub fn load_pth_bytes(
     dtype: Option<DType>,
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
-    load_from(bytes, name.as_ref(), dtype, device, &mut |_| {})
+    load_from(bytes, name.as_ref(), dtype, device, &mut Watch::everything(&mut |_| {}))
+}
+
+fn describe(archive: &Archive<'_>, file: &Path) -> Result<Pickle> {
+    Pickle::read(archive.pickle).map_err(|what| Error::weights(file, what, RESAVE))
 }
 
 fn load_from(
@@ -68,17 +88,17 @@ fn load_from(
     file: &Path,
     dtype: Option<DType>,
     device: &Device,
-    read: &mut dyn FnMut(u64),
+    watch: &mut Watch<'_>,
 ) -> Result<HashMap<String, Tensor>> {
     let archive = Archive::open(bytes, file)?;
-    let pickle = Pickle::read(archive.pickle).map_err(|what| Error::weights(file, what, RESAVE))?;
+    let pickle = describe(&archive, file)?;
     let entries = parameters(&pickle).map_err(|what| Error::weights(file, what, RESAVE))?;
 
     // Two names of one view share a tensor. What remains can be larger than the file only by overlapping views.
     let mut views: HashMap<&TensorRef, Tensor> = HashMap::new();
     let mut budget = bytes.len().saturating_mul(4);
     let mut tensors = HashMap::with_capacity(entries.len());
-    for (name, view) in entries {
+    for (name, view) in entries.into_iter().filter(|(name, _)| (watch.keep)(name)) {
         let tensor = match views.get(view) {
             Some(tensor) => tensor.clone(),
             None => {
@@ -86,7 +106,7 @@ fn load_from(
                     .tensor(view, &mut budget, dtype, device)
                     .map_err(|e| e.into_error(file, &name))?;
                 views.insert(view, tensor.clone());
-                read((tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64);
+                (watch.read)((tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64);
                 tensor
             }
         };
@@ -166,6 +186,14 @@ impl<'a> Archive<'a> {
         for index in 0..zip.len() {
             let entry = zip.by_index_raw(index).map_err(broken)?;
             let name = entry.name().map_err(broken)?.into_owned();
+            // Nothing is unpacked, so such a name does no harm here; but no honest writer makes it.
+            if name.starts_with('/')
+                || name.contains(['\\', '\0'])
+                || name.split('/').any(|part| part == "..")
+            {
+                let what = format!("record `{}` leads out of the archive", name.escape_debug());
+                return Err(Error::weights(file, what, "do not use this file: it was made to do harm"));
+            }
             // torch.save puts everything in one folder, named after the file.
             let Some((_, inner)) = name.split_once('/') else { continue };
             let record = inner.strip_prefix("data/");

@@ -10,6 +10,8 @@ use safetensors::{SafeTensorError, SafeTensors};
 
 use super::element::{Element, elem_count};
 use super::mmap::map;
+use super::outline::TensorInfo;
+use super::watch::Watch;
 use crate::atomic;
 use crate::error::{Error, Result};
 
@@ -35,24 +37,39 @@ pub fn load_safetensors(
 ) -> Result<HashMap<String, Tensor>> {
     let mut tensors = HashMap::new();
     for file in files {
-        load_file(file, dtype, device, &mut tensors, &mut |_| {})?;
+        load_file(file, dtype, device, &mut tensors, &mut Watch::everything(&mut |_| {}))?;
     }
     Ok(tensors)
 }
 
-/// Adds the tensors of one file to `tensors`; `read` receives the bytes of every tensor that was read.
+/// Adds the tensors of one file that `watch` keeps to `tensors`.
 pub(super) fn load_file(
     file: &Path,
     dtype: Option<DType>,
     device: &Device,
     tensors: &mut HashMap<String, Tensor>,
-    read: &mut dyn FnMut(u64),
+    watch: &mut Watch<'_>,
 ) -> Result<()> {
     let bytes = map(file)?;
-    load_from(&bytes, file, dtype, device, tensors, &mut |count| {
+    let mut read = |count| {
         bytes.release();
-        read(count);
-    })
+        (watch.read)(count);
+    };
+    load_from(&bytes, file, dtype, device, tensors, &mut Watch { keep: watch.keep, read: &mut read })
+}
+
+/// Names, types and shapes of a file's tensors, from its header.
+pub(super) fn outline(file: &Path) -> Result<Vec<TensorInfo>> {
+    let bytes = map(file)?;
+    check_frame(&bytes, file)?;
+    let views = SafeTensors::deserialize(&bytes).map_err(|e| explain(e, &bytes, file))?;
+    let info = |(name, view): (&str, safetensors::tensor::TensorView<'_>)| TensorInfo {
+        name: name.to_owned(),
+        dtype: Element::from_safetensors(view.dtype())
+            .map_or_else(|| format!("{:?}", view.dtype()), |element| element.name().to_owned()),
+        shape: view.shape().to_vec(),
+    };
+    Ok(views.iter().map(info).collect())
 }
 
 /// As [`load_safetensors`], from bytes at hand; `name` is what errors call them.
@@ -63,7 +80,7 @@ pub fn load_safetensors_bytes(
     device: &Device,
 ) -> Result<HashMap<String, Tensor>> {
     let mut tensors = HashMap::new();
-    load_from(bytes, name.as_ref(), dtype, device, &mut tensors, &mut |_| {})?;
+    load_from(bytes, name.as_ref(), dtype, device, &mut tensors, &mut Watch::everything(&mut |_| {}))?;
     Ok(tensors)
 }
 
@@ -82,12 +99,12 @@ fn load_from(
     dtype: Option<DType>,
     device: &Device,
     tensors: &mut HashMap<String, Tensor>,
-    read: &mut dyn FnMut(u64),
+    watch: &mut Watch<'_>,
 ) -> Result<()> {
     check_frame(bytes, file)?;
     let views = SafeTensors::deserialize(bytes).map_err(|e| explain(e, bytes, file))?;
     // In the order of the file: one sweep over the disk.
-    let mut views: Vec<_> = views.iter().collect();
+    let mut views: Vec<_> = views.iter().filter(|(name, _)| (watch.keep)(name)).collect();
     views.sort_by_key(|(_, view)| view.data().as_ptr());
     for (name, view) in views {
         let Some(element) = Element::from_safetensors(view.dtype()) else {
@@ -105,7 +122,7 @@ fn load_from(
             let what = format!("tensor `{name}` is also in another of the files");
             return Err(Error::weights(file, what, "load each shard once and remove stale shards"));
         }
-        read(view.data().len() as u64);
+        (watch.read)(view.data().len() as u64);
     }
     Ok(())
 }

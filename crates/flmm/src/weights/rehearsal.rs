@@ -1,0 +1,100 @@
+//! Opening a model without reading it: which tensors would it ask for?
+//!
+//! While a rehearsal runs on a thread, [`super::load_checkpoint`] reads headers only and hands out tensors that take
+//! no memory, and [`Params::finish`] lets problems pass. So every loader can be asked what it needs, whatever its
+//! family, and none has to describe itself a second time.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::element::elem_count;
+use super::outline::TensorInfo;
+use super::params::{Params, Problem};
+use crate::error::{Error, Result};
+
+thread_local! {
+    /// What was built since the rehearsal on this thread began; `None` without one.
+    static RUNNING: RefCell<Option<Vec<Params>>> = const { RefCell::new(None) };
+}
+
+/// What a rehearsal found.
+#[derive(Debug, Clone, Default)]
+pub struct Findings {
+    /// Missing and misshapen tensors.
+    pub problems: Vec<Problem>,
+    /// Tensors that nothing asked for, sorted within a file.
+    pub unused: Vec<String>,
+    /// Elements of all tensors that were asked for and are there.
+    pub used_elements: usize,
+}
+
+/// Ends the rehearsal even if `open` panics.
+struct Guard(Option<Vec<Params>>);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        RUNNING.set(self.0.take());
+    }
+}
+
+/// Runs `open`, which loads a model on this thread, without reading or computing with its weights.
+///
+/// The tensors of whatever `open` returns are zeros of the right shapes and must not be computed with.
+pub fn rehearse<T>(open: impl FnOnce() -> T) -> (T, Findings) {
+    let guard = Guard(RUNNING.replace(Some(Vec::new())));
+    let result = open();
+    let built = RUNNING.take().unwrap_or_default();
+    drop(guard);
+    // A file may have been looked at more than once, say for its sizes first: a tensor is unused if nobody asked.
+    let mut asked: BTreeMap<(PathBuf, String), (bool, usize)> = BTreeMap::new();
+    let mut problems = Vec::new();
+    for params in built {
+        problems.extend(params.problems());
+        for (name, used, elements) in params.uses() {
+            let entry = asked.entry((params.file().to_owned(), name)).or_insert((false, elements));
+            entry.0 |= used;
+        }
+    }
+    let used_elements = asked.values().filter(|(used, _)| *used).map(|(_, elements)| elements);
+    let used_elements = used_elements.fold(0, |sum: usize, &elements| sum.saturating_add(elements));
+    let unused = asked.into_iter().filter(|(_, (used, _))| !used).map(|((_, name), _)| name).collect();
+    (result, Findings { problems, unused, used_elements })
+}
+
+pub(super) fn is_running() -> bool {
+    RUNNING.with_borrow(Option::is_some)
+}
+
+/// Notes that a model is built from `params`.
+pub(super) fn note(params: &Params) {
+    RUNNING.with_borrow_mut(|running| {
+        if let Some(built) = running {
+            built.push(params.clone());
+        }
+    });
+}
+
+/// Tensors of the right names and shapes that take no memory.
+///
+/// # Errors
+/// [`Error::Weights`] naming `file` for a claimed shape that no memory could hold.
+pub(crate) fn stand_ins(
+    file: &Path,
+    outline: &[TensorInfo],
+    dtype: Option<DType>,
+    keep: &dyn Fn(&str) -> bool,
+) -> Result<HashMap<String, Tensor>> {
+    let stand_in = |info: &TensorInfo| {
+        if elem_count(&info.shape).is_none() {
+            let what = format!("tensor `{}`: shape {:?} overflows", info.name, info.shape);
+            return Err(Error::weights(file, what, "download or copy the file again"));
+        }
+        let dtype = if info.is_float() { dtype.unwrap_or(DType::F32) } else { DType::I64 };
+        let zero = Tensor::zeros((), dtype, &Device::Cpu)?;
+        Ok((info.name.clone(), zero.broadcast_as(info.shape.as_slice())?))
+    };
+    outline.iter().filter(|info| keep(&info.name)).map(stand_in).collect()
+}
