@@ -65,6 +65,15 @@ pub(crate) struct ModelArgs {
     /// Grounding head: a folder, or a .pth or .safetensors file, for a model that is not a bundle.
     #[arg(long, value_name = "DIR", requires = "model")]
     pub(crate) head: Option<PathBuf>,
+    /// Vision tower of a Mini-Gemini [default: looked for inside and beside the model's folder].
+    #[arg(long, value_name = "DIR", requires = "model")]
+    pub(crate) vision_tower: Option<PathBuf>,
+    /// Second vision tower of a Mini-Gemini [default: as --vision-tower].
+    #[arg(long, value_name = "DIR", requires = "model")]
+    pub(crate) vision_tower_aux: Option<PathBuf>,
+    /// Side of the picture an HPT sees, in pixels [default: the published one].
+    #[arg(long, value_name = "PIXELS", requires = "model")]
+    pub(crate) image_size: Option<usize>,
     /// Numbers the LMM computes with; bf16 needs half the memory.
     #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
     pub(crate) dtype: Precision,

@@ -1,11 +1,13 @@
 //! Which model to open.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{DType, Device};
 use flmm::Grounder;
 use flmm::grounder::ModelPaths;
 use flmm::hub::Hub;
+use flmm::lmm::{LoadProgress, OpenOptions};
 
 use crate::args::{ModelArgs, Precision};
 use crate::embedded;
@@ -27,10 +29,23 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
         Precision::Bf16 => DType::BF16,
     };
     let clock = std::time::Instant::now();
-    let grounder = {
-        let _spinner = talk.during("loading the model");
-        Grounder::open(&paths, &Device::Cpu, dtype)?
+    let spinner = talk.during("loading the model");
+    let bar = spinner.bar();
+    let progress = move |done: u64, total: u64| {
+        if let Some(bar) = &bar {
+            let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+            bar.set_message(format!("loading the model {:.1}/{:.1} GB", gigabytes(done), gigabytes(total)));
+        }
     };
+    let options = OpenOptions {
+        vision_tower: args.vision_tower.clone(),
+        vision_tower_aux: args.vision_tower_aux.clone(),
+        image_size: args.image_size,
+        progress: Some(LoadProgress(Arc::new(progress))),
+        ..OpenOptions::new(dtype, &Device::Cpu)
+    };
+    let grounder = Grounder::open_with(&paths, &options)?;
+    drop(spinner);
     talk.detail(format_args!("loaded {name} in {:.1} s", clock.elapsed().as_secs_f64()));
     Ok(Model { grounder, name })
 }

@@ -126,6 +126,13 @@ impl Talk {
 /// Ends its display when dropped.
 pub(crate) struct Spinner(Option<ProgressBar>);
 
+impl Spinner {
+    /// What is displayed, if anything.
+    pub(crate) fn bar(&self) -> Option<ProgressBar> {
+        self.0.clone()
+    }
+}
+
 impl Drop for Spinner {
     fn drop(&mut self) {
         if let Some(bar) = self.0.take() {
