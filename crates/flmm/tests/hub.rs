@@ -360,6 +360,17 @@ fn names_from_the_server_stay_in_the_cache() {
     let folder = place.resolve("org/model").unwrap();
     assert_eq!(names(&folder), ["config.json", "model.safetensors", "tokenizer.json"]);
     assert_eq!(names(place.cache.path()), ["hub"]);
+    // A folder above the snapshot, with all that would make it one of the model's.
+    let place = Place::new(&[
+        ("../config.json", b"{}"),
+        ("../model.safetensors", b"outside"),
+        ("llm/config.json", b"{}"),
+        ("llm/model.safetensors", b"inside"),
+        ("llm/tokenizer.json", b"{}"),
+    ]);
+    let folder = place.resolve("org/model").unwrap();
+    assert_eq!(names(&folder), ["llm"]);
+    assert_eq!(names(&place.repo().join("snapshots")), [COMMIT]);
     // The name of the content becomes a file name too.
     let place = Place::new(&[("config.json", b"{}"), ("model.safetensors", b"x")]);
     place.server.script().etag = Some("../../../../evil");

@@ -31,8 +31,8 @@ const EXPECTED: &str =
 /// file. The kind of a file follows from its extension.
 ///
 /// # Errors
-/// [`Error::Weights`] if there is no such checkpoint, if a shard is missing, or as [`load_safetensors`] and
-/// [`load_pth`].
+/// [`Error::Weights`] if there is no such checkpoint, if a shard is missing, or as [`super::load_safetensors`] and
+/// [`super::load_pth`].
 pub fn load_checkpoint(
     path: impl AsRef<Path>,
     dtype: Option<DType>,
