@@ -53,7 +53,7 @@ pub(crate) fn write(name: &str, out: &Path) -> Result<()> {
 fn write_folder(folder: &Path, files: &Folder) -> Result<()> {
     std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     for (name, content) in files {
-        flmm::atomic::write(&folder.join(name), |to| to.write_all(content.to_string().as_bytes()))?;
+        flmm::atomic::write(folder.join(name), |to| to.write_all(content.to_string().as_bytes()))?;
     }
     if !folder.join("model.safetensors").exists() {
         save_safetensors(folder.join("model.safetensors"), &BTreeMap::new(), &BTreeMap::new())?;
@@ -101,7 +101,7 @@ fn write_heads(out: &Path, spec: &flmm::lmm::LmmSpec, hidden_size: usize) -> Res
     save_safetensors(out.join("head/head.safetensors"), &head, &BTreeMap::new())?;
     let about = json!({ "format": 1, "lmm": spec.repo, "channels": spec.channels, "refiner": "sam",
                         "merge": "mean", "licence": "random weights" });
-    flmm::atomic::write(&out.join("head/head.json"), |to| to.write_all(about.to_string().as_bytes()))?;
+    flmm::atomic::write(out.join("head/head.json"), |to| to.write_all(about.to_string().as_bytes()))?;
     Ok(())
 }
 
