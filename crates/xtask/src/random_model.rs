@@ -1,17 +1,17 @@
 //! Full-size models whose weights come from a formula: for memory and time, not for answers.
 //!
-//! Which tensors a model has is not written down here a second time: a folder without tensors is opened, and the
-//! loader says in its error what is missing and in which shape.
+//! Which tensors a model has is not written down here a second time: opening a folder without tensors is rehearsed,
+//! which tells what the loader misses and in which shape.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use flmm::grounder::HeadSizes;
 use flmm::sam::{Sam, SamConfig};
-use flmm::weights::save_safetensors;
+use flmm::weights::{rehearse, save_safetensors};
 use half::bf16;
 use safetensors::tensor::{Dtype, View};
 use serde_json::{Value, json};
@@ -39,13 +39,13 @@ pub(crate) fn write(name: &str, out: &Path) -> Result<()> {
         write_folder(&convnext, &Folder::new())?;
         write_shards(&convnext, "open_clip_model", recipes::convnext_large())?;
     }
-    let mut asked = asked_of(&lmm)?;
-    while let Some((file, tensors)) = asked {
-        let folder = if file.is_dir() { file } else { file.parent().unwrap_or(out).to_owned() };
-        write_shards(&folder, "model", tensors)?;
-        // The LMM's own tensors are the last; opening it again would only read them all.
-        asked = if folder == lmm { None } else { asked_of(&lmm)? };
+    // Of the parts only CLIP's names begin so.
+    let is_clip = |(name, _): &(String, Vec<usize>)| recipe.towers && name.starts_with("vision_model.");
+    let (clip, own): (Shapes, Shapes) = asked_of(&lmm)?.into_iter().partition(is_clip);
+    if recipe.towers {
+        write_shards(&out.join(CLIP_FOLDER), "model", clip)?;
     }
+    write_shards(&lmm, "model", own)?;
     let entry = flmm::lmm::recognise(&lmm)?;
     write_heads(out, &entry.spec, hidden_size(&folder)?)
 }
@@ -63,23 +63,12 @@ fn write_folder(folder: &Path, files: &Folder) -> Result<()> {
 
 type Shapes = Vec<(String, Vec<usize>)>;
 
-/// What the loader misses: the file it looked in, names and shapes.
-fn asked_of(lmm: &Path) -> Result<Option<(PathBuf, Shapes)>> {
-    let (file, what) = match flmm::lmm::open(lmm, DType::BF16, &Device::Cpu) {
-        Ok(_) => return Ok(None),
-        Err(flmm::Error::Weights { file, what, .. }) => (file, what),
-        Err(other) => return Err(other.into()),
-    };
-    let missing = what.lines().map(|line| parse_missing(line).with_context(|| line.to_owned()));
-    Ok(Some((file, missing.collect::<Result<_>>()?)))
-}
-
-/// ``tensor `a.b` is missing: expected shape [2, 3]``
-fn parse_missing(line: &str) -> Option<(String, Vec<usize>)> {
-    let (name, rest) = line.strip_prefix("tensor `")?.split_once('`')?;
-    let shape = rest.strip_prefix(" is missing: expected shape [")?.strip_suffix(']')?;
-    let sides = shape.split(", ").filter(|side| !side.is_empty()).map(str::parse);
-    Some((name.to_owned(), sides.collect::<Result<_, _>>().ok()?))
+/// Names and shapes of what the loader misses.
+fn asked_of(lmm: &Path) -> Result<Shapes> {
+    let (opened, findings) = rehearse(|| flmm::lmm::open(lmm, DType::BF16, &Device::Cpu));
+    opened?;
+    let missing = findings.problems.into_iter().filter(|problem| problem.found.is_none());
+    Ok(missing.map(|problem| (problem.name, problem.expected)).collect())
 }
 
 fn hidden_size(folder: &Folder) -> Result<usize> {
@@ -239,11 +228,12 @@ mod tests {
             config["text_config"][key] = value.into();
         }
         write_folder(folder.path(), &files)?;
-        let (_, shapes) = asked_of(folder.path())?.context("nothing is missing")?;
+        let shapes = asked_of(folder.path())?;
         let q = "language_model.model.layers.0.self_attn.q_proj.weight";
         assert!(shapes.contains(&(q.to_owned(), vec![64, 64])), "{shapes:?}");
         write_shards(folder.path(), "model", shapes)?;
-        assert!(asked_of(folder.path())?.is_none());
+        assert!(asked_of(folder.path())?.is_empty());
+        flmm::lmm::open(folder.path(), DType::BF16, &Device::Cpu)?;
         Ok(())
     }
 

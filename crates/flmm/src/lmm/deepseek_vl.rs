@@ -11,8 +11,10 @@ use image::RgbImage;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::layout::ImageLayout;
-use crate::lmm::shared::{Projector, WRONG_FOLDER, required_token, stop_ids};
-use crate::lmm::{GROUNDING_INSTRUCTION, ImageInput, Lmm, LmmSpec, OpenOptions, Role, Turn, config_of_type};
+use crate::lmm::shared::{Projector, TESTED, WRONG_FOLDER, required_token, stop_ids};
+use crate::lmm::{
+    Base, GROUNDING_INSTRUCTION, ImageInput, Lmm, LmmSpec, OpenOptions, Role, Turn, config_of_type,
+};
 use crate::nn::{Linear, gelu};
 use crate::text::chat::DEEPSEEK;
 use crate::text::tokenizer::Tokenizer;
@@ -31,7 +33,7 @@ pub const DEEPSEEK_VL_1_3B: LmmSpec = LmmSpec {
     heads: 16,
     grid: (24, 24),
     channels: 384,
-    tested: "parity with the reference on small random weights in the published layout, f32 and bf16",
+    tested: TESTED,
 };
 
 /// The published model with two towers.
@@ -52,14 +54,10 @@ pub const SYSTEM: &str = "You are a helpful language and vision assistant. You a
 /// An opened DeepSeek-VL.
 #[derive(Debug)]
 pub struct DeepSeekVl {
-    spec: LmmSpec,
-    tokenizer: Tokenizer,
+    base: Base,
     processor: LlavaProcessor,
     tower: Tower,
     aligner: Aligner,
-    decoder: Decoder,
-    image_token: u32,
-    stop_ids: Vec<u32>,
 }
 
 /// Whether `dir` holds a DeepSeek-VL with one tower. A tower of unknown kind is explained when it is opened.
@@ -107,19 +105,22 @@ impl DeepSeekVl {
         let grid = tower.grid();
         let model = Self {
             aligner: Aligner::load(&config, &tower, text.hidden_size, &params.pp("aligner"))?,
-            spec: LmmSpec {
-                layers: text.num_layers,
-                heads: text.num_heads,
-                grid: (grid, grid),
-                channels: text.maps(),
-                ..*spec
+            base: Base {
+                spec: LmmSpec {
+                    layers: text.num_layers,
+                    heads: text.num_heads,
+                    grid: (grid, grid),
+                    channels: text.maps(),
+                    ..*spec
+                },
+                decoder: Decoder::load(text, &params.pp("language_model"))?,
+                tokenizer,
+                format: &DEEPSEEK,
+                image_token,
+                stop_ids,
             },
-            decoder: Decoder::load(text, &params.pp("language_model"))?,
-            tokenizer,
             processor,
             tower,
-            image_token,
-            stop_ids,
         };
         params.finish(WRONG_FOLDER)?;
         Ok(model)
@@ -127,40 +128,24 @@ impl DeepSeekVl {
 
     /// What the towers are given, in the model's type.
     fn pixels(&self, image: &ImageInput) -> Result<Tensor> {
-        Ok(image.pixel_values.to_device(self.decoder.device())?.to_dtype(self.decoder.dtype())?)
+        Ok(image.pixel_values.to_device(self.base.decoder.device())?.to_dtype(self.base.decoder.dtype())?)
     }
 }
 
 impl Lmm for DeepSeekVl {
-    fn spec(&self) -> &LmmSpec {
-        &self.spec
-    }
-
-    fn decoder(&self) -> &Decoder {
-        &self.decoder
-    }
-
-    fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
-    }
-
-    fn image_token(&self) -> u32 {
-        self.image_token
-    }
-
-    fn stop_ids(&self) -> &[u32] {
-        &self.stop_ids
+    fn base(&self) -> &Base {
+        &self.base
     }
 
     /// The text of a conversation begins with [`SYSTEM`] unless it has instructions of its own; the instruction that
     /// texts are grounded behind has none, as in training. White space around questions is left out.
     fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>> {
-        self.tokenizer.encode(&DEEPSEEK.render(&conversation(turns), 1)?, true)
+        self.base.tokenizer.encode(&DEEPSEEK.render(&conversation(turns), 1)?, true)
     }
 
     fn prepare_image(&self, image: &RgbImage) -> Result<ImageInput> {
         let (pixel_values, geometry) = self.processor.process(image)?;
-        let (rows, columns) = self.spec.grid;
+        let (rows, columns) = self.base.spec.grid;
         let layout = ImageLayout::single(0, rows, columns);
         let pixel_values = pixel_values.unsqueeze(0)?;
         Ok(ImageInput { pixel_values, pixel_values_aux: None, geometry, layout })

@@ -10,8 +10,8 @@ use image::RgbImage;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::layout::ImageLayout;
-use crate::lmm::shared::{Projector, WRONG_FOLDER, stop_ids, supported};
-use crate::lmm::{ImageInput, Lmm, LmmSpec, OpenOptions, Turn};
+use crate::lmm::shared::{Projector, TESTED, WRONG_FOLDER, stop_ids, supported};
+use crate::lmm::{Base, ImageInput, Lmm, LmmSpec, OpenOptions};
 use crate::text::chat::{CHATML, ChatFormat, LLAMA3};
 use crate::text::tokenizer::Tokenizer;
 use crate::text::{Decoder, DecoderConfig};
@@ -29,7 +29,7 @@ pub const HPT_AIR_6B: LmmSpec = LmmSpec {
     heads: 32,
     grid: (28, 28),
     channels: 1024,
-    tested: "parity with the reference on small random weights in the published layout, f32 and bf16",
+    tested: TESTED,
 };
 
 /// The published model with SigLIP and Llama-3.
@@ -120,17 +120,10 @@ pub(crate) fn open(spec: &LmmSpec, dir: &Path, options: &OpenOptions) -> Result<
 /// An opened HPT-Air or HPT-Air-1.5.
 #[derive(Debug)]
 pub struct Hpt {
-    spec: LmmSpec,
-    format: &'static ChatFormat,
-    tokenizer: Tokenizer,
+    base: Base,
     processor: LlavaProcessor,
-    /// Tokens per side.
-    grid: usize,
     tower: Tower,
     projector: Projector,
-    decoder: Decoder,
-    image_token: u32,
-    stop_ids: Vec<u32>,
 }
 
 impl Hpt {
@@ -161,16 +154,7 @@ impl Hpt {
 
         let params = Params::new(dir, load_folders(dir, options)?);
         let model = Self {
-            spec: LmmSpec {
-                layers: text.num_layers,
-                heads: text.num_heads,
-                grid: (grid, grid),
-                channels: text.maps(),
-                ..*spec
-            },
-            format,
             processor,
-            grid,
             tower: tower.load(&params.pp(VISUAL_ENCODER).pp("vision_model"))?,
             projector: load_projector(
                 &projector,
@@ -178,10 +162,20 @@ impl Hpt {
                 text.hidden_size,
                 &params.pp(PROJECTOR).pp("model"),
             )?,
-            decoder: Decoder::load(text, &params.pp(LLM))?,
-            tokenizer,
-            image_token,
-            stop_ids,
+            base: Base {
+                spec: LmmSpec {
+                    layers: text.num_layers,
+                    heads: text.num_heads,
+                    grid: (grid, grid),
+                    channels: text.maps(),
+                    ..*spec
+                },
+                decoder: Decoder::load(text, &params.pp(LLM))?,
+                tokenizer,
+                format,
+                image_token,
+                stop_ids,
+            },
         };
         params.finish(WRONG_FOLDER)?;
         Ok(model)
@@ -189,39 +183,20 @@ impl Hpt {
 }
 
 impl Lmm for Hpt {
-    fn spec(&self) -> &LmmSpec {
-        &self.spec
-    }
-
-    fn decoder(&self) -> &Decoder {
-        &self.decoder
-    }
-
-    fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
-    }
-
-    fn image_token(&self) -> u32 {
-        self.image_token
-    }
-
-    fn stop_ids(&self) -> &[u32] {
-        &self.stop_ids
-    }
-
-    fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>> {
-        self.tokenizer.encode(&self.format.render(turns, 1)?, true)
+    fn base(&self) -> &Base {
+        &self.base
     }
 
     fn prepare_image(&self, image: &RgbImage) -> Result<ImageInput> {
         let (pixel_values, geometry) = self.processor.process(image)?;
-        let layout = ImageLayout::single(0, self.grid, self.grid);
+        let (rows, columns) = self.base.spec.grid;
+        let layout = ImageLayout::single(0, rows, columns);
         let pixel_values = pixel_values.unsqueeze(0)?;
         Ok(ImageInput { pixel_values, pixel_values_aux: None, geometry, layout })
     }
 
     fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {
-        let pixel_values = image.pixel_values.to_device(self.decoder.device())?;
+        let pixel_values = image.pixel_values.to_device(self.base.decoder.device())?;
         match &self.tower {
             Tower::Clip(tower) => tower.forward(&pixel_values),
             Tower::Siglip(tower) => tower.forward(&pixel_values),

@@ -9,8 +9,8 @@ use image::RgbImage;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::layout::ImageLayout;
-use crate::lmm::shared::{Projector, WRONG_FOLDER, required_token, stop_ids, supported};
-use crate::lmm::{ImageInput, Lmm, LmmSpec, OpenOptions, Turn, config_of_type};
+use crate::lmm::shared::{Projector, TESTED, WRONG_FOLDER, required_token, stop_ids, supported};
+use crate::lmm::{Base, ImageInput, Lmm, LmmSpec, OpenOptions, config_of_type};
 use crate::text::chat::{ChatFormat, VICUNA};
 use crate::text::tokenizer::Tokenizer;
 use crate::text::{Decoder, DecoderConfig};
@@ -27,7 +27,7 @@ pub const LLAVA_1_5_7B: LmmSpec = LmmSpec {
     heads: 32,
     grid: (24, 24),
     channels: 1024,
-    tested: "parity with the reference on small random weights in the published layout, f32 and bf16",
+    tested: TESTED,
 };
 
 /// An opened LLaVA-1.5.
@@ -56,34 +56,14 @@ impl Llava {
         parts.check_processor(&config, processor.side())?;
         params.finish(WRONG_FOLDER)?;
         let grid = parts.vision.config().grid();
-        (parts.spec.grid, parts.spec.channels) = ((grid, grid), parts.decoder.config().maps());
+        (parts.base.spec.grid, parts.base.spec.channels) = ((grid, grid), parts.base.decoder.config().maps());
         Ok(Self { parts, processor })
     }
 }
 
 impl Lmm for Llava {
-    fn spec(&self) -> &LmmSpec {
-        &self.parts.spec
-    }
-
-    fn decoder(&self) -> &Decoder {
-        &self.parts.decoder
-    }
-
-    fn tokenizer(&self) -> &Tokenizer {
-        &self.parts.tokenizer
-    }
-
-    fn image_token(&self) -> u32 {
-        self.parts.image_token
-    }
-
-    fn stop_ids(&self) -> &[u32] {
-        &self.parts.stop_ids
-    }
-
-    fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>> {
-        self.parts.prompt(turns)
+    fn base(&self) -> &Base {
+        &self.parts.base
     }
 
     fn prepare_image(&self, image: &RgbImage) -> Result<ImageInput> {
@@ -106,14 +86,9 @@ impl Lmm for Llava {
 /// What LLaVA-1.5 and LLaVA-1.6 have in common: everything but the views of a picture and their order.
 #[derive(Debug)]
 pub(super) struct Parts {
-    pub(super) spec: LmmSpec,
-    pub(super) tokenizer: Tokenizer,
+    pub(super) base: Base,
     pub(super) vision: ClipVision,
     pub(super) projector: Projector,
-    pub(super) decoder: Decoder,
-    pub(super) image_token: u32,
-    pub(super) stop_ids: Vec<u32>,
-    format: &'static ChatFormat,
 }
 
 impl Parts {
@@ -142,14 +117,16 @@ impl Parts {
         let layers = ["linear_1", "linear_2"].map(|name| projector.pp(name));
         let bias = config.flag_or("multimodal_projector_bias", true)?;
         let parts = Self {
-            spec: LmmSpec { layers: text.num_layers, heads: text.num_heads, ..*spec },
             projector: Projector::load(clip.hidden_size, text.hidden_size, bias, layers)?,
             vision: ClipVision::load(clip, &params.pp("vision_tower.vision_model"))?,
-            decoder: Decoder::load(text, &params.pp("language_model"))?,
-            tokenizer,
-            image_token,
-            stop_ids,
-            format,
+            base: Base {
+                spec: LmmSpec { layers: text.num_layers, heads: text.num_heads, ..*spec },
+                decoder: Decoder::load(text, &params.pp("language_model"))?,
+                tokenizer,
+                format,
+                image_token,
+                stop_ids,
+            },
         };
         Ok((parts, params))
     }
@@ -169,14 +146,9 @@ impl Parts {
         }
     }
 
-    /// Prompt ids of `turns` with one image token.
-    pub(super) fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>> {
-        self.tokenizer.encode(&self.format.render(turns, 1)?, true)
-    }
-
     /// `[views, tokens, width]`
     pub(super) fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {
-        self.vision.forward(&image.pixel_values.to_device(self.decoder.device())?)
+        self.vision.forward(&image.pixel_values.to_device(self.base.decoder.device())?)
     }
 }
 

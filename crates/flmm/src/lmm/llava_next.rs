@@ -11,11 +11,9 @@ use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 use crate::layout::ImageLayout;
 use crate::lmm::llava::Parts;
-use crate::lmm::shared::{WRONG_FOLDER, required_token};
-use crate::lmm::{ImageInput, Lmm, LmmSpec, OpenOptions, Turn, config_of_type};
-use crate::text::Decoder;
+use crate::lmm::shared::{TESTED, WRONG_FOLDER, required_token};
+use crate::lmm::{Base, ImageInput, Lmm, LmmSpec, OpenOptions, config_of_type};
 use crate::text::chat::{ChatFormat, MISTRAL, VICUNA};
-use crate::text::tokenizer::Tokenizer;
 use crate::vision::anyres::{AnyResProcessor, unpad};
 
 /// The published model with Vicuna.
@@ -27,7 +25,7 @@ pub const LLAVA_NEXT_VICUNA_7B: LmmSpec = LmmSpec {
     heads: 32,
     grid: (48, 48),
     channels: 2048,
-    tested: "parity with the reference on small random weights in the published layout, f32 and bf16",
+    tested: TESTED,
 };
 
 /// The published model with Mistral.
@@ -99,15 +97,15 @@ impl LlavaNext {
         parts.check_processor(&config, processor.side())?;
         // Larger LLaVA-1.6 have decoders of the same type with other prompts; their tokenizers give them away.
         let why = "which the prompts of LLaVA-1.6 with Vicuna and Mistral have between turns";
-        required_token(dir, &parts.tokenizer, format.between, why)?;
-        let image_newline = params.get(&[parts.decoder.config().hidden_size], "image_newline")?;
+        required_token(dir, &parts.base.tokenizer, format.between, why)?;
+        let image_newline = params.get(&[parts.base.decoder.config().hidden_size], "image_newline")?;
         params.finish(WRONG_FOLDER)?;
 
-        parts.spec.channels = 2 * parts.decoder.config().maps();
+        parts.base.spec.channels = 2 * parts.base.decoder.config().maps();
         let mut model = Self { parts, processor, image_newline };
         let side = 4 * model.processor.side();
         let fine = model.fine_grid(&model.processor.geometry((side, side))?);
-        model.parts.spec.grid = (fine.rows, fine.columns);
+        model.parts.base.spec.grid = (fine.rows, fine.columns);
         Ok(model)
     }
 
@@ -134,28 +132,8 @@ struct FineGrid {
 }
 
 impl Lmm for LlavaNext {
-    fn spec(&self) -> &LmmSpec {
-        &self.parts.spec
-    }
-
-    fn decoder(&self) -> &Decoder {
-        &self.parts.decoder
-    }
-
-    fn tokenizer(&self) -> &Tokenizer {
-        &self.parts.tokenizer
-    }
-
-    fn image_token(&self) -> u32 {
-        self.parts.image_token
-    }
-
-    fn stop_ids(&self) -> &[u32] {
-        &self.parts.stop_ids
-    }
-
-    fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>> {
-        self.parts.prompt(turns)
+    fn base(&self) -> &Base {
+        &self.parts.base
     }
 
     fn prepare_image(&self, image: &RgbImage) -> Result<ImageInput> {

@@ -12,9 +12,9 @@ use image::RgbImage;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::layout::ImageLayout;
-use crate::lmm::shared::{Projector, WRONG_FOLDER, required_token, stop_ids, supported};
-use crate::lmm::{ImageInput, Lmm, LmmSpec, OpenOptions, Turn, config_of_type};
-use crate::text::chat::{self, ChatFormat};
+use crate::lmm::shared::{Projector, TESTED, WRONG_FOLDER, required_token, stop_ids, supported};
+use crate::lmm::{Base, ImageInput, Lmm, LmmSpec, OpenOptions, config_of_type};
+use crate::text::chat;
 use crate::text::tokenizer::Tokenizer;
 use crate::text::{Decoder, DecoderConfig};
 use crate::vision::clip::ClipVision;
@@ -25,9 +25,6 @@ use crate::weights::Params;
 
 use mining::PatchMining;
 use towers::Towers;
-
-const TESTED: &str =
-    "parity with the reference on small random weights in the published layout, f32 and bf16";
 
 /// The published model with Gemma-2B.
 pub const MGM_2B: LmmSpec = LmmSpec {
@@ -63,9 +60,7 @@ const MAX_AUX: usize = 4096;
 /// An opened Mini-Gemini.
 #[derive(Debug)]
 pub struct Mgm {
-    spec: LmmSpec,
-    tokenizer: Tokenizer,
-    format: &'static ChatFormat,
+    base: Base,
     processor: DualProcessor,
     /// Crops per side; 1: the whole picture is the only view.
     image_grid: usize,
@@ -73,9 +68,6 @@ pub struct Mgm {
     vision_aux: ConvNext,
     mining: PatchMining,
     projector: Projector,
-    decoder: Decoder,
-    image_token: u32,
-    stop_ids: Vec<u32>,
     tokenizer_model_max_length: Option<usize>,
 }
 
@@ -145,13 +137,6 @@ impl Mgm {
         let projector = [0, 2].map(|index| model.pp("mm_projector").pp(index));
         let layout = layout(clip.grid(), image_grid);
         let opened = Self {
-            spec: LmmSpec {
-                layers: text.num_layers,
-                heads: text.num_heads,
-                grid: layout.size(),
-                channels: layout.channels(text.num_layers, text.num_heads),
-                ..*spec
-            },
             processor: DualProcessor::new(
                 clip.image_size,
                 side_aux,
@@ -160,14 +145,23 @@ impl Mgm {
             ),
             mining: PatchMining::load(clip.hidden_size, vision_aux.channels(), &model)?,
             projector: Projector::load(clip.hidden_size, text.hidden_size, true, projector)?,
-            decoder: Decoder::load(text, &params)?,
+            base: Base {
+                spec: LmmSpec {
+                    layers: text.num_layers,
+                    heads: text.num_heads,
+                    grid: layout.size(),
+                    channels: layout.channels(text.num_layers, text.num_heads),
+                    ..*spec
+                },
+                decoder: Decoder::load(text, &params)?,
+                tokenizer,
+                format,
+                image_token,
+                stop_ids,
+            },
             vision,
             vision_aux,
-            tokenizer,
-            format,
             image_grid,
-            image_token,
-            stop_ids,
             tokenizer_model_max_length,
         };
         params.finish(WRONG_FOLDER)?;
@@ -182,7 +176,7 @@ impl Mgm {
                 "prepare the picture with the model that reads it",
             ));
         };
-        self.vision_aux.feature_map(&pixels.to_device(self.decoder.device())?)
+        self.vision_aux.feature_map(&pixels.to_device(self.base.decoder.device())?)
     }
 }
 
@@ -224,28 +218,8 @@ fn layout(side: usize, image_grid: usize) -> ImageLayout {
 }
 
 impl Lmm for Mgm {
-    fn spec(&self) -> &LmmSpec {
-        &self.spec
-    }
-
-    fn decoder(&self) -> &Decoder {
-        &self.decoder
-    }
-
-    fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
-    }
-
-    fn image_token(&self) -> u32 {
-        self.image_token
-    }
-
-    fn stop_ids(&self) -> &[u32] {
-        &self.stop_ids
-    }
-
-    fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>> {
-        self.tokenizer.encode(&self.format.render(turns, 1)?, true)
+    fn base(&self) -> &Base {
+        &self.base
     }
 
     fn prepare_image(&self, image: &RgbImage) -> Result<ImageInput> {
@@ -259,7 +233,7 @@ impl Lmm for Mgm {
     }
 
     fn vision_features(&self, image: &ImageInput) -> Result<Tensor> {
-        self.vision.forward(&image.pixel_values.to_device(self.decoder.device())?)
+        self.vision.forward(&image.pixel_values.to_device(self.base.decoder.device())?)
     }
 
     fn project(&self, image: &ImageInput, features: &Tensor) -> Result<Tensor> {
@@ -269,7 +243,7 @@ impl Lmm for Mgm {
     fn intermediates(&self, image: &ImageInput) -> Result<Vec<(&'static str, Tensor)>> {
         let map = self.aux_map(image)?;
         let mined = self.mining.forward(&self.vision_features(image)?, &map)?.unsqueeze(0)?;
-        let seen = |pixels: &Tensor| pixels.to_dtype(self.decoder.dtype());
+        let seen = |pixels: &Tensor| pixels.to_dtype(self.base.decoder.dtype());
         let mut tensors = vec![("main_image", seen(&image.pixel_values)?)];
         if let Some(aux) = &image.pixel_values_aux {
             tensors.push(("aux_image", seen(aux)?));

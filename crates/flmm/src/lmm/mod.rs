@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 use crate::layout::ImageLayout;
 use crate::text::Decoder;
+use crate::text::chat::ChatFormat;
 use crate::text::tokenizer::Tokenizer;
 use crate::weights::{checkpoint_bytes, files, load_checkpoint_with};
 
@@ -161,30 +162,62 @@ pub struct Prepared {
     pub image: ImageInput,
 }
 
+/// What every opened model has, whatever its family.
+#[derive(Debug)]
+pub struct Base {
+    /// The registry's line with the sizes of the model that was opened.
+    pub spec: LmmSpec,
+    /// The language model.
+    pub decoder: Decoder,
+    /// The model's tokenizer.
+    pub tokenizer: Tokenizer,
+    /// How conversations are written.
+    pub format: &'static ChatFormat,
+    /// Id of the token that stands for the image in a prompt; it may lie beyond the embedding table.
+    pub image_token: u32,
+    /// Ids that end an answer.
+    pub stop_ids: Vec<u32>,
+}
+
 /// A frozen large multimodal model.
 ///
 /// A family owns its configuration, preprocessing, prompt, vision tower and projector, and the layout of its
 /// image tokens. Decoding, generation and grounding are common to all.
 pub trait Lmm: Send + Sync {
+    /// What every model has; the methods below read it.
+    fn base(&self) -> &Base;
+
     /// The registry's line with the sizes of the model that was opened.
-    fn spec(&self) -> &LmmSpec;
+    fn spec(&self) -> &LmmSpec {
+        &self.base().spec
+    }
 
     /// The language model.
-    fn decoder(&self) -> &Decoder;
+    fn decoder(&self) -> &Decoder {
+        &self.base().decoder
+    }
 
     /// The model's tokenizer.
-    fn tokenizer(&self) -> &Tokenizer;
+    fn tokenizer(&self) -> &Tokenizer {
+        &self.base().tokenizer
+    }
 
     /// Id of the token that stands for the image in a prompt; it may lie beyond the embedding table.
-    fn image_token(&self) -> u32;
+    fn image_token(&self) -> u32 {
+        self.base().image_token
+    }
 
     /// Ids that end an answer.
-    fn stop_ids(&self) -> &[u32];
+    fn stop_ids(&self) -> &[u32] {
+        &self.base().stop_ids
+    }
 
     /// Prompt ids of `turns`, with exactly one image token in the first user turn.
     ///
     /// A conversation that ends with an assistant turn is continued from that text.
-    fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>>;
+    fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>> {
+        self.tokenizer().encode(&self.base().format.render(turns, 1)?, true)
+    }
 
     /// Preprocesses a picture.
     fn prepare_image(&self, image: &RgbImage) -> Result<ImageInput>;

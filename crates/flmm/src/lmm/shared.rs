@@ -13,6 +13,10 @@ use crate::text::chat::ChatFormat;
 use crate::text::tokenizer::Tokenizer;
 use crate::weights::{Params, files};
 
+/// How far a family with golden cases is proven ([`crate::lmm::LmmSpec::tested`]).
+pub(super) const TESTED: &str =
+    "parity with the reference on small random weights in the published layout, f32 and bf16";
+
 /// What a user can do about tensors that are missing or misshapen.
 pub(super) const WRONG_FOLDER: &str =
     "download the model again, or check that the folder belongs to its config.json";
