@@ -15,12 +15,28 @@ pub(super) enum Bytes {
     Embedded(&'static [u8]),
 }
 
+/// So much is read before its memory is given back.
+const RELEASE_EVERY: u64 = 64 << 20;
+
 impl Bytes {
-    /// Gives the memory of what was read back to the system; reading it again reads the file again.
+    /// Hands on what it is told was read, and now and then gives the memory of it back to the system.
     ///
     /// Without this a process that copies tensors out of a map would hold every weight twice.
+    pub(super) fn releasing<'a>(&'a self, read: &'a mut dyn FnMut(u64)) -> impl FnMut(u64) + 'a {
+        let mut held = 0;
+        move |count| {
+            held += count;
+            if held >= RELEASE_EVERY {
+                self.release();
+                held = 0;
+            }
+            read(count);
+        }
+    }
+
+    /// Drops the pages of the map from memory; reading them again reads the file again.
     #[allow(unsafe_code)]
-    pub(super) fn release(&self) {
+    fn release(&self) {
         #[cfg(unix)]
         if let Self::Mapped(map) = self {
             // SAFETY: the map is read-only and backed by its file, so a dropped page comes back with the same bytes.

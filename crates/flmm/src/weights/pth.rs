@@ -49,10 +49,7 @@ pub(super) fn load_file(
     watch: &mut Watch<'_>,
 ) -> Result<HashMap<String, Tensor>> {
     let bytes = map(file)?;
-    let mut read = |count| {
-        bytes.release();
-        (watch.read)(count);
-    };
+    let mut read = bytes.releasing(watch.read);
     load_from(&bytes, file, dtype, device, &mut Watch { keep: watch.keep, read: &mut read })
 }
 
