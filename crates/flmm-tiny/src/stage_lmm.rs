@@ -51,6 +51,9 @@ pub(crate) struct LmmArgs {
     /// was made before it did.
     #[arg(long)]
     pub(crate) carry_places: bool,
+    /// Of the stage `lmm`: train the tower as well, at this share of the learning rate.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) tower_rate: f64,
     /// Of the stage `lmm`: begin from this trained LMM folder instead of the stages `tower` and `codes`.
     #[arg(long)]
     pub(crate) from: Option<PathBuf>,
@@ -73,6 +76,8 @@ fn gate(text: &str) -> Result<(QuestionKind, f64), String> {
 const PIXEL_SHARE: f64 = 0.85;
 /// Noise on the codes, in units of a code's length.
 const CODE_NOISE: f32 = 0.45;
+/// Share of the learning rate at which the projector, trained before, goes on.
+const PROJECTOR_RATE: f64 = 0.3;
 /// Scenes of the regular evaluation.
 const EVALUATION_SCENES: u64 = 96;
 
@@ -88,7 +93,8 @@ impl LmmArgs {
     }
 }
 
-/// Trains the decoder on codes or, with `pixels`, decoder and projector on pictures behind the `frozen` tower.
+/// Trains the decoder on codes or, with `pixels`, decoder and projector on pictures behind the tower, which is
+/// trained too unless it is among the `frozen` tensors.
 pub(crate) fn run(
     args: &LmmArgs,
     pixels: bool,
@@ -108,8 +114,12 @@ pub(crate) fn run(
             gradients(args, setting, world, &lmm, store, source, worker)
         })?;
         let lr = progress::rate(args.lr, step, args.steps, 0.25);
-        let norm =
-            store.update(&grads, &adam, |name| if name.contains("projector") { 0.3 * lr } else { lr })?;
+        let share = |name: &str| match name {
+            name if name.starts_with("vision_tower.") => args.tower_rate,
+            name if name.contains("projector") => PROJECTOR_RATE,
+            _ => 1.0,
+        };
+        let norm = store.update(&grads, &adam, |name| share(name) * lr)?;
         ensure!(store.step > step, "the gradient is not finite at step {step} (norm {norm}); lower --lr");
         run.stepped(store, loss, &format!("norm {norm:.2} {source:?}"))?;
         if store.step.is_multiple_of(args.evaluate_every) || store.step == args.steps {
