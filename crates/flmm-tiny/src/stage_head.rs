@@ -149,7 +149,9 @@ fn sample(
             Caption::from_expressions(grounder.lmm().tokenizer(), chosen.iter().map(|(text, _)| *text))?;
         let segments = chosen.iter().map(|(_, object)| vec![SegmentRef::Object(*object)]).collect();
         (Told { prompt: GROUNDING_INSTRUCTION.into(), caption, segments }, false)
-    } else if let (true, Some(question)) = (draw > referring + (1.0 - referring) * NARRATIONS, questions.choose(rng)) {
+    } else if let (true, Some(question)) =
+        (draw > referring + (1.0 - referring) * NARRATIONS, questions.choose(rng))
+    {
         (told(tokenizer, &question.question, &question.answer, &question.links)?, true)
     } else {
         (narration(tokenizer, scene, rng.random_range(0..scene.texts.narrations.len()))?, true)

@@ -9,7 +9,7 @@ use flmm_data::world::{self, QuestionKind, Split, WorldConfig};
 use rand::Rng;
 
 use crate::lmm::{Lmm, Report, Sample, Setting, Source, rng_for};
-use crate::pack::Kind;
+use crate::pack::{Kind, REFERRING};
 use crate::parallel;
 use crate::progress::{self, Run};
 use crate::store::{AdamW, Grads, Store};
@@ -51,6 +51,9 @@ pub(crate) struct LmmArgs {
     /// was made before it did.
     #[arg(long)]
     pub(crate) carry_places: bool,
+    /// How often a scene's objects are referred to, 0 to 1.
+    #[arg(long, default_value_t = REFERRING, value_parser = share)]
+    pub(crate) referring: f64,
     /// Of the stage `lmm`: train the tower as well, at this share of the learning rate.
     #[arg(long, default_value_t = 0.0)]
     pub(crate) tower_rate: f64,
@@ -63,6 +66,11 @@ pub(crate) struct LmmArgs {
 fn question_kind(name: &str) -> Result<QuestionKind, String> {
     let kind = serde_json::from_value(serde_json::Value::from(name));
     kind.map_err(|_| format!("no kind of question is called `{name}`"))
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().map_err(|_| format!("`{text}` is not a number"))?;
+    if (0.0..=1.0).contains(&share) { Ok(share) } else { Err("expected a number from 0 to 1".into()) }
 }
 
 /// `KIND=PERCENT`
@@ -164,6 +172,7 @@ fn gradients(
     let first = ((store.step * args.workers + worker) * args.batch) as u64;
     let mut packer = packer_for(setting, source);
     packer.kinds.clone_from(&args.kinds);
+    packer.referring = args.referring;
     let mut samples = Vec::new();
     for index in first..first + args.batch as u64 {
         let scene = world::generate(world, Split::Train, args.seed, index);
