@@ -357,13 +357,14 @@ fn stop_words_of_several_tokens_are_no_part_of_the_answer() -> TestResult {
     let (whole, _) = ask(Vec::new(), None)?;
     let decode = |ids: &[u32]| grounder.lmm().tokenizer().decode(ids, false);
     // Three tokens in the middle, as text that does not come earlier.
-    let from = (2..whole.token_ids.len() - 3).find(|&from| {
-        let word = decode(&whole.token_ids[..from + 3])[decode(&whole.token_ids[..from]).len()..].to_owned();
-        word.trim() == word && whole.answer.find(&word) == Some(decode(&whole.token_ids[..from]).len())
-    });
-    let from = from.ok_or("no such word in the answer")?;
-    let before = decode(&whole.token_ids[..from]);
-    let word = decode(&whole.token_ids[..from + 3])[before.len()..].to_owned();
+    let word_at = |from: usize| {
+        let before = decode(&whole.token_ids[..from]);
+        let word = decode(&whole.token_ids[..from + 3]).strip_prefix(before.as_str())?.to_owned();
+        let plain = !word.is_empty() && word.trim() == word && !word.contains('\u{fffd}');
+        (plain && whole.answer.find(&word) == Some(before.len())).then_some((from, before, word))
+    };
+    let found = (2..whole.token_ids.len() - 3).find_map(word_at);
+    let (from, before, word) = found.ok_or_else(|| format!("no such word in {:?}", whole.answer))?;
     for phrases in [None, Some(PhraseChoice::Keywords)] {
         let (short, streamed) = ask(vec![word.clone()], phrases)?;
         assert_eq!((&short.token_ids[..], &short.answer), (&whole.token_ids[..from], &before));

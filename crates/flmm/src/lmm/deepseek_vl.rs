@@ -210,6 +210,7 @@ impl Aligner {
             let what = format!("{depth} layers are not supported; known: 2");
             return Err(settings.error("depth", what, "use a model with the published setting"));
         }
+        params.claim(&[]);
         let layers = params.pp("layers");
         let kind = settings.text("projector_type")?;
         match (tower, kind) {

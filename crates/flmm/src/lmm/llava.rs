@@ -115,6 +115,7 @@ impl Parts {
 
         let params = Params::new(dir, canonical(options.load(dir)?));
         let projector = params.pp("multi_modal_projector");
+        projector.claim(&[]);
         let layers = ["linear_1", "linear_2"].map(|name| projector.pp(name));
         let bias = config.flag_or("multimodal_projector_bias", true)?;
         let parts = Self {

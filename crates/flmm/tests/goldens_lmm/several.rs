@@ -8,7 +8,7 @@ use flmm::capture::Capture;
 use flmm::grounder::{AnswerOptions, Caption, GroundOptions};
 use flmm::image_input::read_image;
 use flmm::layout::Merge;
-use flmm::lmm::{GROUNDING_INSTRUCTION, Lmm, Prepared, Turn};
+use flmm::lmm::{Entry, Lmm, Prepared, REGISTRY, Turn};
 use flmm::phrases::PhraseChoice;
 use flmm::text::KvCache;
 use image::RgbImage;
@@ -29,11 +29,12 @@ fn with_two(check: impl Fn(&Path, &Opened, [&RgbImage; 2]) -> TestResult) -> Tes
     families.dedup_by_key(|(name, _)| *name);
     let mut checked = families.is_empty();
     for (name, dir) in families {
-        let pictures = pictures(&dir)?;
-        let opened = open(&dir, DType::F32)?;
-        if let [a, b, ..] = &pictures[..]
-            && opened.lmm().spec().several_images
-        {
+        let takes_several = |entry: &&Entry| entry.spec.name == name && entry.spec.several_images;
+        if !REGISTRY.iter().any(|entry| takes_several(&entry)) {
+            continue;
+        }
+        if let [a, b, ..] = &pictures(&dir)?[..] {
+            let opened = open(&dir, DType::F32)?;
             check(&dir, &opened, [a, b]).map_err(|e| format!("{name}, {}: {e}", dir.display()))?;
             checked = true;
         }
