@@ -120,9 +120,7 @@ fn goldens_lmm_every_picture_has_its_maps() -> TestResult {
         let caption =
             Caption::from_segments(lmm.tokenizer(), [("A ", None), ("red square", Some(0)), (".", None)])?;
         let mut session = grounder.start_with([a, b])?;
-        for turns in
-            [vec![Turn::user(GROUNDING_INSTRUCTION)], vec![among_words()], vec![Turn::user("Where?")]]
-        {
+        for turns in [[among_words()], [Turn::user("Where?")]] {
             let mut maps = Vec::new();
             for (image, picture) in [a, b].into_iter().enumerate() {
                 let observation = grounder.observe_image_in(&mut session, image, &turns, &caption)?;
