@@ -1,5 +1,6 @@
 //! Losses, optimiser, schedule and training loop of the grounding head.
 
+pub mod cache;
 pub mod checkpoint;
 pub mod head;
 mod log;
@@ -10,6 +11,7 @@ pub mod selector;
 pub mod task;
 pub mod trainer;
 
+pub use cache::{CacheKey, CacheOptions, CachedSamples, FeatureCache};
 pub use head::{HeadConfig, HeadSample, HeadTask, LossWeights, RefinedTarget};
 pub use samples::Samples;
 pub use selector::{SelectorConfig, SelectorSample, SelectorTask};

@@ -1,0 +1,211 @@
+//! Samples that are read from a cache, and made by the frozen models where it lacks them.
+
+use std::collections::HashSet;
+use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use flmm::{Error, Result};
+
+use super::record::{encode_picture, encode_sample};
+use super::store::{FeatureCache, SampleKey};
+use super::writer::Part;
+use crate::head::HeadSample;
+use crate::samples::Samples;
+
+/// Samples to wrap; shared between threads.
+pub type Source<'a> = Arc<dyn Samples<HeadSample> + Send + Sync + 'a>;
+
+/// Makes the source when the first sample is missing.
+type Open<'a> = Box<dyn Fn() -> Result<Source<'a>> + Send + Sync + 'a>;
+
+/// The names of sample `index` in `epoch`. A source that draws anew every epoch must name its samples accordingly;
+/// then a cache saves nothing.
+type Keys<'a> = Box<dyn Fn(usize, u64) -> SampleKey + Send + Sync + 'a>;
+
+/// Any samples behind a [`FeatureCache`].
+///
+/// A sample comes out the same whether it was read or just made: the cache's rounding is applied either way.
+pub struct CachedSamples<'a> {
+    cache: &'a FeatureCache,
+    len: usize,
+    keys: Keys<'a>,
+    open: Open<'a>,
+    source: Mutex<Option<Source<'a>>>,
+    notice: Box<dyn Fn(&str) + Send + Sync + 'a>,
+}
+
+/// What filling a cache will take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Estimate {
+    /// Samples that are missing.
+    pub missing: usize,
+    /// Samples in all.
+    pub samples: usize,
+    /// Bytes of a sample, on average over those that were tried; without its picture.
+    pub bytes_per_sample: u64,
+    /// Bytes of a picture's SAM embedding.
+    pub bytes_per_picture: u64,
+    /// Bytes that will be written.
+    pub bytes: u64,
+    /// Bytes that are free in the cache's folder, where the system tells.
+    pub free: Option<u64>,
+}
+
+impl std::fmt::Display for Estimate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let size = |bytes: u64| indicatif::HumanBytes(bytes).to_string();
+        write!(
+            f,
+            "{} of {} samples to add, {} each, {} per picture: {} in all",
+            self.missing,
+            self.samples,
+            size(self.bytes_per_sample),
+            size(self.bytes_per_picture),
+            size(self.bytes)
+        )?;
+        self.free.map_or(Ok(()), |free| write!(f, "; {} free", size(free)))
+    }
+}
+
+impl<'a> CachedSamples<'a> {
+    /// `len` samples, called `keys(index, epoch)`; `open` gives the samples that make what the cache lacks, and is
+    /// not called when it lacks nothing.
+    pub fn new(
+        cache: &'a FeatureCache,
+        len: usize,
+        keys: impl Fn(usize, u64) -> SampleKey + Send + Sync + 'a,
+        open: impl Fn() -> Result<Source<'a>> + Send + Sync + 'a,
+    ) -> Self {
+        let (keys, open) = (Box::new(keys), Box::new(open));
+        Self { cache, len, keys, open, source: Mutex::new(None), notice: Box::new(|_| {}) }
+    }
+
+    /// Tells `notice` what training can go on without: a damaged record that is made again, a full disk.
+    pub fn with_notices(mut self, notice: impl Fn(&str) + Send + Sync + 'a) -> Self {
+        self.notice = Box::new(notice);
+        self
+    }
+
+    /// Numbers of the samples of `epoch` that the cache lacks.
+    pub fn missing(&self, epoch: u64) -> Vec<usize> {
+        (0..self.len).filter(|&index| !self.cache.contains(&(self.keys)(index, epoch).sample)).collect()
+    }
+
+    /// How much would be written to complete epoch 0 of `part`, from `probes` samples that are made (and kept).
+    ///
+    /// # Errors
+    /// [`Error::Request`] if there is not enough room on the disk.
+    pub fn estimate(&self, part: Part, probes: usize) -> Result<Estimate> {
+        let range = part.range(self.len);
+        let missing: Vec<usize> =
+            self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
+        let mut estimate = Estimate {
+            missing: missing.len(),
+            samples: range.len(),
+            bytes_per_sample: 0,
+            bytes_per_picture: 0,
+            bytes: 0,
+            free: fs4::available_space(existing(self.cache.dir())).ok(),
+        };
+        let tried: Vec<usize> =
+            (0..probes.min(missing.len())).map(|i| missing[i * missing.len() / probes.max(1)]).collect();
+        if tried.is_empty() {
+            return Ok(estimate);
+        }
+        for &index in &tried {
+            let (sample, key) = (self.sample(index, 0)?, (self.keys)(index, 0));
+            let bytes = encode_sample(&sample, &key.picture, self.cache.key())?.len();
+            estimate.bytes_per_sample += bytes as u64;
+            let embedding = &sample.observation.sam_embedding;
+            estimate.bytes_per_picture = encode_picture(embedding, self.cache.key().values)?.len() as u64;
+        }
+        estimate.bytes_per_sample /= tried.len() as u64;
+        let pictures: HashSet<String> =
+            missing.iter().map(|&index| (self.keys)(index, 0).picture).collect();
+        estimate.bytes = estimate.bytes_per_sample * missing.len() as u64
+            + estimate.bytes_per_picture * pictures.len() as u64;
+        if let Some(free) = estimate.free.filter(|free| *free < estimate.bytes) {
+            return Err(Error::request(
+                format!(
+                    "{}: the feature cache needs {}, but only {} are free",
+                    self.cache.dir().display(),
+                    indicatif::HumanBytes(estimate.bytes),
+                    indicatif::HumanBytes(free)
+                ),
+                "choose a folder on a larger disk, store narrower values or int8 maps, or cache fewer samples",
+            ));
+        }
+        Ok(estimate)
+    }
+
+    /// Adds every sample of `part` that the cache lacks and completes the shard; what is there is passed over.
+    ///
+    /// `on_sample(done, of)` is called after every sample; when it breaks, the rest is left for another time.
+    ///
+    /// # Errors
+    /// The first error of a sample; [`Error::Request`] if the disk refuses (what was added before stays).
+    pub fn fill(
+        &self,
+        part: Part,
+        mut on_sample: impl FnMut(usize, usize) -> ControlFlow<()>,
+    ) -> Result<usize> {
+        let range = part.range(self.len);
+        let missing: Vec<usize> =
+            self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
+        let mut done = 0;
+        for &index in &missing {
+            self.sample(index, 0)?;
+            if self.cache.is_full() {
+                return Err(Error::request(
+                    format!(
+                        "{}: the disk takes no more; {done} samples were added and stay",
+                        self.cache.dir().display()
+                    ),
+                    "make room and run the same command again: it goes on where it stopped",
+                ));
+            }
+            done += 1;
+            if on_sample(done, missing.len()).is_break() {
+                break;
+            }
+        }
+        self.cache.commit()?;
+        Ok(done)
+    }
+
+    fn source(&self) -> Result<Source<'a>> {
+        let mut source = self.source.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*source {
+            Some(source) => Ok(source.clone()),
+            None => Ok(source.insert((self.open)()?).clone()),
+        }
+    }
+
+    fn tell(&self) {
+        self.cache.take_notices().iter().for_each(|notice| (self.notice)(notice));
+    }
+}
+
+impl Samples<HeadSample> for CachedSamples<'_> {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn sample(&self, index: usize, epoch: u64) -> Result<HeadSample> {
+        let key = (self.keys)(index, epoch);
+        let found = self.cache.get(&key.sample);
+        self.tell();
+        if let Some(sample) = found {
+            return Ok(sample);
+        }
+        let made = self.source()?.sample(index, epoch)?;
+        let sample = self.cache.insert(&key, &made);
+        self.tell();
+        sample
+    }
+}
+
+/// `path` or the nearest folder above it that exists.
+fn existing(path: &std::path::Path) -> &std::path::Path {
+    path.ancestors().find(|path| path.exists()).unwrap_or(std::path::Path::new("."))
+}
