@@ -42,6 +42,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Turn released checkpoints into the files this program keeps: checked, safe to read, only what is needed.
     Convert(ConvertArgs),
+    /// Measure how fast parts of this program are on this machine.
+    Bench(crate::bench::BenchArgs),
     /// Say whose work is included and under which licences.
     Credits,
     /// Print a completion script for a shell.

@@ -3,6 +3,7 @@
 //! Results go to standard output, everything else to standard error. Exit status: 0 done, 1 failed, 2 wrong usage.
 
 mod args;
+mod bench;
 mod chat;
 mod convert;
 mod credits;
@@ -50,6 +51,7 @@ fn run(cli: &Cli, talk: &Talk) -> Result<()> {
         Command::World(args) => world::run(args, talk),
         Command::Inspect(args) => inspect::run(&args.what, talk),
         Command::Convert(args) => convert::run(&args.what, talk),
+        Command::Bench(args) => bench::run(args, talk),
         Command::Credits => talk.print(&credits::text()),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -1,7 +1,9 @@
 //! Losses, optimiser, schedule and training loop of the grounding head.
 
+pub mod bench;
 pub mod cache;
 pub mod checkpoint;
+pub mod distributed;
 pub mod head;
 mod log;
 pub mod losses;

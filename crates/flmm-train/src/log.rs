@@ -12,7 +12,8 @@ use serde_json::{Map, Value};
 /// Averages values and appends them to `metrics.jsonl`.
 pub(crate) struct Log {
     dir: PathBuf,
-    file: File,
+    /// None for ranks that write no log.
+    file: Option<File>,
     /// Σ weight · value and Σ weight since the last line.
     pending: BTreeMap<String, (f64, f64)>,
     since: Instant,
@@ -32,7 +33,12 @@ impl Log {
         let kept: Vec<&str> = old.lines().filter(|line| step_of(line).is_some_and(|at| at <= step)).collect();
         flmm::atomic::write(&path, |writer| kept.iter().try_for_each(|line| writeln!(writer, "{line}")))?;
         let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::io(&path, e))?;
-        Ok(Self { dir: dir.to_owned(), file, pending, since: Instant::now() })
+        Ok(Self { dir: dir.to_owned(), file: Some(file), pending, since: Instant::now() })
+    }
+
+    /// A log that is not written.
+    pub(crate) fn silent() -> Self {
+        Self { dir: PathBuf::new(), file: None, pending: BTreeMap::new(), since: Instant::now() }
     }
 
     /// Keeps the run's configuration beside the log.
@@ -60,7 +66,8 @@ impl Log {
         }
         line.insert("seconds".into(), self.since.elapsed().as_secs_f64().into());
         self.since = Instant::now();
-        writeln!(self.file, "{}", Value::Object(line)).map_err(|e| Error::io(&self.dir, e))
+        let Some(file) = &mut self.file else { return Ok(()) };
+        writeln!(file, "{}", Value::Object(line)).map_err(|e| Error::io(&self.dir, e))
     }
 
     /// What has been added since the last line.

@@ -160,6 +160,24 @@ impl AdamW {
         Ok(StepInfo { norm, clip })
     }
 
+    /// Lets `change` rewrite tensors and moments in place, one after the other in the order of names, and counts
+    /// `steps` steps as taken. For ranks that take over another's state.
+    pub fn overwrite(&mut self, steps: u64, mut change: impl FnMut(&mut [f32]) -> Result<()>) -> Result<()> {
+        let mut changed = |tensor: &Tensor| -> Result<Tensor> {
+            let mut values = tensor.flatten_all()?.to_vec1::<f32>()?;
+            change(&mut values)?;
+            Ok(Tensor::from_vec(values, tensor.shape(), tensor.device())?)
+        };
+        for (name, var) in &self.vars {
+            var.set(&changed(&var.as_detached_tensor())?)?;
+            if let Some((m, v)) = self.moments.get_mut(name) {
+                (*m, *v) = (changed(m)?, changed(v)?);
+            }
+        }
+        self.steps = steps;
+        Ok(())
+    }
+
     /// The moments as `exp_avg.<name>` and `exp_avg_sq.<name>`, for a checkpoint.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
         let pairs = self.moments.iter();

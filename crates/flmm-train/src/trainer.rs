@@ -1,7 +1,7 @@
 //! The training loop.
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{self, State};
+use crate::distributed::{Communicator, Single, gather};
 use crate::log::Log;
 use crate::optim::{AdamW, AdamWConfig, Gradients, Schedule, Vars, accumulate, gradients};
 use crate::samples::{Order, Samples};
@@ -108,6 +109,7 @@ pub struct Trainer<'a, T: Task> {
     /// The caller's own settings, kept and compared with those of a checkpoint.
     task_config: Value,
     options: RunOptions,
+    communicator: &'a dyn Communicator,
 }
 
 /// A batch: its epoch and samples.
@@ -140,7 +142,24 @@ impl<'a, T: Task> Trainer<'a, T> {
             ));
         }
         let optimizer = AdamW::new(vars, config.optimizer)?;
-        Ok(Self { task, optimizer, config, task_config, options })
+        Ok(Self { task, optimizer, config, task_config, options, communicator: &Single })
+    }
+
+    /// Shares the work with other ranks: each takes every `world`-th sample of a batch, and all take the same steps.
+    /// Rank 0 alone writes checkpoints and logs, and the others take its tensors when the run begins.
+    ///
+    /// # Errors
+    /// [`Error::Request`] unless the batch can be shared out evenly.
+    pub fn with_communicator(mut self, communicator: &'a dyn Communicator) -> Result<Self> {
+        let (batch, world) = (self.config.batch_size, communicator.world());
+        if !batch.is_multiple_of(world) {
+            return Err(Error::request(
+                format!("a batch of {batch} samples cannot be shared out to {world} ranks"),
+                format!("set `batch_size`, which counts the samples of all ranks, to a multiple of {world}"),
+            ));
+        }
+        self.communicator = communicator;
+        Ok(self)
     }
 
     /// The optimiser with the trained tensors.
@@ -178,23 +197,21 @@ impl<'a, T: Task> Trainer<'a, T> {
         );
         let identity = json!({ "train": self.config, "task": self.task_config, "samples": samples.len() });
         let checkpoints = self.options.dir.join("checkpoints");
-        std::fs::create_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
-        let mut pending = Default::default();
-        if let Some(path) = checkpoint::latest(&checkpoints)? {
-            pending = checkpoint::load(&path, &mut self.optimizer, &identity)?.pending;
-        }
-        let mut log = Log::open(&self.options.dir, self.optimizer.steps(), pending)?;
-        log.write_config(&identity)?;
+        let writes = self.communicator.rank() == 0;
+        let begun = if writes { self.begin(&checkpoints, &identity) } else { Ok(Log::silent()) };
+        let mut log = self.begin_together(begun, &identity)?;
 
         let first = self.optimizer.steps();
         let bar = self.progress_bar(schedule.total, first);
         let prefetch = self.options.prefetch;
+        let (rank, world) = (self.communicator.rank(), self.communicator.world());
         std::thread::scope(|scope| {
             let (sender, receiver) = mpsc::sync_channel::<Result<Batch<T::Sample>>>(prefetch);
             let steps = schedule.total.saturating_sub(first) as usize;
             let load = move || {
                 for (epoch, indices) in order.batches(first).take(steps) {
-                    let batch = indices.into_iter().map(|index| samples.sample(index, epoch)).collect();
+                    let batch = indices.into_iter().skip(rank).step_by(world);
+                    let batch = batch.map(|index| samples.sample(index, epoch)).collect();
                     // The receiver is gone when the run has ended early.
                     if sender.send(batch).is_err() {
                         break;
@@ -209,7 +226,7 @@ impl<'a, T: Task> Trainer<'a, T> {
             while !ended && self.optimizer.steps() < schedule.total {
                 let Ok(batch) = receiver.recv() else { break };
                 let lr = schedule.lr(self.optimizer.steps());
-                let (gradients, loss) = self.batch_gradients(&batch?, &mut log)?;
+                let (gradients, loss) = self.batch_gradients(batch, &mut log)?;
                 let info = self.optimizer.step(&gradients, lr)?;
                 let step = self.optimizer.steps();
                 log.add("loss", loss, 1.0);
@@ -220,8 +237,9 @@ impl<'a, T: Task> Trainer<'a, T> {
                 bar.set_position(step);
                 bar.set_message(format!("loss {loss:.4}"));
                 let report = Step { step, total: schedule.total, lr, loss, grad_norm: info.norm };
-                ended = on_step(&report).is_break() || step == schedule.total;
-                if ended || saved.elapsed() >= self.options.checkpoint_every {
+                let stops = gather(self.communicator, Ok(on_step(&report).is_break()))?;
+                ended = stops.contains(&true) || step == schedule.total;
+                if writes && (ended || saved.elapsed() >= self.options.checkpoint_every) {
                     let state = State::new(step, per_epoch, identity.clone(), log.pending().clone());
                     checkpoint::save(&checkpoints, &self.optimizer, &state, self.options.keep)?;
                     saved = Instant::now();
@@ -235,11 +253,62 @@ impl<'a, T: Task> Trainer<'a, T> {
         })
     }
 
-    /// The gradients of a batch and its loss. Samples are added in their order, whatever thread computed them.
-    fn batch_gradients(&self, batch: &Batch<T::Sample>, log: &mut Log) -> Result<(Gradients, f64)> {
-        let weights: Vec<Vec<f64>> = batch.iter().map(|sample| self.task.weights(sample)).collect();
-        let terms = weights.iter().map(Vec::len).max().unwrap_or(0);
-        let total = |term: usize| weights.iter().map(|w| w.get(term).copied().unwrap_or(0.0)).sum::<f64>();
+    /// Continues from the newest checkpoint, if there is one, and opens the log.
+    fn begin(&mut self, checkpoints: &Path, identity: &Value) -> Result<Log> {
+        std::fs::create_dir_all(checkpoints).map_err(|e| Error::io(checkpoints, e))?;
+        let mut pending = Default::default();
+        if let Some(path) = checkpoint::latest(checkpoints)? {
+            pending = checkpoint::load(&path, &mut self.optimizer, identity)?.pending;
+        }
+        let log = Log::open(&self.options.dir, self.optimizer.steps(), pending)?;
+        log.write_config(identity)?;
+        Ok(log)
+    }
+
+    /// Makes sure that all ranks train the same thing, and gives them rank 0's tensors.
+    fn begin_together(&mut self, begun: Result<Log>, identity: &Value) -> Result<Log> {
+        if self.communicator.world() == 1 {
+            return begun;
+        }
+        let (log, told) = match begun {
+            Ok(log) => (Some(log), Ok((self.optimizer.steps(), identity.to_string()))),
+            Err(error) => (None, Err(error)),
+        };
+        let all = gather(self.communicator, told)?;
+        let steps = all[0].0;
+        let same = all.iter().position(|(_, other)| *other != all[0].1);
+        if let Some(rank) = same {
+            return Err(Error::request(
+                format!("rank {rank} trains something else than rank 0:\n{}\n{}", all[rank].1, all[0].1),
+                "start all ranks with the same configuration and the same data",
+            ));
+        }
+        self.optimizer.overwrite(steps, |values| {
+            // A sum in which all but one are zero is a broadcast of numbers.
+            if self.communicator.rank() != 0 {
+                values.fill(0.0);
+            }
+            self.communicator.all_reduce_sum(values)
+        })?;
+        Ok(log.unwrap_or_else(Log::silent))
+    }
+
+    /// The gradients of a batch and its loss, over all ranks; `batch` is this rank's share. Samples are added in their
+    /// order, whatever thread computed them.
+    fn batch_gradients(&self, batch: Result<Batch<T::Sample>>, log: &mut Log) -> Result<(Gradients, f64)> {
+        let own = batch.map(|batch| {
+            let weights: Vec<Vec<f64>> = batch.iter().map(|sample| self.task.weights(sample)).collect();
+            (batch, weights)
+        });
+        let (batch, told) = match own {
+            Ok((batch, weights)) => (batch, Ok(weights)),
+            Err(error) => (Vec::new(), Err(error)),
+        };
+        let all = gather(self.communicator, told)?;
+        let weights = &all[self.communicator.rank()];
+        let terms = all.iter().flatten().map(Vec::len).max().unwrap_or(0);
+        let total =
+            |term: usize| all.iter().flatten().map(|w| w.get(term).copied().unwrap_or(0.0)).sum::<f64>();
         let totals: Vec<f64> = (0..terms).map(total).collect();
         let shares: Vec<Vec<f64>> = weights
             .iter()
@@ -248,18 +317,61 @@ impl<'a, T: Task> Trainer<'a, T> {
             })
             .collect();
 
+        let own = self.contributions(&batch, &shares).and_then(|parts| {
+            let (mut sum, mut loss, mut metrics) = (Gradients::new(), 0.0, Vec::new());
+            for part in parts {
+                accumulate(&mut sum, &part.gradients, 1.0)?;
+                loss += part.loss;
+                metrics.extend(part.metrics.iter().map(|m| (m.name.to_owned(), m.value, m.weight)));
+            }
+            Ok((sum, (loss, metrics)))
+        });
+        let (sum, told) = match own {
+            Ok((sum, told)) => (sum, Ok(told)),
+            Err(error) => (Gradients::new(), Err(error)),
+        };
+        let mut loss = 0.0;
+        for (part, metrics) in gather(self.communicator, told)? {
+            loss += part;
+            metrics.iter().for_each(|(name, value, weight)| log.add(name, *value, *weight));
+        }
+        Ok((self.summed(sum)?, loss))
+    }
+
+    /// The sum of all ranks' gradients.
+    fn summed(&self, own: Gradients) -> Result<Gradients> {
+        if self.communicator.world() == 1 {
+            return Ok(own);
+        }
+        // One call for all tensors. Which of them have a gradient may differ from rank to rank.
+        let mut flat = Vec::new();
+        for (name, var) in self.optimizer.vars() {
+            match own.get(name) {
+                Some(gradient) => flat.extend(gradient.flatten_all()?.to_vec1::<f32>()?),
+                None => flat.resize(flat.len() + var.elem_count(), 0.0),
+            }
+        }
+        self.communicator.all_reduce_sum(&mut flat)?;
+        let (mut sum, mut rest) = (Gradients::new(), &flat[..]);
+        for (name, var) in self.optimizer.vars() {
+            let (values, behind) = rest.split_at(var.elem_count());
+            sum.insert(name.clone(), Tensor::from_slice(values, var.shape(), var.device())?);
+            rest = behind;
+        }
+        Ok(sum)
+    }
+
+    /// What every sample of `batch` contributes, in their order.
+    fn contributions(&self, batch: &Batch<T::Sample>, shares: &[Vec<f64>]) -> Result<Vec<Contribution>> {
         let workers = self.options.workers.clamp(1, batch.len().max(1));
         let mut parts: Vec<Option<Result<Contribution>>> = Vec::new();
         if workers == 1 {
-            parts.extend(
-                batch.iter().zip(&shares).map(|(sample, share)| Some(self.contribution(sample, share))),
-            );
+            parts.extend(batch.iter().zip(shares).map(|(sample, share)| Some(self.contribution(sample, share))));
         } else {
             parts.resize_with(batch.len(), || None);
             std::thread::scope(|scope| -> Result<()> {
                 let mut handles = Vec::new();
                 for worker in 0..workers {
-                    let shares = &shares;
                     let work = move || {
                         let own = (worker..batch.len()).step_by(workers);
                         own.map(|i| (i, self.contribution(&batch[i], &shares[i]))).collect::<Vec<_>>()
@@ -278,14 +390,7 @@ impl<'a, T: Task> Trainer<'a, T> {
                 Ok(())
             })?;
         }
-        let (mut sum, mut loss) = (Gradients::new(), 0.0);
-        for part in parts.into_iter().flatten() {
-            let part = part?;
-            accumulate(&mut sum, &part.gradients, 1.0)?;
-            loss += part.loss;
-            part.metrics.iter().for_each(|metric| log.add(metric.name, metric.value, metric.weight));
-        }
-        Ok((sum, loss))
+        parts.into_iter().flatten().collect()
     }
 
     fn contribution(&self, sample: &T::Sample, share: &[f64]) -> Result<Contribution> {
@@ -308,7 +413,7 @@ impl<'a, T: Task> Trainer<'a, T> {
     }
 
     fn progress_bar(&self, total: u64, first: u64) -> ProgressBar {
-        if !self.options.progress {
+        if !self.options.progress || self.communicator.rank() != 0 {
             return ProgressBar::hidden();
         }
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} [{elapsed} < {eta}]");
