@@ -202,7 +202,7 @@ class Step:
             self.masks[n, 60 + 20 * n : 260 + 20 * n, 100:400] = 1
 
     def take(self):
-        clock = [time.perf_counter()]
+        clock, processor = [time.perf_counter()], time.process_time()
         coarse, refined = self.head(self.maps, self.hidden, self.lengths, self.embedding)
         small = F.interpolate(self.masks[:, None], coarse.shape[1:], mode="nearest")[:, 0]
         total = loss(coarse, small) + loss(refined, self.masks)
@@ -213,7 +213,7 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
         clock.append(time.perf_counter())
-        return [b - a for a, b in zip(clock, clock[1:])]
+        return [b - a for a, b in zip(clock, clock[1:])] + [time.process_time() - processor]
 
 
 def main():
@@ -238,21 +238,24 @@ def main():
     for number in range(args.rounds):
         round_theirs = [step.take() for _ in range(args.steps)]
         report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        round_ours = [[r["forward"], r["backward"], r["optimizer"]] for r in report["rounds"]]
+        round_ours = [[r["forward"], r["backward"], r["optimizer"], r["cpu"]] for r in report["rounds"]]
         ours += round_ours
         theirs += round_theirs
-        best = [min(sum(r) for r in rounds) for rounds in (round_ours, round_theirs)]
+        best = [min(sum(r[:3]) for r in rounds) for rounds in (round_ours, round_theirs)]
         ratios.append(best[0] / best[1])
         print(f"round {number + 1}: flmm {best[0]:.3f} s, PyTorch {best[1]:.3f} s, ratio {ratios[-1]:.2f}", flush=True)
     gflop = report["gflop"]
-    print(f"\n{'':10}{'forward':>10}{'backward':>10}{'optimiser':>10}{'step':>10}{'GFLOP/s':>10}   (medians)")
+    print(f"\n{'':10}{'forward':>10}{'backward':>10}{'optimiser':>10}{'step':>10}{'processor':>10}{'GFLOP/s':>10}   (medians)")
+    whole, cpu = [], []
     for name, rounds in (("flmm", ours), ("PyTorch", theirs)):
-        parts = [statistics.median(r[i] for r in rounds) for i in range(3)]
-        whole = statistics.median(sum(r) for r in rounds)
-        print(f"{name:10}" + "".join(f"{1e3 * p:8.0f} ms"[:10].rjust(10) for p in parts + [whole]) + f"{gflop / whole:10.0f}")
-    whole = [statistics.median(sum(r) for r in rounds) for rounds in (ours, theirs)]
-    print(f"\nratio flmm / PyTorch {torch.__version__}: {whole[0] / whole[1]:.2f} by medians, "
-          f"{statistics.median(ratios):.2f} median of the rounds' ratios, {args.threads} thread(s)")
+        parts = [statistics.median(r[i] for r in rounds) for i in range(4)]
+        whole.append(statistics.median(sum(r[:3]) for r in rounds))
+        cpu.append(parts.pop())
+        print(f"{name:10}" + "".join(f"{1e3 * t:.0f} ms".rjust(10) for t in (*parts, whole[-1], cpu[-1])) + f"{gflop / whole[-1]:10.0f}")
+    print(
+        f"\nflmm / PyTorch {torch.__version__}, {args.threads} thread(s): {whole[0] / whole[1]:.2f} by medians, "
+        f"{statistics.median(ratios):.2f} median of the rounds' ratios, {cpu[0] / cpu[1]:.2f} by processor time"
+    )
 
 
 if __name__ == "__main__":

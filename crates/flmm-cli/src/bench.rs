@@ -72,11 +72,12 @@ fn step(args: &TrainStepArgs, talk: &Talk) -> Result<()> {
     }
     let line = |name: &str, seconds: f64| format!("{name:<10}{:>9.1} ms\n", seconds * 1e3);
     talk.print(&format!(
-        "{}{}{}{}{speed:.0} GFLOP/s ({:.1} GFLOP a step, median of {})",
+        "{}{}{}{}{}{speed:.0} GFLOP/s ({:.1} GFLOP a step, median of {})",
         line("forward", median.forward),
         line("backward", median.backward),
         line("optimiser", median.optimizer),
         line("step", median.total()),
+        line("processor", median.cpu),
         config.flops() / 1e9,
         rounds.len()
     ))

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
+use cpu_time::ProcessTime;
 use flmm::grounder::{HeadSizes, Observation};
 use flmm::mask_head::UNetConfig;
 use flmm::sam::{SamConfig, SamGeometry};
@@ -125,6 +126,8 @@ pub struct StepTimes {
     pub backward: f64,
     /// Seconds of clipping and AdamW.
     pub optimizer: f64,
+    /// Processor seconds of the whole step, over all threads: what counts on a machine that others use too.
+    pub cpu: f64,
 }
 
 impl StepTimes {
@@ -144,6 +147,7 @@ impl StepTimes {
             forward: middle(|t| t.forward),
             backward: middle(|t| t.backward),
             optimizer: middle(|t| t.optimizer),
+            cpu: middle(|t| t.cpu),
         }
     }
 }
@@ -174,6 +178,7 @@ pub fn train_step(
     let sample = config.sample()?;
     let mut times = Vec::with_capacity(rounds);
     for round in 0..warmup + rounds {
+        let cpu = ProcessTime::now();
         let (mut clock, mut lap) = (Instant::now(), Duration::ZERO);
         let mut split = || {
             lap = clock.elapsed();
@@ -187,7 +192,7 @@ pub fn train_step(
         drop(store);
         let backward = split();
         optimizer.step(&gradients, 1e-4)?;
-        let step = StepTimes { forward, backward, optimizer: split() };
+        let step = StepTimes { forward, backward, optimizer: split(), cpu: cpu.elapsed().as_secs_f64() };
         if round >= warmup {
             on_round(&step);
             times.push(step);
