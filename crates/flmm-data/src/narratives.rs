@@ -169,6 +169,17 @@ impl Narratives {
         self.narratives.is_empty()
     }
 
+    /// COCO image id of a narrative; `None` beyond the last one.
+    pub fn image_id(&self, index: usize) -> Option<u64> {
+        self.narratives.get(index).map(|narrative| narrative.image_id)
+    }
+
+    /// Whether any utterance of a narrative is linked to a segment.
+    pub fn is_grounded(&self, index: usize) -> bool {
+        let segments = self.narratives.get(index).map(|narrative| &narrative.segments);
+        segments.is_some_and(|segments| segments.iter().any(|segment| !segment.segment_ids.is_empty()))
+    }
+
     /// Decodes a narrative. An error if a singular phrase has not exactly one segment, if its segment or picture is
     /// unknown, or if the id PNG cannot be read or has another size.
     pub fn sample(&self, index: usize) -> Result<NarrativeSample> {
