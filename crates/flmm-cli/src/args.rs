@@ -36,6 +36,10 @@ pub(crate) enum Command {
     Chat(ChatArgs),
     /// Mark in a picture what a given text speaks of.
     Ground(GroundArgs),
+    /// Train a grounding head for a frozen LMM on the published datasets; a run that was stopped goes on.
+    Train(crate::train::TrainArgs),
+    /// Look after the datasets on this disk.
+    Data(crate::data::DataArgs),
     /// Make pictures with exact masks and true sentences, in the published dataset formats.
     World(WorldArgs),
     /// Look inside: the models known, one model, the attention behind a mask.
@@ -65,7 +69,7 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "FILE", requires = "model")]
     pub(crate) sam: Option<PathBuf>,
     /// Grounding head: a folder, or a .pth or .safetensors file, for a model that is not a bundle.
-    #[arg(long, value_name = "DIR", requires = "model")]
+    #[arg(long, value_name = "DIR")]
     pub(crate) head: Option<PathBuf>,
     /// Vision tower of a Mini-Gemini [default: looked for inside and beside the model's folder].
     #[arg(long, value_name = "DIR", requires = "model")]

@@ -7,6 +7,7 @@ mod bench;
 mod chat;
 mod convert;
 mod credits;
+mod data;
 mod embedded;
 mod failure;
 mod fetch;
@@ -16,6 +17,7 @@ mod model;
 mod picture;
 mod report;
 mod talk;
+mod train;
 mod world;
 
 use std::process::ExitCode;
@@ -48,6 +50,8 @@ fn run(cli: &Cli, talk: &Talk) -> Result<()> {
     match &cli.command {
         Command::Chat(args) => chat::run(args, talk),
         Command::Ground(args) => ground::run(args, talk),
+        Command::Train(args) => train::run(args, talk),
+        Command::Data(args) => data::run(args, talk),
         Command::World(args) => world::run(args, talk),
         Command::Inspect(args) => inspect::run(&args.what, talk),
         Command::Convert(args) => convert::run(&args.what, talk),

@@ -51,19 +51,10 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
 }
 
 /// Where public SAM checkpoints come from; the method was made with this size.
-const SAM_SOURCE: &str = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth";
+pub(crate) const SAM_SOURCE: &str = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth";
 
 /// Name and files of the chosen model.
 fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
-    let Some(model) = &args.model else {
-        let bundle = embedded::bundle().ok_or_else(|| {
-            Failure::usage(
-                "this build has no embedded model",
-                "give --model, --sam and --head, or build with models/flmm-tiny",
-            )
-        })?;
-        return Ok((embedded::NAME.to_owned(), ModelPaths::bundle(&bundle)));
-    };
     // Before anything is downloaded.
     let given = [
         (&args.sam, format!("check the path; public SAM checkpoints: {SAM_SOURCE}")),
@@ -76,6 +67,18 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
             return Err(Failure::usage(format!("`{}`: no such file or folder", path.display()), hint));
         }
     }
+    let Some(model) = &args.model else {
+        let bundle = embedded::bundle().ok_or_else(|| {
+            Failure::usage(
+                "this build has no embedded model",
+                "give --model, --sam and --head, or build with models/flmm-tiny",
+            )
+        })?;
+        let bundle = ModelPaths::bundle(&bundle);
+        // The embedded model with another head, one that was trained for it.
+        let head = args.head.clone().unwrap_or(bundle.head);
+        return Ok((embedded::NAME.to_owned(), ModelPaths { head, ..bundle }));
+    };
     match named(model)? {
         Named::Local(folder) => {
             let bundle = ModelPaths::bundle(&folder);

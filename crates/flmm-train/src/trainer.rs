@@ -1,119 +1,39 @@
 //! The training loop.
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor, Var};
 use flmm::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{self, State};
 use crate::distributed::{Communicator, Single, gather};
+use crate::folder::RunFolder;
 use crate::log::Log;
-use crate::optim::{AdamW, AdamWConfig, Gradients, Schedule, Vars, accumulate, gradients};
+use crate::optim::{AdamW, Gradients, Schedule, Vars, accumulate, gradients};
+use crate::prefetch::{Prefetch, StopGuard};
 use crate::samples::{Order, Samples};
+use crate::settings::{Precision, RunOptions, TrainConfig};
 use crate::task::{Metric, Task};
+use crate::watch::{EachStep, Step, Watch};
 
 /// candle walks the graph recursively; a thread's default stack would limit its depth.
 const STACK: usize = 64 << 20;
-
-/// What decides the result of a run. Kept in every checkpoint; the defaults are the paper's.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct TrainConfig {
-    /// Seed of the order of samples.
-    pub seed: u64,
-    /// Passes over the samples.
-    pub epochs: u64,
-    /// Samples per step (the paper: 8 devices with one each).
-    pub batch_size: usize,
-    /// Highest learning rate.
-    pub learning_rate: f64,
-    /// Part of the run in which the learning rate rises.
-    pub warmup_ratio: f64,
-    /// The optimiser.
-    pub optimizer: AdamWConfig,
-}
-
-impl Default for TrainConfig {
-    fn default() -> Self {
-        Self {
-            seed: 0,
-            epochs: 8,
-            batch_size: 8,
-            learning_rate: 1e-4,
-            warmup_ratio: 0.03,
-            optimizer: AdamWConfig::default(),
-        }
-    }
-}
-
-/// What does not change the result of a run.
-#[derive(Debug, Clone)]
-pub struct RunOptions {
-    /// The run's folder: `config.json`, `metrics.jsonl`, `checkpoints/`.
-    pub dir: PathBuf,
-    /// Time between checkpoints; one is written at the end in any case.
-    pub checkpoint_every: Duration,
-    /// How many checkpoints are kept.
-    pub keep: usize,
-    /// Steps between lines of the log.
-    pub log_every: u64,
-    /// Threads that compute gradients, one sample at a time each.
-    pub workers: usize,
-    /// Batches that are read ahead.
-    pub prefetch: usize,
-    /// Whether to draw a progress bar on standard error.
-    pub progress: bool,
-}
-
-impl RunOptions {
-    /// The usual options for a run in `dir`: a checkpoint every five minutes, one worker, no progress bar.
-    pub fn new(dir: impl Into<PathBuf>) -> Self {
-        Self {
-            dir: dir.into(),
-            checkpoint_every: Duration::from_secs(300),
-            keep: 1,
-            log_every: 10,
-            workers: 1,
-            prefetch: 1,
-            progress: false,
-        }
-    }
-}
-
-/// One step that was taken.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Step {
-    /// Its number, from 1.
-    pub step: u64,
-    /// All steps of the run.
-    pub total: u64,
-    /// The learning rate it used.
-    pub lr: f64,
-    /// The loss of its batch.
-    pub loss: f64,
-    /// The global norm of its gradients before clipping.
-    pub grad_norm: f64,
-}
 
 /// Trains the tensors of an optimiser on a task.
 pub struct Trainer<'a, T: Task> {
     task: &'a T,
     optimizer: AdamW,
+    /// What the task was built from, where that is not the optimiser's own tensors but rounded copies of them.
+    rounded: Option<Vars>,
     config: TrainConfig,
     /// The caller's own settings, kept and compared with those of a checkpoint.
     task_config: Value,
     options: RunOptions,
     communicator: &'a dyn Communicator,
 }
-
-/// A batch: its epoch and samples.
-type Batch<S> = Vec<S>;
 
 /// What one sample contributed.
 struct Contribution {
@@ -141,8 +61,20 @@ impl<'a, T: Task> Trainer<'a, T> {
                 "set `epochs` and `batch_size` to 1 or more",
             ));
         }
-        let optimizer = AdamW::new(vars, config.optimizer)?;
-        Ok(Self { task, optimizer, config, task_config, options, communicator: &Single })
+        let (vars, rounded) = match config.precision {
+            Precision::F32 => (vars, None),
+            Precision::Bf16 => {
+                let copy = |(name, var): (&String, &Var)| {
+                    Ok((name.clone(), Var::from_tensor(&var.as_detached_tensor().copy()?)?))
+                };
+                (vars.iter().map(copy).collect::<Result<Vars>>()?, Some(vars))
+            }
+        };
+        let optimizer = AdamW::new(vars, config.optimizer)?.with_groups(config.groups.clone())?;
+        let communicator = &Single;
+        let trainer = Self { task, optimizer, rounded, config, task_config, options, communicator };
+        trainer.round()?;
+        Ok(trainer)
     }
 
     /// Shares the work with other ranks: each takes every `world`-th sample of a batch, and all take the same steps.
@@ -179,8 +111,13 @@ impl<'a, T: Task> Trainer<'a, T> {
     pub fn run(
         &mut self,
         samples: &dyn Samples<T::Sample>,
-        mut on_step: impl FnMut(&Step) -> ControlFlow<()>,
+        on_step: impl FnMut(&Step) -> ControlFlow<()>,
     ) -> Result<u64> {
+        self.run_watched(samples, &mut EachStep(on_step))
+    }
+
+    /// As [`Trainer::run`], telling `watch` what is done.
+    pub fn run_watched(&mut self, samples: &dyn Samples<T::Sample>, watch: &mut dyn Watch) -> Result<u64> {
         if samples.is_empty() {
             return Err(Error::request(
                 "there are no training samples",
@@ -196,54 +133,62 @@ impl<'a, T: Task> Trainer<'a, T> {
             self.config.warmup_ratio,
         );
         let identity = json!({ "train": self.config, "task": self.task_config, "samples": samples.len() });
-        let checkpoints = self.options.dir.join("checkpoints");
         let writes = self.communicator.rank() == 0;
-        let begun = if writes { self.begin(&checkpoints, &identity) } else { Ok(Log::silent()) };
-        let mut log = self.begin_together(begun, &identity)?;
+        let begun = if writes { self.begin(&identity).map(Some) } else { Ok(None) };
+        let (folder, mut log) = self.begin_together(begun, &identity)?;
 
         let first = self.optimizer.steps();
+        watch.begin(first, schedule.total, per_epoch);
         let bar = self.progress_bar(schedule.total, first);
-        let prefetch = self.options.prefetch;
+        let batch_size = self.config.batch_size;
         let (rank, world) = (self.communicator.rank(), self.communicator.world());
+        let jobs = order.samples(first).take(schedule.total.saturating_sub(first) as usize * batch_size);
+        let share = batch_size / world;
+        let ahead = Prefetch::new(jobs.skip(rank).step_by(world), (self.options.prefetch + 1) * share);
         std::thread::scope(|scope| {
-            let (sender, receiver) = mpsc::sync_channel::<Result<Batch<T::Sample>>>(prefetch);
-            let steps = schedule.total.saturating_sub(first) as usize;
-            let load = move || {
-                for (epoch, indices) in order.batches(first).take(steps) {
-                    let batch = indices.into_iter().skip(rank).step_by(world);
-                    let batch = batch.map(|index| samples.sample(index, epoch)).collect();
-                    // The receiver is gone when the run has ended early.
-                    if sender.send(batch).is_err() {
-                        break;
-                    }
-                }
-            };
-            let loader = std::thread::Builder::new().name("samples".into()).stack_size(STACK);
-            loader.spawn_scoped(scope, load).map_err(|e| Error::io(&self.options.dir, e))?;
+            // However this ends, the threads that make samples end with it.
+            let _stop = StopGuard(&ahead);
+            let make = |(epoch, index)| samples.sample(index, epoch);
+            let started = ahead.start(scope, self.options.loaders, STACK, make);
+            started.map_err(|e| Error::io(&self.options.dir, e))?;
 
             let mut saved = Instant::now();
             let mut ended = false;
             while !ended && self.optimizer.steps() < schedule.total {
-                let Ok(batch) = receiver.recv() else { break };
+                let batch = (0..share).map_while(|_| ahead.take()).collect::<Result<Vec<_>>>();
                 let lr = schedule.lr(self.optimizer.steps());
                 let (gradients, loss) = self.batch_gradients(batch, &mut log)?;
                 let info = self.optimizer.step(&gradients, lr)?;
+                self.round()?;
                 let step = self.optimizer.steps();
                 log.add("loss", loss, 1.0);
                 log.add("grad_norm", info.norm, 1.0);
-                if step.is_multiple_of(self.options.log_every.max(1)) || step == schedule.total {
-                    log.line(step, (step - 1) / per_epoch, lr)?;
-                }
+                let epoch = (step - 1) / per_epoch;
+                let report = Step { step, total: schedule.total, epoch, lr, loss, grad_norm: info.norm };
+                let after = watch.after_step(&report);
+                let stops = gather(self.communicator, after.as_ref().map(|after| after.stop).map_err(retold));
+                // A rank's own error before what others make of it.
+                let (after, stops) = (after?, stops?);
+                after.values.iter().for_each(|(name, value)| log.add(name, *value, 1.0));
                 bar.set_position(step);
                 bar.set_message(format!("loss {loss:.4}"));
-                let report = Step { step, total: schedule.total, lr, loss, grad_norm: info.norm };
-                let stops = gather(self.communicator, Ok(on_step(&report).is_break()))?;
                 ended = stops.contains(&true) || step == schedule.total;
-                if writes && (ended || saved.elapsed() >= self.options.checkpoint_every) {
-                    let state = State::new(step, per_epoch, identity.clone(), log.pending().clone());
-                    checkpoint::save(&checkpoints, &self.optimizer, &state, self.options.keep)?;
-                    saved = Instant::now();
-                }
+                let written = (|| {
+                    let due = step.is_multiple_of(self.options.log_every.max(1)) || !after.values.is_empty();
+                    if due || step == schedule.total {
+                        watch.line(&log.line(step, epoch, lr)?)?;
+                    }
+                    let due = ended || saved.elapsed() >= self.options.checkpoint_every;
+                    if let (Some(folder), true) = (&folder, due) {
+                        let state = State::new(step, per_epoch, identity.clone(), log.pending().clone());
+                        checkpoint::save(&folder.checkpoints, &self.optimizer, &state, self.options.keep)?;
+                        watch.saved(step);
+                        saved = Instant::now();
+                    }
+                    Ok(())
+                })();
+                let all = gather(self.communicator, written.as_ref().map(|()| ()).map_err(retold));
+                written.and(all)?;
             }
             Ok(())
         })
@@ -253,55 +198,72 @@ impl<'a, T: Task> Trainer<'a, T> {
         })
     }
 
-    /// Continues from the newest checkpoint, if there is one, and opens the log.
-    fn begin(&mut self, checkpoints: &Path, identity: &Value) -> Result<Log> {
-        std::fs::create_dir_all(checkpoints).map_err(|e| Error::io(checkpoints, e))?;
+    /// Gives the task's tensors the optimiser's values, rounded, where they are not the same tensors.
+    fn round(&self) -> Result<()> {
+        for (name, var) in self.rounded.iter().flatten() {
+            let value = self.optimizer.vars()[name].as_detached_tensor();
+            var.set(&value.to_dtype(DType::BF16)?.to_dtype(DType::F32)?)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the run's folder, continues from the newest checkpoint in it, if there is one, and opens the log.
+    fn begin(&mut self, identity: &Value) -> Result<(RunFolder, Log)> {
+        let folder = RunFolder::take(&self.options.dir)?;
         let mut pending = Default::default();
-        if let Some(path) = checkpoint::latest(checkpoints)? {
+        if let Some(path) = checkpoint::latest(&folder.checkpoints)? {
             pending = checkpoint::load(&path, &mut self.optimizer, identity)?.pending;
+            self.round()?;
         }
         let log = Log::open(&self.options.dir, self.optimizer.steps(), pending)?;
-        log.write_config(identity)?;
-        Ok(log)
+        if let Some(text) = &self.options.config_text {
+            flmm::atomic::write(self.options.dir.join("config.toml"), |to| to.write_all(text.as_bytes()))?;
+        }
+        Ok((folder, log))
     }
 
     /// Makes sure that all ranks train the same thing, and gives them rank 0's tensors.
-    fn begin_together(&mut self, begun: Result<Log>, identity: &Value) -> Result<Log> {
-        if self.communicator.world() == 1 {
-            return begun;
-        }
-        let (log, told) = match begun {
-            Ok(log) => (Some(log), Ok((self.optimizer.steps(), identity.to_string()))),
+    fn begin_together(
+        &mut self,
+        begun: Result<Option<(RunFolder, Log)>>,
+        identity: &Value,
+    ) -> Result<(Option<RunFolder>, Log)> {
+        let (own, told) = match begun {
+            Ok(own) => (own, Ok((self.optimizer.steps(), identity.to_string()))),
             Err(error) => (None, Err(error)),
         };
         let all = gather(self.communicator, told)?;
-        let steps = all[0].0;
-        let same = all.iter().position(|(_, other)| *other != all[0].1);
-        if let Some(rank) = same {
+        if let Some(rank) = all.iter().position(|(_, other)| *other != all[0].1) {
             return Err(Error::request(
                 format!("rank {rank} trains something else than rank 0:\n{}\n{}", all[rank].1, all[0].1),
                 "start all ranks with the same configuration and the same data",
             ));
         }
-        self.optimizer.overwrite(steps, |values| {
-            // A sum in which all but one are zero is a broadcast of numbers.
-            if self.communicator.rank() != 0 {
-                values.fill(0.0);
-            }
-            self.communicator.all_reduce_sum(values)
-        })?;
-        Ok(log.unwrap_or_else(Log::silent))
+        if all.len() > 1 {
+            let (communicator, steps) = (self.communicator, all[0].0);
+            self.optimizer.overwrite(steps, |values| {
+                // A sum in which all but one are zero is a broadcast of numbers.
+                if communicator.rank() != 0 {
+                    values.fill(0.0);
+                }
+                communicator.all_reduce_sum(values)
+            })?;
+            self.round()?;
+        }
+        Ok(match own {
+            Some((folder, log)) => (Some(folder), log),
+            None => (None, Log::silent()),
+        })
     }
 
     /// The gradients of a batch and its loss, over all ranks; `batch` is this rank's share. Samples are added in their
     /// order, whatever thread computed them.
-    fn batch_gradients(&self, batch: Result<Batch<T::Sample>>, log: &mut Log) -> Result<(Gradients, f64)> {
-        let own = batch.map(|batch| {
-            let weights: Vec<Vec<f64>> = batch.iter().map(|sample| self.task.weights(sample)).collect();
-            (batch, weights)
-        });
-        let (batch, told) = match own {
-            Ok((batch, weights)) => (batch, Ok(weights)),
+    fn batch_gradients(&self, batch: Result<Vec<T::Sample>>, log: &mut Log) -> Result<(Gradients, f64)> {
+        let (batch, told) = match batch {
+            Ok(batch) => {
+                let weights: Vec<Vec<f64>> = batch.iter().map(|sample| self.task.weights(sample)).collect();
+                (batch, Ok(weights))
+            }
             Err(error) => (Vec::new(), Err(error)),
         };
         let all = gather(self.communicator, told)?;
@@ -362,7 +324,7 @@ impl<'a, T: Task> Trainer<'a, T> {
     }
 
     /// What every sample of `batch` contributes, in their order.
-    fn contributions(&self, batch: &Batch<T::Sample>, shares: &[Vec<f64>]) -> Result<Vec<Contribution>> {
+    fn contributions(&self, batch: &[T::Sample], shares: &[Vec<f64>]) -> Result<Vec<Contribution>> {
         let workers = self.options.workers.clamp(1, batch.len().max(1));
         let mut parts: Vec<Option<Result<Contribution>>> = Vec::new();
         if workers == 1 {
@@ -394,22 +356,29 @@ impl<'a, T: Task> Trainer<'a, T> {
     }
 
     fn contribution(&self, sample: &T::Sample, share: &[f64]) -> Result<Contribution> {
-        let losses = self.task.losses(sample)?;
-        let mut total: Option<Tensor> = None;
-        for (term, share) in losses.terms.iter().zip(share).filter(|(_, share)| **share > 0.0) {
-            let term = (term * *share)?;
-            total = Some(match total {
-                Some(total) => (total + term)?,
-                None => term,
-            });
+        let mut sum = Contribution { gradients: Gradients::new(), loss: 0.0, metrics: Vec::new() };
+        self.task.in_parts(sample, &mut |losses| {
+            let mut total: Option<Tensor> = None;
+            for (term, share) in losses.terms.iter().zip(share).filter(|(_, share)| **share > 0.0) {
+                let term = (term * *share)?;
+                total = Some(match total {
+                    Some(total) => (total + term)?,
+                    None => term,
+                });
+            }
+            sum.metrics.extend(losses.metrics);
+            let Some(total) = total else { return Ok(()) };
+            let store = total.backward()?;
+            sum.loss += f64::from(total.to_scalar::<f32>()?);
+            let vars = self.rounded.as_ref().unwrap_or(self.optimizer.vars());
+            accumulate(&mut sum.gradients, &gradients(&store, vars), 1.0)
+        })?;
+        if self.rounded.is_some() {
+            for gradient in sum.gradients.values_mut() {
+                *gradient = gradient.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
+            }
         }
-        let metrics = losses.metrics;
-        let Some(total) = total else {
-            return Ok(Contribution { gradients: Gradients::new(), loss: 0.0, metrics });
-        };
-        let store = total.backward()?;
-        let loss = f64::from(total.to_scalar::<f32>()?);
-        Ok(Contribution { gradients: gradients(&store, self.optimizer.vars()), loss, metrics })
+        Ok(sum)
     }
 
     fn progress_bar(&self, total: u64, first: u64) -> ProgressBar {
@@ -423,4 +392,9 @@ impl<'a, T: Task> Trainer<'a, T> {
             Err(_) => bar,
         }
     }
+}
+
+/// An error for the other ranks; this one keeps its own.
+fn retold(error: &Error) -> Error {
+    Error::request(error.to_string(), error.hint().unwrap_or_default())
 }

@@ -141,6 +141,13 @@ impl Grounder {
         self.observation(session, &capture, caption.phrases()?)
     }
 
+    /// Hidden states `[L, T, D]` of the tokens of `caption`, read as in [`Grounder::observe_in`]: what the keyword
+    /// selector needs, without SAM and without attention maps. The caption may have no phrase at all.
+    pub fn hidden_in(&self, session: &mut Session, turns: &[Turn], caption: &Caption) -> Result<Tensor> {
+        let capture = self.read_caption(session, turns, &mut caption.clone())?;
+        capture.hidden_rows(&capture.positions().collect::<Vec<_>>())
+    }
+
     /// Mask logits of every phrase observed; differentiable in the head.
     pub fn decode(&self, observation: &Observation) -> Result<MaskLogits> {
         self.head.decode(observation)

@@ -101,16 +101,30 @@ impl GroundingHead {
 
     /// Coarse and refined logits of every phrase. Differentiable in every tensor of the head.
     pub fn decode(&self, observation: &Observation) -> Result<MaskLogits> {
+        self.decode_with(observation, &PromptOptions::default())
+    }
+
+    /// As [`GroundingHead::decode`], with chosen prompts for the refiner.
+    pub fn decode_with(&self, observation: &Observation, options: &PromptOptions) -> Result<MaskLogits> {
         let coarse = self.coarse(observation)?;
-        let refined = self.refine(observation, &coarse)?;
+        let refined = self.refine_with(observation, &coarse, options)?;
         Ok(MaskLogits { coarse, refined })
     }
 
     /// Refined logits `[N, H, W]` at the picture's own size, from coarse logits `[N, mh, mw]`.
     pub fn refine(&self, observation: &Observation, coarse: &Tensor) -> Result<Tensor> {
+        self.refine_with(observation, coarse, &PromptOptions::default())
+    }
+
+    fn refine_with(
+        &self,
+        observation: &Observation,
+        coarse: &Tensor,
+        options: &PromptOptions,
+    ) -> Result<Tensor> {
         let text = self.text_embeds(observation)?;
         let (embedding, geometry) = (&observation.sam_embedding, &observation.sam_geometry);
-        self.refiner.refine(embedding, &coarse.contiguous()?, &text, geometry, &PromptOptions::default())
+        self.refiner.refine(embedding, &coarse.contiguous()?, &text, geometry, options)
     }
 
     /// Per phrase, its tokens' states in SAM's prompt width: `[T_n, C]`.
