@@ -1,11 +1,11 @@
 //! Which model to open.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
 use flmm::Grounder;
-use flmm::grounder::ModelPaths;
+use flmm::grounder::{HeadSettings, ModelPaths, RefinerKind};
 use flmm::hub::Hub;
 use flmm::lmm::{LoadProgress, OpenOptions};
 
@@ -84,8 +84,9 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
             let bundle = ModelPaths::bundle(&folder);
             let is_bundle = !folder.join("config.json").is_file() && bundle.model.is_dir();
             let paths = parts(args, &folder, is_bundle)?;
-            for path in [&paths.sam, &paths.head] {
-                if !path.exists() {
+            let needs_sam = HeadSettings::read(&paths.head)?.refiner != RefinerKind::None;
+            for (path, needed) in [(&paths.sam, needs_sam), (&paths.head, true)] {
+                if needed && !path.exists() {
                     let what = format!("`{}`: no such file or folder", path.display());
                     return Err(Failure::usage(
                         what,
@@ -117,6 +118,9 @@ fn parts(args: &ModelArgs, folder: &Path, is_bundle: bool) -> Result<ModelPaths>
         }),
         (false, Some(sam), Some(head)) => {
             Ok(ModelPaths { model: folder.to_owned(), sam: sam.clone(), head: head.clone() })
+        }
+        (false, None, Some(head)) if HeadSettings::read(head)?.refiner == RefinerKind::None => {
+            Ok(ModelPaths { model: folder.to_owned(), sam: PathBuf::new(), head: head.clone() })
         }
         (false, ..) => {
             let model = args.model.as_deref().unwrap_or(folder);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor, Var};
-use flmm::grounder::{GroundingHead, HeadSizes, MaskLogits, Observation, SAM_PREFIX};
+use flmm::grounder::{GroundingHead, HeadSettings, HeadSizes, MaskLogits, Observation, SAM_PREFIX};
 use flmm::mask_head::{UNet, UNetConfig};
 use flmm::nn::nearest;
 use flmm::sam::{PromptOptions, Refiner};
@@ -91,9 +91,7 @@ impl Default for HeadConfig {
     }
 }
 
-/// Fresh tensors of a whole head under their published names (`spec/pipeline.md` §3.4).
-///
-/// Prompt encoder and mask decoder are copied from `sam` (names of the public checkpoint) if given.
+/// [`init_as`] for a published head.
 pub fn init(
     sizes: &HeadSizes,
     base_channels: usize,
@@ -101,8 +99,22 @@ pub fn init(
     sam: Option<&HashMap<String, Tensor>>,
     seed: u64,
 ) -> Result<BTreeMap<String, Tensor>> {
+    init_as(sizes, &HeadSettings::default(), base_channels, selector, sam, seed)
+}
+
+/// Fresh tensors of a whole head with `settings` under their published names (`spec/pipeline.md` §3.4).
+///
+/// Prompt encoder and mask decoder are copied from `sam` (names of the public checkpoint) if given.
+pub fn init_as(
+    sizes: &HeadSizes,
+    settings: &HeadSettings,
+    base_channels: usize,
+    selector: Option<&SelectorConfig>,
+    sam: Option<&HashMap<String, Tensor>>,
+    seed: u64,
+) -> Result<BTreeMap<String, Tensor>> {
     let rng = &mut ChaCha8Rng::seed_from_u64(seed);
-    let unet = UNetConfig { in_channels: sizes.channels, base_channels, input_size: 64 };
+    let unet = UNetConfig { in_channels: settings.channels(sizes.channels)?, base_channels, input_size: 64 };
     let mut tensors = prefixed("mask_head.", UNet::init(&unet, rng)?);
     let (width, hidden) = (sizes.sam.prompt_embed_dim, sizes.hidden_size);
     tensors.insert("text_proj.weight".into(), linear(&[width, hidden], hidden, rng)?);
@@ -120,6 +132,7 @@ pub fn init(
     if let Some(config) = selector {
         tensors.extend(prefixed("keyword_selector.", config.init(hidden, rng)?));
     }
+    settings.retain(&mut tensors);
     Ok(tensors)
 }
 
@@ -134,11 +147,20 @@ fn prefixed(prefix: &str, tensors: BTreeMap<String, Tensor>) -> BTreeMap<String,
     tensors.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)).collect()
 }
 
-/// A head that can be trained, and its tensors by name.
+/// [`trainable_as`] for a published head.
+pub fn trainable(sizes: &HeadSizes, tensors: &BTreeMap<String, Tensor>) -> Result<(GroundingHead, Vars)> {
+    trainable_as(sizes, &HeadSettings::default(), tensors)
+}
+
+/// A head with `settings` that can be trained, and its tensors by name.
 ///
 /// Everything is trained but SAM's Gaussian matrix, which is a buffer. Tensors that never get a gradient
 /// (`spec/pipeline.md` §5.4) only decay, as in the published training.
-pub fn trainable(sizes: &HeadSizes, tensors: &BTreeMap<String, Tensor>) -> Result<(GroundingHead, Vars)> {
+pub fn trainable_as(
+    sizes: &HeadSizes,
+    settings: &HeadSettings,
+    tensors: &BTreeMap<String, Tensor>,
+) -> Result<(GroundingHead, Vars)> {
     let (mut vars, mut all) = (Vars::new(), HashMap::new());
     for (name, tensor) in tensors {
         if name.ends_with("positional_encoding_gaussian_matrix") {
@@ -150,7 +172,7 @@ pub fn trainable(sizes: &HeadSizes, tensors: &BTreeMap<String, Tensor>) -> Resul
         }
     }
     let params = Params::new("the head to be trained", all);
-    let head = GroundingHead::from_params(sizes, &params)?;
+    let head = GroundingHead::from_params_as(sizes, settings, &params)?;
     params.finish("begin from a head made for this LMM and this SAM")?;
     match params.unused().as_slice() {
         [] => Ok((head, vars)),
@@ -168,12 +190,20 @@ pub struct HeadTask {
 }
 
 impl HeadTask {
-    /// A task that trains `head`. Fails if the selector is to be trained and the head has none.
+    /// A task that trains `head`. Fails if the selector is to be trained and the head has none, or if refined masks have
+    /// a loss and the head has no refiner.
     pub fn new(head: GroundingHead, config: HeadConfig) -> Result<Self> {
         if config.selector.is_some() && head.keyword_selector.is_none() {
             return Err(Error::request(
                 "the keyword selector is to be trained, but the head has none",
                 "add `keyword_selector.weight` and `keyword_selector.bias` to the head",
+            ));
+        }
+        let LossWeights { refined_bce, refined_dice, .. } = config.losses;
+        if head.refiner.is_none() && (refined_bce != 0.0 || refined_dice != 0.0) {
+            return Err(Error::request(
+                "the head has no refiner, but its refined masks have a loss",
+                "set `head.losses.refined_bce` and `head.losses.refined_dice` to 0",
             ));
         }
         Ok(Self { head, config })

@@ -18,6 +18,7 @@ pub mod optim;
 mod prefetch;
 mod run;
 pub mod samples;
+pub mod selection;
 pub mod selector;
 mod settings;
 pub mod task;

@@ -8,8 +8,10 @@ mod answer;
 mod caption;
 mod head;
 mod session;
+mod settings;
 mod spans;
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -24,7 +26,7 @@ use crate::lmm::{self, GROUNDING_INSTRUCTION, Lmm, OpenOptions, Turn};
 use crate::masks::Mask;
 use crate::nn::bilinear;
 use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
-use crate::sam::{Sam, read_checkpoint};
+use crate::sam::{Sam, SamConfig, SamGeometry, read_checkpoint};
 use crate::text::sampling::Sampler;
 use crate::text::stream::TextStream;
 use crate::text::{Limits, generate};
@@ -38,6 +40,7 @@ pub use answer::{
 pub use caption::Caption;
 pub use head::{GroundingHead, HeadSizes, SAM_PREFIX, overlay};
 pub use session::Session;
+pub use settings::{HeadSettings, RefinerKind};
 
 /// Where the three parts of a model lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,7 +63,8 @@ impl ModelPaths {
 /// A frozen LMM, a frozen SAM image encoder and a grounding head.
 pub struct Grounder {
     lmm: Box<dyn Lmm>,
-    sam: Sam,
+    /// None where the head has no refiner.
+    sam: Option<Sam>,
     head: GroundingHead,
 }
 
@@ -79,7 +83,11 @@ impl Grounder {
     pub fn open_with(paths: &ModelPaths, options: &OpenOptions) -> Result<Self> {
         let device = &options.device;
         let lmm = lmm::open_with(&paths.model, options)?;
-        let (sam, sam_tensors) = read_checkpoint(&paths.sam, device)?;
+        let settings = HeadSettings::read(&paths.head)?;
+        let (sam, sam_tensors) = match settings.refiner {
+            RefinerKind::Sam => read_checkpoint(&paths.sam, device)?,
+            RefinerKind::None => (SamConfig::vit_l(), HashMap::new()),
+        };
         let sizes = HeadSizes {
             channels: lmm.spec().channels,
             layers: lmm.spec().layers,
@@ -88,15 +96,23 @@ impl Grounder {
         };
         let tensors = overlay(&paths.head, &sam_tensors, head::load_head_tensors(&paths.head, device)?)?;
         let params = Params::new(&paths.head, tensors);
-        let head = GroundingHead::from_params(&sizes, &params)?;
-        let sam = Sam::load(&sizes.sam, &params.pp("sam.model"))?;
+        let head = GroundingHead::from_params_as(&sizes, &settings, &params)?;
+        let sam = match settings.refiner {
+            RefinerKind::Sam => Some(Sam::load(&sizes.sam, &params.pp("sam.model"))?),
+            RefinerKind::None => None,
+        };
         params.finish(head::WRONG_HEAD)?;
-        Ok(Self::from_parts(lmm, sam, head))
+        Ok(Self { lmm, sam, head })
     }
 
     /// From parts already at hand, which must fit one another.
     pub fn from_parts(lmm: Box<dyn Lmm>, sam: Sam, head: GroundingHead) -> Self {
-        Self { lmm, sam, head }
+        Self { lmm, sam: Some(sam), head }
+    }
+
+    /// As [`Grounder::from_parts`], for a head without a refiner.
+    pub fn without_sam(lmm: Box<dyn Lmm>, head: GroundingHead) -> Self {
+        Self { lmm, sam: None, head }
     }
 
     /// The frozen language model.
@@ -104,9 +120,9 @@ impl Grounder {
         self.lmm.as_ref()
     }
 
-    /// SAM; its image encoder is what is used here, the head has its own refiner.
-    pub fn sam(&self) -> &Sam {
-        &self.sam
+    /// SAM; its image encoder is what is used here, the head has its own refiner. A head without one needs no SAM.
+    pub fn sam(&self) -> Option<&Sam> {
+        self.sam.as_ref()
     }
 
     /// The trained part.
@@ -345,7 +361,15 @@ impl Grounder {
     /// SAM's image embedding, once per session.
     fn encode(&self, session: &mut Session) -> Result<()> {
         if session.sam.is_none() {
-            session.sam = Some(self.sam.encode_image(&session.picture)?);
+            session.sam = Some(match &self.sam {
+                Some(sam) => sam.encode_image(&session.picture)?,
+                None => {
+                    let picture = &session.picture;
+                    let original = (picture.height() as usize, picture.width() as usize);
+                    let geometry = SamGeometry::new(original, SamConfig::vit_l().image_size);
+                    (Tensor::zeros((1, 0, 0, 0), DType::F32, &Device::Cpu)?, geometry)
+                }
+            });
         }
         Ok(())
     }

@@ -402,7 +402,8 @@ fn check_refiner(
     prompts: f64,
     low_res: f64,
 ) -> TestResult {
-    let (refiner, geometry) = (&grounder.head().refiner, &observation.sam_geometry);
+    let refiner = grounder.head().refiner.as_ref().expect("the case has a refiner");
+    let geometry = &observation.sam_geometry;
     let mask_prompts = refiner.mask_prompt(coarse, geometry)?;
     case.golden.check("mask_prompts_stride8", &strided(&mask_prompts, 8)?, prompts)?;
     let boxes: Vec<[[f64; 4]; 1]> = case.list("boxes")?;
@@ -438,7 +439,8 @@ fn check_heads_alone(case: &mut Case, grounder: &Grounder, mut observation: Obse
         embeds.narrow(0, first - count, count)
     });
     let text = text.collect::<Result<Vec<_>, _>>()?;
-    let (refiner, geometry) = (&grounder.head().refiner, &observation.sam_geometry);
+    let refiner = grounder.head().refiner.as_ref().expect("the case has a refiner");
+    let geometry = &observation.sam_geometry;
     let refined =
         refiner.refine(&observation.sam_embedding, &recorded, &text, geometry, &PromptOptions::default())?;
     check_sam_logits(case, &refined, 5e-3)
@@ -530,7 +532,7 @@ fn check_generated_phrases(
     case.check("ground.attn_merged", &maps, 2e-5, 0.12)?;
     let Opened::Whole(grounder) = opened else { return Ok(()) };
 
-    let (sam_embedding, sam_geometry) = grounder.sam().encode_image(&read_image(&case.picture)?)?;
+    let (sam_embedding, sam_geometry) = grounder.sam().expect("the case has a SAM").encode_image(&read_image(&case.picture)?)?;
     let observation = Observation {
         maps,
         hidden: capture.hidden_rows(&rows.collect::<Vec<_>>())?,

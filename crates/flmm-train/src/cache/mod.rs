@@ -13,6 +13,6 @@ mod store;
 mod writer;
 
 pub use key::{CacheKey, MapValues, Rows, Values};
-pub use samples::{CachedSamples, Estimate, Source};
-pub use store::{CacheOptions, Contents, FeatureCache, SampleKey};
+pub use samples::{CachedSamples, Estimate};
+pub use store::{CacheOptions, Contents, FeatureCache};
 pub use writer::Part;

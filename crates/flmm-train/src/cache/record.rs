@@ -13,6 +13,7 @@ use flmm::sam::SamGeometry;
 use flmm::{Error, Geometry, Result};
 use safetensors::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use super::key::{CacheKey, MapValues, Rows, Values};
 use crate::head::HeadSample;
@@ -55,8 +56,23 @@ impl Stored {
     }
 }
 
-/// The bytes of `sample`, whose picture is stored under `picture`.
-pub(super) fn encode_sample(sample: &HeadSample, picture: &str, key: &CacheKey) -> Result<Vec<u8>> {
+/// The two records of a sample.
+pub(super) struct Encoded {
+    /// Name of the picture's record: a digest of it, so that samples of one picture share it.
+    pub(super) name: String,
+    pub(super) picture: Vec<u8>,
+    pub(super) sample: Vec<u8>,
+}
+
+pub(super) fn encode(sample: &HeadSample, key: &CacheKey) -> Result<Encoded> {
+    let embedding = narrowed(&sample.observation.sam_embedding, key.values)?;
+    let picture = serialised(vec![("sam_embedding", Bytes::of(&embedding)?)], None)?;
+    let digest = Sha256::digest(&picture);
+    let name: String = digest[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(Encoded { sample: encode_sample(sample, &name, key)?, name, picture })
+}
+
+fn encode_sample(sample: &HeadSample, picture: &str, key: &CacheKey) -> Result<Vec<u8>> {
     let observation = &sample.observation;
     let (mut phrases, mut hidden) = (observation.phrases.clone(), observation.hidden.clone());
     if key.rows == Rows::Phrases {
@@ -81,11 +97,6 @@ pub(super) fn encode_sample(sample: &HeadSample, picture: &str, key: &CacheKey) 
     };
     let json = serde_json::to_string(&meta).map_err(|e| unreadable(&e))?;
     serialised(tensors, Some(HashMap::from([(META.to_owned(), json)])))
-}
-
-/// The bytes of a picture's SAM embedding `[1, C, e, e]`.
-pub(super) fn encode_picture(embedding: &Tensor, values: Values) -> Result<Vec<u8>> {
-    serialised(vec![("sam_embedding", Bytes::of(&narrowed(embedding, values)?)?)], None)
 }
 
 pub(super) fn decode_sample(bytes: &[u8]) -> Result<Stored> {
@@ -290,10 +301,10 @@ mod tests {
     }
 
     fn round_trip(sample: &HeadSample, key: &CacheKey) -> HeadSample {
-        let stored = decode_sample(&encode_sample(sample, "p", key).unwrap()).unwrap();
-        assert_eq!(stored.picture, "p");
-        let embedding = encode_picture(&sample.observation.sam_embedding, key.values).unwrap();
-        stored.with_embedding(decode_picture(&embedding).unwrap())
+        let encoded = encode(sample, key).unwrap();
+        let stored = decode_sample(&encoded.sample).unwrap();
+        assert_eq!(stored.picture, encoded.name);
+        stored.with_embedding(decode_picture(&encoded.picture).unwrap())
     }
 
     fn values(x: &Tensor) -> Vec<f32> {

@@ -1,36 +1,23 @@
 //! Samples that are read from a cache, and made by the frozen models where it lacks them.
 
-use std::collections::HashSet;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use flmm::{Error, Result};
 
-use super::record::{encode_picture, encode_sample};
-use super::store::{FeatureCache, SampleKey};
+use super::record::{Encoded, encode};
+use super::store::FeatureCache;
 use super::writer::Part;
 use crate::head::HeadSample;
 use crate::samples::Samples;
 
-/// Samples to wrap; shared between threads.
-pub type Source<'a> = Arc<dyn Samples<HeadSample> + Send + Sync + 'a>;
-
-/// Makes the source when the first sample is missing.
-type Open<'a> = Box<dyn Fn() -> Result<Source<'a>> + Send + Sync + 'a>;
-
-/// The names of sample `index` in `epoch`. A source that draws anew every epoch must name its samples accordingly;
-/// then a cache saves nothing.
-type Keys<'a> = Box<dyn Fn(usize, u64) -> SampleKey + Send + Sync + 'a>;
-
 /// Any samples behind a [`FeatureCache`].
 ///
-/// A sample comes out the same whether it was read or just made: the cache's rounding is applied either way.
+/// A sample comes out the same whether it was read or just made: the cache's rounding is applied either way. The inner
+/// samples are asked only for what the cache lacks, so they may open the frozen models when they are first asked.
+/// Samples that are drawn anew every epoch have new names every epoch; then a cache saves nothing.
 pub struct CachedSamples<'a> {
     cache: &'a FeatureCache,
-    len: usize,
-    keys: Keys<'a>,
-    open: Open<'a>,
-    source: Mutex<Option<Source<'a>>>,
+    inner: &'a dyn Samples<HeadSample>,
     notice: Box<dyn Fn(&str) + Send + Sync + 'a>,
 }
 
@@ -45,7 +32,7 @@ pub struct Estimate {
     pub bytes_per_sample: u64,
     /// Bytes of a picture's SAM embedding.
     pub bytes_per_picture: u64,
-    /// Bytes that will be written.
+    /// Bytes that will be written at most: pictures that samples share are counted once for each.
     pub bytes: u64,
     /// Bytes that are free in the cache's folder, where the system tells.
     pub free: Option<u64>,
@@ -56,7 +43,7 @@ impl std::fmt::Display for Estimate {
         let size = |bytes: u64| indicatif::HumanBytes(bytes).to_string();
         write!(
             f,
-            "{} of {} samples to add, {} each, {} per picture: {} in all",
+            "{} of {} samples to add, {} each and {} per picture: at most {}",
             self.missing,
             self.samples,
             size(self.bytes_per_sample),
@@ -68,16 +55,9 @@ impl std::fmt::Display for Estimate {
 }
 
 impl<'a> CachedSamples<'a> {
-    /// `len` samples, called `keys(index, epoch)`; `open` gives the samples that make what the cache lacks, and is
-    /// not called when it lacks nothing.
-    pub fn new(
-        cache: &'a FeatureCache,
-        len: usize,
-        keys: impl Fn(usize, u64) -> SampleKey + Send + Sync + 'a,
-        open: impl Fn() -> Result<Source<'a>> + Send + Sync + 'a,
-    ) -> Self {
-        let (keys, open) = (Box::new(keys), Box::new(open));
-        Self { cache, len, keys, open, source: Mutex::new(None), notice: Box::new(|_| {}) }
+    /// `inner`, whose samples are stored in `cache` under their keys.
+    pub fn new(cache: &'a FeatureCache, inner: &'a dyn Samples<HeadSample>) -> Self {
+        Self { cache, inner, notice: Box::new(|_| {}) }
     }
 
     /// Tells `notice` what training can go on without: a damaged record that is made again, a full disk.
@@ -88,7 +68,7 @@ impl<'a> CachedSamples<'a> {
 
     /// Numbers of the samples of `epoch` that the cache lacks.
     pub fn missing(&self, epoch: u64) -> Vec<usize> {
-        (0..self.len).filter(|&index| !self.cache.contains(&(self.keys)(index, epoch).sample)).collect()
+        (0..self.inner.len()).filter(|&index| !self.cache.contains(&self.inner.key(index, epoch))).collect()
     }
 
     /// How much would be written to complete epoch 0 of `part`, from `probes` samples that are made (and kept).
@@ -96,7 +76,7 @@ impl<'a> CachedSamples<'a> {
     /// # Errors
     /// [`Error::Request`] if there is not enough room on the disk.
     pub fn estimate(&self, part: Part, probes: usize) -> Result<Estimate> {
-        let range = part.range(self.len);
+        let range = part.range(self.inner.len());
         let missing: Vec<usize> =
             self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
         let mut estimate = Estimate {
@@ -113,17 +93,13 @@ impl<'a> CachedSamples<'a> {
             return Ok(estimate);
         }
         for &index in &tried {
-            let (sample, key) = (self.sample(index, 0)?, (self.keys)(index, 0));
-            let bytes = encode_sample(&sample, &key.picture, self.cache.key())?.len();
-            estimate.bytes_per_sample += bytes as u64;
-            let embedding = &sample.observation.sam_embedding;
-            estimate.bytes_per_picture = encode_picture(embedding, self.cache.key().values)?.len() as u64;
+            let Encoded { sample, picture, .. } = encode(&self.sample(index, 0)?, self.cache.key())?;
+            estimate.bytes_per_sample += sample.len() as u64;
+            estimate.bytes_per_picture = picture.len() as u64;
         }
         estimate.bytes_per_sample /= tried.len() as u64;
-        let pictures: HashSet<String> =
-            missing.iter().map(|&index| (self.keys)(index, 0).picture).collect();
-        estimate.bytes = estimate.bytes_per_sample * missing.len() as u64
-            + estimate.bytes_per_picture * pictures.len() as u64;
+        estimate.bytes =
+            (estimate.bytes_per_sample + estimate.bytes_per_picture) * missing.len() as u64;
         if let Some(free) = estimate.free.filter(|free| *free < estimate.bytes) {
             return Err(Error::request(
                 format!(
@@ -149,7 +125,7 @@ impl<'a> CachedSamples<'a> {
         part: Part,
         mut on_sample: impl FnMut(usize, usize) -> ControlFlow<()>,
     ) -> Result<usize> {
-        let range = part.range(self.len);
+        let range = part.range(self.inner.len());
         let missing: Vec<usize> =
             self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
         let mut done = 0;
@@ -173,14 +149,6 @@ impl<'a> CachedSamples<'a> {
         Ok(done)
     }
 
-    fn source(&self) -> Result<Source<'a>> {
-        let mut source = self.source.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*source {
-            Some(source) => Ok(source.clone()),
-            None => Ok(source.insert((self.open)()?).clone()),
-        }
-    }
-
     fn tell(&self) {
         self.cache.take_notices().iter().for_each(|notice| (self.notice)(notice));
     }
@@ -188,20 +156,24 @@ impl<'a> CachedSamples<'a> {
 
 impl Samples<HeadSample> for CachedSamples<'_> {
     fn len(&self) -> usize {
-        self.len
+        self.inner.len()
     }
 
     fn sample(&self, index: usize, epoch: u64) -> Result<HeadSample> {
-        let key = (self.keys)(index, epoch);
-        let found = self.cache.get(&key.sample);
+        let key = self.inner.key(index, epoch);
+        let found = self.cache.get(&key);
         self.tell();
         if let Some(sample) = found {
             return Ok(sample);
         }
-        let made = self.source()?.sample(index, epoch)?;
+        let made = self.inner.sample(index, epoch)?;
         let sample = self.cache.insert(&key, &made);
         self.tell();
         sample
+    }
+
+    fn key(&self, index: usize, epoch: u64) -> String {
+        self.inner.key(index, epoch)
     }
 }
 

@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use flmm::{Error, Result};
 
 use super::key::CacheKey;
-use super::record::{Stored, decode_picture, decode_sample, encode_picture, encode_sample};
+use super::record::{Encoded, Stored, decode_picture, decode_sample, encode};
 use super::shard::{EXTENSION, Entry, Kind, Shard};
 use super::writer::{Part, Writer};
 use crate::head::HeadSample;
@@ -26,15 +26,6 @@ impl Default for CacheOptions {
     fn default() -> Self {
         Self { part: Part::default(), shard_bytes: 1 << 30 }
     }
-}
-
-/// What a sample and its picture are called in the cache.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SampleKey {
-    /// Names the sample, for example `refcoco/train/581857`.
-    pub sample: String,
-    /// Names the picture, which several samples may share.
-    pub picture: String,
 }
 
 /// What the frozen models saw of samples, kept in a folder.
@@ -144,16 +135,15 @@ impl FeatureCache {
     ///
     /// When the disk refuses (it is full), a notice is left, what was written before stays, and later calls add
     /// nothing: training goes on without the cache.
-    pub fn insert(&self, name: &SampleKey, sample: &HeadSample) -> Result<HeadSample> {
-        let bytes = encode_sample(sample, &name.picture, &self.key)?;
-        let picture = encode_picture(&sample.observation.sam_embedding, self.key.values)?;
-        let rounded = decode_sample(&bytes)?.with_embedding(decode_picture(&picture)?);
+    pub fn insert(&self, name: &str, sample: &HeadSample) -> Result<HeadSample> {
+        let encoded = encode(sample, &self.key)?;
+        let rounded = decode_sample(&encoded.sample)?.with_embedding(decode_picture(&encoded.picture)?);
 
         let mut writing = lock(&self.writing);
         if matches!(*writing, Writing::Refused) {
             return Ok(rounded);
         }
-        if let Err(error) = self.append(&mut writing, name, &bytes, &picture) {
+        if let Err(error) = self.append(&mut writing, name, &encoded) {
             let Error::Io { path, source } = error else { return Err(error) };
             lock(&self.notices).push(format!(
                 "{}: {source}; nothing more is added to the feature cache, what is in it stays",
@@ -168,13 +158,14 @@ impl FeatureCache {
         Ok(rounded)
     }
 
-    fn append(&self, writing: &mut Writing, name: &SampleKey, sample: &[u8], picture: &[u8]) -> Result<()> {
+    fn append(&self, writing: &mut Writing, name: &str, encoded: &Encoded) -> Result<()> {
         if matches!(writing, Writing::No) {
             *writing = Writing::Yes(Writer::new(&self.dir, self.options.part, &self.key)?);
         }
         let Writing::Yes(writer) = writing else { return Ok(()) };
         // The picture first, so that a sample that is there always has one.
-        let records = [(Kind::Picture, &name.picture, picture), (Kind::Sample, &name.sample, sample)];
+        let Encoded { name: picture_name, picture, sample } = encoded;
+        let records = [(Kind::Picture, picture_name.as_str(), picture), (Kind::Sample, name, sample)];
         for (kind, record, payload) in records {
             if self.place(kind, record).is_some() {
                 continue;

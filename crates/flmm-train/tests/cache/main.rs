@@ -8,14 +8,12 @@ mod processes;
 mod training;
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use flmm::Result;
 use flmm_train::cache::{
-    CacheKey, CacheOptions, CachedSamples, FeatureCache, MapValues, Part, Rows, SampleKey, Source, Values,
+    CacheKey, CacheOptions, CachedSamples, FeatureCache, MapValues, Part, Rows, Values,
 };
-use flmm_train::samples::from_fn;
 use flmm_train::{HeadSample, Samples};
 
 fn key(values: Values) -> CacheKey {
@@ -34,27 +32,43 @@ fn key(values: Values) -> CacheKey {
     }
 }
 
-fn name(index: usize) -> SampleKey {
-    SampleKey { sample: format!("made-up/{index}"), picture: format!("picture/{}", index / 2) }
+fn name(index: usize) -> String {
+    format!("made-up/{index}")
 }
 
 fn open(dir: &Path) -> Result<FeatureCache> {
     FeatureCache::open(dir, key(Values::F32), CacheOptions { shard_bytes: 20_000, ..CacheOptions::default() })
 }
 
-/// `len` samples behind `cache`; `made` counts how often the frozen models were asked.
-fn cached<'a>(cache: &'a FeatureCache, len: usize, made: &'a AtomicUsize) -> CachedSamples<'a> {
-    CachedSamples::new(
-        cache,
-        len,
-        |index, _| name(index),
-        move || {
-            Ok(Arc::new(from_fn(len, |index, _| {
-                made.fetch_add(1, Ordering::Relaxed);
-                Ok(small_head::sample(index))
-            })) as Source<'a>)
-        },
-    )
+/// What the frozen models make, and how often they were asked.
+struct Made {
+    len: usize,
+    count: AtomicUsize,
+}
+
+impl Made {
+    fn new(len: usize) -> Self {
+        Self { len, count: AtomicUsize::new(0) }
+    }
+
+    fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+}
+
+impl Samples<HeadSample> for Made {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn sample(&self, index: usize, _: u64) -> Result<HeadSample> {
+        self.count.fetch_add(1, Ordering::Relaxed);
+        Ok(small_head::sample(index))
+    }
+
+    fn key(&self, index: usize, _: u64) -> String {
+        name(index)
+    }
 }
 
 /// Every number of a sample that masks depend on.
@@ -73,19 +87,20 @@ fn numbers(sample: &HeadSample) -> Vec<f32> {
 
 /// Fails unless all `len` samples are what they should be; returns how many had to be made.
 fn all_are_right(cache: &FeatureCache, len: usize) -> usize {
-    let made = AtomicUsize::new(0);
-    let samples = cached(cache, len, &made);
+    let made = Made::new(len);
+    let samples = CachedSamples::new(cache, &made);
     for index in 0..len {
         let sample = samples.sample(index, 0).unwrap();
         assert_eq!(numbers(&sample), numbers(&small_head::sample(index)), "sample {index}");
     }
-    made.load(Ordering::Relaxed)
+    made.count()
 }
 
 /// A complete cache of `len` samples in several shards.
 fn build(dir: &Path, len: usize) {
     let cache = open(dir).unwrap();
-    let made = AtomicUsize::new(0);
-    let all = cached(&cache, len, &made).fill(Part::default(), |_, _| std::ops::ControlFlow::Continue(()));
-    assert_eq!((all.unwrap(), made.into_inner()), (len, len));
+    let made = Made::new(len);
+    let samples = CachedSamples::new(&cache, &made);
+    let all = samples.fill(Part::default(), |_, _| std::ops::ControlFlow::Continue(()));
+    assert_eq!((all.unwrap(), made.count()), (len, len));
 }

@@ -17,8 +17,8 @@ const ENDLESS: usize = 100_000;
 fn writer() {
     let Some(folder) = std::env::var_os(FOLDER) else { return };
     let cache = open(Path::new(&folder)).unwrap();
-    let samples =
-        cached(&cache, ENDLESS, Box::leak(Box::default())).with_notices(|notice| println!("notice {notice}"));
+    let made = Made::new(ENDLESS);
+    let samples = CachedSamples::new(&cache, &made).with_notices(|notice| println!("notice {notice}"));
     for index in 0..ENDLESS {
         samples.sample(index, 0).unwrap();
         println!("sample {index}");
@@ -57,7 +57,7 @@ fn a_killed_writer_loses_nothing_it_has_told_of() {
         have = have.max(told);
         let cache = open(dir.path()).unwrap();
         for index in 0..have {
-            let sample = cache.get(&name(index).sample).unwrap_or_else(|| panic!("round {round}: {index} is lost"));
+            let sample = cache.get(&name(index)).unwrap_or_else(|| panic!("round {round}: {index} is lost"));
             if index + 20 >= have || index % 50 == 0 {
                 assert_eq!(numbers(&sample), numbers(&small_head::sample(index)));
             }
@@ -77,7 +77,7 @@ fn a_second_writer_of_the_same_part_is_refused() {
     let error = two.insert(&name(1), &small_head::sample(1)).unwrap_err();
     assert!(error.to_string().contains("another process is writing part 1-of-1"), "{error}");
     // Reading is no harm.
-    assert!(two.get(&name(0).sample).is_some());
+    assert!(two.get(&name(0)).is_some());
     drop(one);
     two.insert(&name(1), &small_head::sample(1)).unwrap();
 }
