@@ -68,7 +68,8 @@ pub(crate) struct ModelArgs {
     /// SAM checkpoint (.pth or .safetensors), for a model that is not a bundle.
     #[arg(long, value_name = "FILE", requires = "model")]
     pub(crate) sam: Option<PathBuf>,
-    /// Grounding head: a folder, or a .pth or .safetensors file, for a model that is not a bundle.
+    /// Grounding head: a folder, or a .pth or .safetensors file, for a model that is not a bundle; `none` makes rough
+    /// masks from attention and SAM alone.
     #[arg(long, value_name = "DIR")]
     pub(crate) head: Option<PathBuf>,
     /// Vision tower of a Mini-Gemini [default: looked for inside and beside the model's folder].

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device};
 use flmm::Grounder;
-use flmm::grounder::{HeadSettings, ModelPaths, RefinerKind};
+use flmm::grounder::{HeadSettings, ModelPaths, NO_HEAD, RefinerKind};
 use flmm::hub::Hub;
 use flmm::lmm::{LoadProgress, OpenOptions};
 
@@ -62,6 +62,7 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
     ];
     for (path, hint) in given {
         if let Some(path) = path
+            && path.as_os_str() != NO_HEAD
             && !path.exists()
         {
             return Err(Failure::usage(format!("`{}`: no such file or folder", path.display()), hint));
@@ -85,7 +86,8 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
             let is_bundle = !folder.join("config.json").is_file() && bundle.model.is_dir();
             let paths = parts(args, &folder, is_bundle)?;
             let needs_sam = HeadSettings::read(&paths.head)?.refiner != RefinerKind::None;
-            for (path, needed) in [(&paths.sam, needs_sam), (&paths.head, true)] {
+            let needs_head = paths.head.as_os_str() != NO_HEAD;
+            for (path, needed) in [(&paths.sam, needs_sam), (&paths.head, needs_head)] {
                 if needed && !path.exists() {
                     let what = format!("`{}`: no such file or folder", path.display());
                     return Err(Failure::usage(

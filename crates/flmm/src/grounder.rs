@@ -28,6 +28,7 @@ use crate::nn::bilinear;
 use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
 use crate::sam::{Sam, SamConfig, SamGeometry, read_checkpoint};
 use crate::text::sampling::Sampler;
+use crate::training_free::{TrainingFree, TrainingFreeOptions};
 use crate::text::stream::TextStream;
 use crate::text::{Limits, generate};
 use crate::weights::Params;
@@ -49,9 +50,13 @@ pub struct ModelPaths {
     pub model: PathBuf,
     /// SAM: a checkpoint file, or a folder with one.
     pub sam: PathBuf,
-    /// The grounding head: a folder with `head.safetensors`, or a released `.safetensors` or `.pth` file.
+    /// The grounding head: a folder with `head.safetensors`, or a released `.safetensors` or `.pth` file; or
+    /// [`NO_HEAD`].
     pub head: PathBuf,
 }
+
+/// In the place of a head's path: masks are made without one ([`crate::training_free`]).
+pub const NO_HEAD: &str = "none";
 
 impl ModelPaths {
     /// A bundle: one folder with `lmm/`, `sam/` and `head/`.
@@ -66,6 +71,8 @@ pub struct Grounder {
     /// None where the head has no refiner.
     sam: Option<Sam>,
     head: GroundingHead,
+    /// What makes masks in the head's place, for an LMM that has none.
+    training_free: Option<TrainingFree>,
 }
 
 impl Grounder {
@@ -83,6 +90,9 @@ impl Grounder {
     pub fn open_with(paths: &ModelPaths, options: &OpenOptions) -> Result<Self> {
         let device = &options.device;
         let lmm = lmm::open_with(&paths.model, options)?;
+        if paths.head.as_os_str() == NO_HEAD {
+            return Self::open_without_head(lmm, &paths.sam, device);
+        }
         let settings = HeadSettings::read(&paths.head)?;
         let (sam, sam_tensors) = match settings.refiner {
             RefinerKind::Sam => read_checkpoint(&paths.sam, device)?,
@@ -102,17 +112,31 @@ impl Grounder {
             RefinerKind::None => None,
         };
         params.finish(head::WRONG_HEAD)?;
-        Ok(Self { lmm, sam, head })
+        Ok(Self { lmm, sam, head, training_free: None })
+    }
+
+    /// Masks come from attention and the SAM at `sam` alone.
+    fn open_without_head(lmm: Box<dyn Lmm>, sam: &Path, device: &Device) -> Result<Self> {
+        let sam = Sam::open(sam, device)?;
+        let sizes = HeadSizes {
+            channels: lmm.spec().channels,
+            layers: lmm.spec().layers,
+            hidden_size: lmm.decoder().config().hidden_size,
+            sam: sam.config().clone(),
+        };
+        let training_free = TrainingFree::new(sam.refiner().clone(), TrainingFreeOptions::default());
+        let head = GroundingHead::blank(&sizes, device)?;
+        Ok(Self { lmm, sam: Some(sam), head, training_free: Some(training_free) })
     }
 
     /// From parts already at hand, which must fit one another.
     pub fn from_parts(lmm: Box<dyn Lmm>, sam: Sam, head: GroundingHead) -> Self {
-        Self { lmm, sam: Some(sam), head }
+        Self { lmm, sam: Some(sam), head, training_free: None }
     }
 
     /// As [`Grounder::from_parts`], for a head without a refiner.
     pub fn without_sam(lmm: Box<dyn Lmm>, head: GroundingHead) -> Self {
-        Self { lmm, sam: None, head }
+        Self { lmm, sam: None, head, training_free: None }
     }
 
     /// The frozen language model.
@@ -125,7 +149,7 @@ impl Grounder {
         self.sam.as_ref()
     }
 
-    /// The trained part.
+    /// The trained part; one that says nothing where there is none.
     pub fn head(&self) -> &GroundingHead {
         &self.head
     }
@@ -166,7 +190,10 @@ impl Grounder {
 
     /// Mask logits of every phrase observed; differentiable in the head.
     pub fn decode(&self, observation: &Observation) -> Result<MaskLogits> {
-        self.head.decode(observation)
+        match &self.training_free {
+            Some(training_free) => training_free.decode(observation),
+            None => self.head.decode(observation),
+        }
     }
 
     /// Binary masks `(refined, coarse)` of every phrase at the picture's own size: logits above 0

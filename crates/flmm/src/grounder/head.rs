@@ -85,6 +85,19 @@ impl GroundingHead {
         })
     }
 
+    /// A head of zeros without a refiner, where there is no trained one.
+    pub(super) fn blank(sizes: &HeadSizes, device: &Device) -> Result<Self> {
+        let unet = UNetConfig { in_channels: sizes.channels, base_channels: 1, input_size: 64 };
+        let mut tensors = HashMap::new();
+        for (name, shape) in unet.shapes() {
+            tensors.insert(format!("mask_head.{name}"), Tensor::zeros(shape, DType::F32, device)?);
+        }
+        let layers = Tensor::zeros(sizes.layers, DType::F32, device)?;
+        tensors.insert("text_layer_weights".into(), layers);
+        let settings = HeadSettings { refiner: RefinerKind::None, ..HeadSettings::default() };
+        Self::from_params_as(sizes, &settings, &Params::new("no head", tensors))
+    }
+
     /// Reads a head on its own: a folder with `head.safetensors`, or a released `.safetensors` or `.pth` file.
     ///
     /// Tensors the file lacks are taken from `sam` (the public SAM file's tensors, unprefixed names); the rest
