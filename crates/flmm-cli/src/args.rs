@@ -46,6 +46,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Turn released checkpoints into the files this program keeps: checked, safe to read, only what is needed.
     Convert(ConvertArgs),
+    /// Keep what the frozen models see of training samples, so that epochs need not show it to them again.
+    Features(crate::features::FeaturesArgs),
     /// Measure how fast parts of this program are on this machine.
     Bench(crate::bench::BenchArgs),
     /// Say whose work is included and under which licences.

@@ -10,6 +10,7 @@ mod credits;
 mod data;
 mod embedded;
 mod failure;
+mod features;
 mod fetch;
 mod ground;
 mod inspect;
@@ -55,6 +56,7 @@ fn run(cli: &Cli, talk: &Talk) -> Result<()> {
         Command::World(args) => world::run(args, talk),
         Command::Inspect(args) => inspect::run(&args.what, talk),
         Command::Convert(args) => convert::run(&args.what, talk),
+        Command::Features(args) => features::run(args, talk),
         Command::Bench(args) => bench::run(args, talk),
         Command::Credits => talk.print(&credits::text()),
         Command::Completions { shell } => {

@@ -45,7 +45,7 @@ pub(crate) struct TrainArgs {
 /// Which models a head is trained with.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Models")]
-struct ModelsArgs {
+pub(crate) struct ModelsArgs {
     /// LMM in the Hugging Face layout, or a bundle: a folder, or a repository of the Hugging Face hub
     /// [default: the configuration's, else the embedded flmm-tiny].
     #[arg(long, value_name = "DIR|REPO")]
@@ -67,11 +67,11 @@ struct ModelsArgs {
     image_size: Option<usize>,
     /// Numbers the LMM computes with [default: the configuration's].
     #[arg(long, value_name = "TYPE", value_enum)]
-    dtype: Option<Numbers>,
+    pub(crate) dtype: Option<Numbers>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Numbers {
+pub(crate) enum Numbers {
     F32,
     Bf16,
 }
@@ -81,9 +81,7 @@ pub(crate) fn run(args: &TrainArgs, talk: &Talk) -> Result<()> {
     if args.selector_only {
         settings.push("mode=selector".into());
     }
-    if let Some(dtype) = args.models.dtype {
-        settings.push(format!("model.dtype={}", if matches!(dtype, Numbers::F32) { "f32" } else { "bf16" }));
-    }
+    settings.extend(precision(&args.models));
     let config = Config::load(&args.config, &settings).map_err(usage)?;
     let models = models(&args.models, &config, talk)?;
     let stop = stop_on_signal()?;
@@ -107,8 +105,17 @@ pub(crate) fn run(args: &TrainArgs, talk: &Talk) -> Result<()> {
     }
 }
 
+/// The setting of the configuration that `--dtype` stands for.
+pub(crate) fn precision(args: &ModelsArgs) -> Option<String> {
+    let name = match args.dtype? {
+        Numbers::F32 => "f32",
+        Numbers::Bf16 => "bf16",
+    };
+    Some(format!("model.dtype={name}"))
+}
+
 /// What was typed wrong, in a file or on the command line.
-fn usage(error: Error) -> Failure {
+pub(crate) fn usage(error: Error) -> Failure {
     match error {
         Error::Request { what, hint } => Failure::usage(what, hint),
         other => other.into(),
@@ -116,7 +123,7 @@ fn usage(error: Error) -> Failure {
 }
 
 /// A flag that is raised by an interrupt or a request to terminate; a second one ends the program at once.
-fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+pub(crate) fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let raised = stop.clone();
     let handler = move || {
@@ -129,7 +136,7 @@ fn stop_on_signal() -> Result<Arc<AtomicBool>> {
 }
 
 /// Where the models lie; repositories of the hub are downloaded.
-fn models(args: &ModelsArgs, config: &Config, talk: &Talk) -> Result<Models> {
+pub(crate) fn models(args: &ModelsArgs, config: &Config, talk: &Talk) -> Result<Models> {
     let given = args.model.as_ref().or(config.model.path.as_ref());
     let (name, lmm, own_sam) = match given {
         None => {

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor, Var};
-use flmm::grounder::{GroundingHead, HeadSettings, HeadSizes, MaskLogits, Observation, SAM_PREFIX};
+use flmm::grounder::{
+    GroundingHead, HeadSettings, HeadSizes, MaskLogits, Observation, RefinerKind, SAM_PREFIX,
+};
 use flmm::mask_head::{UNet, UNetConfig};
 use flmm::nn::nearest;
 use flmm::sam::{PromptOptions, Refiner};
@@ -72,6 +74,10 @@ pub struct HeadConfig {
     pub losses: LossWeights,
     /// Target of the refined losses.
     pub refined_target: RefinedTarget,
+    /// Beyond the paper: without a refiner the mask head's logits, resized, are the masks, and SAM is not needed.
+    pub refiner: RefinerKind,
+    /// Beyond the paper: the mask head looks at so many attention maps, the best by a few samples; all unless given.
+    pub maps: Option<usize>,
     /// Trains the keyword selector along with the rest (`spec/training.md` §8.2, mode a).
     pub selector: Option<SelectorConfig>,
     /// Phrases of one picture that are decoded and differentiated together: bounds the memory of pictures with many.
@@ -85,6 +91,8 @@ impl Default for HeadConfig {
             base_channels: 64,
             losses: LossWeights::default(),
             refined_target: RefinedTarget::default(),
+            refiner: RefinerKind::default(),
+            maps: None,
             selector: None,
             phrases_at_once: 8,
         }

@@ -3,12 +3,15 @@
 //! [`run()`] is a whole training as a [`Config`] describes it. Below it, a [`Trainer`] trains the tensors of a [`Task`]
 //! on [`Samples`]; the samples of the real datasets are a [`Mixture`] seen through the frozen models ([`Observed`]).
 
+mod adamw;
 pub mod bench;
 pub mod cache;
 pub mod checkpoint;
 pub mod config;
 pub mod distributed;
+pub mod features;
 mod folder;
+mod frozen;
 pub mod head;
 mod log;
 pub mod losses;

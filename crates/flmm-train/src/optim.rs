@@ -6,6 +6,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 use flmm::{Error, Result};
 
+use crate::adamw::Update;
+
 /// Trained tensors by checkpoint name.
 pub type Vars = BTreeMap<String, Var>;
 
@@ -202,17 +204,19 @@ impl AdamW {
                 None => (lr, weight_decay),
             };
             let Some((m, v)) = self.moments.get_mut(name) else { continue };
-            (*m, *v) = match gradients.get(name) {
-                Some(grad) => {
-                    let grad = (grad.to_dtype(DType::F32)? * clips[name])?;
-                    let square = (grad.sqr()? * (1.0 - beta2))?;
-                    (((&*m * beta1)? + (grad * (1.0 - beta1))?)?, ((&*v * beta2)? + square)?)
-                }
-                None => ((&*m * beta1)?, (&*v * beta2)?),
+            let update = Update {
+                beta1,
+                beta2,
+                eps,
+                clip: clips[name],
+                correction2: c2,
+                rate: lr / c1,
+                keep: 1.0 - lr * weight_decay,
             };
-            let denominator = ((&*v / c2)?.sqrt()? + eps)?;
-            let change = ((&*m / denominator)? * (lr / c1))?;
-            var.set(&((var.as_detached_tensor() * (1.0 - lr * weight_decay))? - change)?)?;
+            let old = var.as_detached_tensor();
+            let (new, first, second) = update.apply(&old, (m, v), gradients.get(name))?;
+            (*m, *v) = (first, second);
+            var.set(&new)?;
         }
         Ok(info)
     }

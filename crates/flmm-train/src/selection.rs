@@ -1,9 +1,8 @@
 //! Head selection, beyond the paper: which attention maps tell most about where a phrase's object is.
 //!
-//! An LMM has hundreds to thousands of maps, and the mask head's first convolution, its caches and its input grow with
-//! them. The maps are judged on a few samples, and a mask head of fewer channels is trained on the best.
+//! An LMM has hundreds to thousands of maps, and the mask head's first convolution and its input grow with them.
+//! The maps are judged on a few samples, and a mask head of fewer channels is trained on the best.
 
-use flmm::grounder::Observation;
 use flmm::{Error, Result};
 
 use crate::head::HeadSample;
@@ -52,38 +51,6 @@ pub fn best_channels(scores: &[f64], count: usize) -> Vec<u32> {
     order.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b)));
     order.truncate(count);
     order
-}
-
-/// Samples whose observations hold only the maps `channels`, for a smaller cache and faster steps.
-pub struct Selected<'a> {
-    inner: &'a dyn Samples<HeadSample>,
-    channels: Vec<u32>,
-}
-
-impl<'a> Selected<'a> {
-    /// Keeps the maps `channels` of `inner`, in that order.
-    pub fn new(inner: &'a dyn Samples<HeadSample>, channels: Vec<u32>) -> Self {
-        Self { inner, channels }
-    }
-}
-
-impl Samples<HeadSample> for Selected<'_> {
-    fn len(&self) -> usize {
-        self.inner.len()
-    }
-
-    fn sample(&self, index: usize, epoch: u64) -> Result<HeadSample> {
-        let sample = self.inner.sample(index, epoch)?;
-        let maps = &sample.observation.maps;
-        let chosen =
-            candle_core::Tensor::from_slice(&self.channels[..], self.channels.len(), maps.device())?;
-        let maps = maps.index_select(&chosen, 1)?;
-        Ok(HeadSample { observation: Observation { maps, ..sample.observation }, ..sample })
-    }
-
-    fn key(&self, index: usize, epoch: u64) -> String {
-        self.inner.key(index, epoch)
-    }
 }
 
 /// Adds every map's score for one phrase.

@@ -13,6 +13,6 @@ mod store;
 mod writer;
 
 pub use key::{CacheKey, MapValues, Rows, Values};
-pub use samples::{CachedSamples, Estimate};
+pub use samples::{CachedSamples, Estimate, Filled};
 pub use store::{CacheOptions, Contents, FeatureCache};
 pub use writer::Part;

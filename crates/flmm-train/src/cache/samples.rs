@@ -18,7 +18,18 @@ use crate::samples::Samples;
 pub struct CachedSamples<'a> {
     cache: &'a FeatureCache,
     inner: &'a dyn Samples<HeadSample>,
-    notice: Box<dyn Fn(&str) + Send + Sync + 'a>,
+    notice: Option<Box<dyn Fn(&str) + Send + Sync + 'a>>,
+}
+
+/// What filling a cache has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Filled {
+    /// Samples that were added.
+    pub added: usize,
+    /// Samples that could not be made.
+    pub broken: usize,
+    /// Whether nothing was left for another time.
+    pub complete: bool,
 }
 
 /// What filling a cache will take.
@@ -57,12 +68,13 @@ impl std::fmt::Display for Estimate {
 impl<'a> CachedSamples<'a> {
     /// `inner`, whose samples are stored in `cache` under their keys.
     pub fn new(cache: &'a FeatureCache, inner: &'a dyn Samples<HeadSample>) -> Self {
-        Self { cache, inner, notice: Box::new(|_| {}) }
+        Self { cache, inner, notice: None }
     }
 
-    /// Tells `notice` what training can go on without: a damaged record that is made again, a full disk.
+    /// Tells `notice` what training can go on without: a damaged record that is made again, a full disk. Unless given,
+    /// that is left to [`FeatureCache::take_notices`].
     pub fn with_notices(mut self, notice: impl Fn(&str) + Send + Sync + 'a) -> Self {
-        self.notice = Box::new(notice);
+        self.notice = Some(Box::new(notice));
         self
     }
 
@@ -92,12 +104,16 @@ impl<'a> CachedSamples<'a> {
         if tried.is_empty() {
             return Ok(estimate);
         }
+        let mut measured = 0;
         for &index in &tried {
-            let Encoded { sample, picture, .. } = encode(&self.sample(index, 0)?, self.cache.key())?;
+            // Samples that cannot be made are told of when they are asked for.
+            let Ok(sample) = self.sample(index, 0) else { continue };
+            measured += 1;
+            let Encoded { sample, picture, .. } = encode(&sample, self.cache.key())?;
             estimate.bytes_per_sample += sample.len() as u64;
             estimate.bytes_per_picture = picture.len() as u64;
         }
-        estimate.bytes_per_sample /= tried.len() as u64;
+        estimate.bytes_per_sample /= measured.max(1);
         estimate.bytes =
             (estimate.bytes_per_sample + estimate.bytes_per_picture) * missing.len() as u64;
         if let Some(free) = estimate.free.filter(|free| *free < estimate.bytes) {
@@ -116,41 +132,49 @@ impl<'a> CachedSamples<'a> {
 
     /// Adds every sample of `part` that the cache lacks and completes the shard; what is there is passed over.
     ///
-    /// `on_sample(done, of)` is called after every sample; when it breaks, the rest is left for another time.
+    /// A sample whose error is `tolerable` is passed over and counted. `on_sample(done, of)` is called after every
+    /// sample; when it breaks, the rest is left for another time.
     ///
     /// # Errors
-    /// The first error of a sample; [`Error::Request`] if the disk refuses (what was added before stays).
+    /// The first other error of a sample; [`Error::Request`] if the disk refuses (what was added before stays).
     pub fn fill(
         &self,
         part: Part,
+        tolerable: impl Fn(&Error) -> bool,
         mut on_sample: impl FnMut(usize, usize) -> ControlFlow<()>,
-    ) -> Result<usize> {
+    ) -> Result<Filled> {
         let range = part.range(self.inner.len());
         let missing: Vec<usize> =
             self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
-        let mut done = 0;
-        for &index in &missing {
-            self.sample(index, 0)?;
+        let mut filled = Filled { added: 0, broken: 0, complete: true };
+        for (done, &index) in missing.iter().enumerate() {
+            match self.sample(index, 0) {
+                Ok(_) => filled.added += 1,
+                Err(error) if tolerable(&error) => filled.broken += 1,
+                Err(error) => return Err(error),
+            }
             if self.cache.is_full() {
                 return Err(Error::request(
                     format!(
-                        "{}: the disk takes no more; {done} samples were added and stay",
+                        "{}: the disk takes no more; the samples that were added before stay",
                         self.cache.dir().display()
                     ),
                     "make room and run the same command again: it goes on where it stopped",
                 ));
             }
-            done += 1;
-            if on_sample(done, missing.len()).is_break() {
+            if on_sample(done + 1, missing.len()).is_break() {
+                filled.complete = done + 1 == missing.len();
                 break;
             }
         }
         self.cache.commit()?;
-        Ok(done)
+        Ok(filled)
     }
 
     fn tell(&self) {
-        self.cache.take_notices().iter().for_each(|notice| (self.notice)(notice));
+        if let Some(told) = &self.notice {
+            self.cache.take_notices().iter().for_each(|notice| told(notice));
+        }
     }
 }
 

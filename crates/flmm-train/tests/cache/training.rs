@@ -54,7 +54,7 @@ fn pictures_are_stored_once_and_sizes_are_told_before() {
     let estimate = samples.estimate(Part::default(), 8).unwrap();
     assert_eq!((estimate.missing, estimate.samples), (40, 40));
     assert!(estimate.free.unwrap() > estimate.bytes);
-    samples.fill(Part::default(), |_, _| ControlFlow::Continue(())).unwrap();
+    samples.fill(Part::default(), |_| false, |_, _| ControlFlow::Continue(())).unwrap();
     let contents = cache.contents();
     assert_eq!((contents.samples, contents.pictures), (40, 20));
     let counted_twice = estimate.bytes_per_picture * 20;
@@ -71,10 +71,10 @@ fn filling_stops_and_goes_on() {
     let made = Made::new(10);
     let cache = open(dir.path()).unwrap();
     let stop = |done: usize, _| if done == 7 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-    assert_eq!(CachedSamples::new(&cache, &made).fill(Part::default(), stop).unwrap(), 7);
+    assert_eq!(CachedSamples::new(&cache, &made).fill(Part::default(), |_| false, stop).unwrap().added, 7);
     drop(cache);
     let cache = open(dir.path()).unwrap();
-    assert_eq!(CachedSamples::new(&cache, &made).fill(Part::default(), stop).unwrap(), 3);
+    assert_eq!(CachedSamples::new(&cache, &made).fill(Part::default(), |_| false, stop).unwrap().added, 3);
     assert_eq!(all_are_right(&cache, 10), 0);
 }
 
@@ -88,7 +88,7 @@ fn parts_of_several_writers_join_without_copying() {
         let options = CacheOptions { part, ..CacheOptions::default() };
         let cache = FeatureCache::open(folder, key(Values::F32), options).unwrap();
         let made = Made::new(10);
-        CachedSamples::new(&cache, &made).fill(part, |_, _| ControlFlow::Continue(())).unwrap();
+        CachedSamples::new(&cache, &made).fill(part, |_| false, |_, _| ControlFlow::Continue(())).unwrap();
     }
     let cache = open(&here).unwrap();
     assert!(CachedSamples::new(&cache, &Made::new(10)).missing(0).len() >= 3);

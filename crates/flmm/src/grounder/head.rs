@@ -85,8 +85,8 @@ impl GroundingHead {
         })
     }
 
-    /// A head of zeros without a refiner, where there is no trained one.
-    pub(super) fn blank(sizes: &HeadSizes, device: &Device) -> Result<Self> {
+    /// A head of zeros without a refiner, where there is no trained one. Its masks are empty.
+    pub fn blank(sizes: &HeadSizes, device: &Device) -> Result<Self> {
         let unet = UNetConfig { in_channels: sizes.channels, base_channels: 1, input_size: 64 };
         let mut tensors = HashMap::new();
         for (name, shape) in unet.shapes() {
@@ -122,13 +122,11 @@ impl GroundingHead {
         Ok(logits.narrow(1, rect.y0, rect.height)?.narrow(2, rect.x0, rect.width)?)
     }
 
-    /// The maps that the mask head looks at. Observations may hold those alone, as feature caches of such heads do.
+    /// The maps that the mask head looks at.
     fn maps(&self, observation: &Observation) -> Result<Tensor> {
         match &self.channels_used {
-            Some(used) if observation.maps.dim(1)? != used.dim(0)? => {
-                Ok(observation.maps.index_select(used, 1)?)
-            }
-            _ => Ok(observation.maps.clone()),
+            Some(used) => Ok(observation.maps.index_select(used, 1)?),
+            None => Ok(observation.maps.clone()),
         }
     }
 
