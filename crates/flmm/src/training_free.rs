@@ -74,9 +74,11 @@ impl TrainingFree {
         let maps = observation.maps.narrow(2, rect.y0, rect.height)?.narrow(3, rect.x0, rect.width)?;
         let maps = maps.to_device(&Device::Cpu)?.reshape((n, channels, cells))?.to_vec3::<f32>()?;
         let mut together = vec![vec![0f32; cells]; channels];
-        for (sum, map) in maps.iter().flat_map(|maps| together.iter_mut().zip(maps)) {
-            let total = map.iter().sum::<f32>().max(f32::MIN_POSITIVE);
-            sum.iter_mut().zip(map).for_each(|(sum, value)| *sum += value / total / n as f32);
+        for maps in &maps {
+            for (sum, map) in together.iter_mut().zip(maps) {
+                let total = map.iter().sum::<f32>().max(f32::MIN_POSITIVE);
+                sum.iter_mut().zip(map).for_each(|(sum, value)| *sum += value / total / n as f32);
+            }
         }
         let mut logits = Vec::with_capacity(n * cells);
         for maps in &maps {
