@@ -12,14 +12,18 @@ use flmm::grounder::ModelPaths;
 use flmm::hub::Hub;
 use flmm::lmm::OpenOptions;
 use flmm_train::config::{Config, LmmType, Mode};
-use flmm_train::{After, Models, Step, Watch};
+use flmm_train::distributed::from_env;
+use flmm_train::{After, Extras, Models, Step, Watch};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
 
 use crate::embedded;
 use crate::failure::{Failure, Result};
+use crate::features::StoredArgs;
 use crate::fetch::{self, Named, named};
-use crate::talk::Talk;
+use crate::talk::{Spinner, Talk};
 
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
@@ -38,6 +42,11 @@ pub(crate) struct TrainArgs {
     /// Train the keyword selector alone, for the head given by --head.
     #[arg(long, requires = "head")]
     selector_only: bool,
+    /// Keep what the frozen models see in this folder, and read it from there in later epochs and runs.
+    #[arg(long, value_name = "DIR", conflicts_with = "selector_only")]
+    feature_cache: Option<PathBuf>,
+    #[command(flatten)]
+    stored: StoredArgs,
     #[command(flatten)]
     models: ModelsArgs,
 }
@@ -86,8 +95,11 @@ pub(crate) fn run(args: &TrainArgs, talk: &Talk) -> Result<()> {
     let models = models(&args.models, &config, talk)?;
     let stop = stop_on_signal()?;
     let mut view = View::new(&config, stop, talk);
-    let outcome = flmm_train::run(&config, &models, &args.data, &args.out, &mut view);
-    view.bar.finish_and_clear();
+    let communicator = from_env()?;
+    let features = args.feature_cache.clone().map(|dir| args.stored.options(dir));
+    let extras = Extras { features, communicator: communicator.as_ref() };
+    let outcome = flmm_train::run_with(&config, &models, &args.data, &args.out, &extras, &mut view);
+    view.clear();
     let outcome = outcome?;
     if outcome.skipped > 0 {
         let list = args.out.join(flmm_train::SKIPPED);
@@ -125,13 +137,12 @@ pub(crate) fn usage(error: Error) -> Failure {
 /// A flag that is raised by an interrupt or a request to terminate; a second one ends the program at once.
 pub(crate) fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
-    let raised = stop.clone();
-    let handler = move || {
-        if raised.swap(true, Ordering::SeqCst) {
-            std::process::exit(1);
-        }
-    };
-    ctrlc::set_handler(handler).map_err(|e| Failure::other(format!("cannot listen to signals: {e}")))?;
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the first signal finds the flag down and raises it, the second finds it up.
+        flag::register_conditional_shutdown(signal, 1, stop.clone())
+            .and_then(|_| flag::register(signal, stop.clone()))
+            .map_err(|e| Failure::other(format!("cannot listen to signals: {e}")))?;
+    }
     Ok(stop)
 }
 
@@ -217,6 +228,8 @@ const BETWEEN_LINES: Duration = Duration::from_secs(20);
 struct View<'a> {
     talk: &'a Talk,
     bar: ProgressBar,
+    /// What is shown before there is a bar.
+    spinner: Option<Spinner>,
     stop: Arc<AtomicBool>,
     epochs: u64,
     batch_size: usize,
@@ -236,6 +249,7 @@ impl<'a> View<'a> {
         Self {
             talk,
             bar: ProgressBar::hidden(),
+            spinner: None,
             stop,
             epochs: config.train.epochs,
             batch_size: config.train.batch_size,
@@ -248,7 +262,13 @@ impl<'a> View<'a> {
         }
     }
 
-    /// `loss 0.812 = coarse 0.21 + 0.35, refined 0.10 + 0.15 · selector 0.08 · aIoU 41.2 → 63.0 %`
+    /// Removes what is shown.
+    fn clear(&mut self) {
+        self.spinner = None;
+        self.bar.finish_and_clear();
+    }
+
+    /// `loss 0.812 · coarse 0.210 + 0.351 · refined 0.104 + 0.147 · selector 0.081 · aIoU 41.2 → 63.0 %`
     fn averages(&self, line: &Map<String, Value>) -> String {
         let value = |name: &str| line.get(name).and_then(Value::as_f64);
         let mut text = format!("loss {:.4}", value("loss").unwrap_or(f64::NAN));
@@ -291,14 +311,15 @@ impl<'a> View<'a> {
 }
 
 impl Watch for View<'_> {
-    fn stage(&mut self, what: &str) {
-        match self.bar.is_hidden() {
-            true => self.talk.detail(what),
-            false => self.bar.set_message(what.to_owned()),
+    fn stage(&mut self, what: &'static str) {
+        match self.total {
+            0 => self.spinner = Some(self.talk.during(what)),
+            _ => self.bar.set_message(what),
         }
     }
 
     fn begin(&mut self, step: u64, total: u64, per_epoch: u64) {
+        self.spinner = None;
         (self.total, self.per_epoch) = (total, per_epoch.max(1));
         (self.last, self.first) = ((step, Instant::now()), (step, Instant::now()));
         match step {
@@ -351,7 +372,8 @@ impl Watch for View<'_> {
     }
 
     fn note(&mut self, text: &str) {
-        self.bar.suspend(|| self.talk.note(text));
+        let bar = self.spinner.as_ref().and_then(Spinner::bar).unwrap_or(self.bar.clone());
+        bar.suspend(|| self.talk.note(text));
     }
 }
 

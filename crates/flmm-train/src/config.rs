@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use flmm::grounder::RefinerKind;
 use flmm::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -134,6 +135,14 @@ pub const BUILT_IN: &[(&str, &str)] = &[
 ];
 
 impl Config {
+    /// A head without a refiner has no refined masks and so no losses of them.
+    pub(crate) fn consistent(mut self) -> Self {
+        if self.head.refiner == RefinerKind::None {
+            (self.head.losses.refined_bce, self.head.losses.refined_dice) = (0.0, 0.0);
+        }
+        self
+    }
+
     /// Reads the file `path`, or the built-in configuration of that name, and then sets every `key=value` of
     /// `settings`, such as `train.epochs=1`.
     ///

@@ -5,18 +5,17 @@ use std::path::{Path, PathBuf};
 
 use flmm::{Error, Result};
 use flmm_data::ImageStore;
-use serde_json::{Map, Value};
 
 use crate::cache::{CacheOptions, CachedSamples, FeatureCache, MapValues, Part, Values};
 use crate::config::{Config, Mode};
 use crate::frozen::{Frozen, Seen, sam_of};
 use crate::mixture::{Expressions, Mixture};
 use crate::run::Models;
-use crate::tolerant::is_about_the_sample;
-use crate::watch::{After, Step, Watch};
+use crate::tolerant::{News, is_about_the_sample};
+use crate::watch::Watch;
 
 /// Samples whose size is measured before a cache is filled.
-const PROBES: usize = 8;
+pub(crate) const PROBES: usize = 8;
 
 /// Where a feature cache lies, and how it stores numbers.
 #[derive(Debug, Clone)]
@@ -99,33 +98,16 @@ pub fn build_features(
     Ok(Built { added: filled.added, broken: filled.broken, complete: filled.complete })
 }
 
-/// Tells what a cache has to say along with what the caller watches.
-pub(crate) struct Telling<'a> {
-    pub(crate) inner: &'a mut (dyn Watch + 'a),
+/// What samples and cache have to tell.
+pub(crate) struct Both<'a> {
+    pub(crate) samples: &'a dyn News,
     pub(crate) cache: Option<&'a FeatureCache>,
 }
 
-impl Watch for Telling<'_> {
-    fn begin(&mut self, step: u64, total: u64, per_epoch: u64) {
-        self.inner.begin(step, total, per_epoch);
-    }
-
-    fn after_step(&mut self, step: &Step) -> Result<After> {
-        if let Some(cache) = self.cache {
-            cache.take_notices().iter().for_each(|notice| self.inner.note(notice));
-        }
-        self.inner.after_step(step)
-    }
-
-    fn line(&mut self, line: &Map<String, Value>) -> Result<()> {
-        self.inner.line(line)
-    }
-
-    fn saved(&mut self, step: u64) {
-        self.inner.saved(step);
-    }
-
-    fn note(&mut self, text: &str) {
-        self.inner.note(text);
+impl News for Both<'_> {
+    fn news(&self) -> Vec<String> {
+        let mut news = self.samples.news();
+        news.extend(self.cache.into_iter().flat_map(FeatureCache::take_notices));
+        news
     }
 }

@@ -5,16 +5,16 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use flmm::grounder::Caption;
 use flmm::lmm::{GROUNDING_INSTRUCTION, LmmSpec};
 use flmm::text::tokenizer::Tokenizer;
 use flmm::{Error, Result};
-use flmm_data::Mask;
-use flmm_data::narratives::{NarrativeSample, Narratives};
+use flmm_data::narratives::Narratives;
 use flmm_data::refcoco::{RefCoco, RefImage, TextMode};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+
+use crate::text::{LabelledText, expressions, narrative};
 
 /// What LLaVA-1.6 is asked before the narratives it is trained on: the published training forgets to pass the
 /// common instruction (`spec/models.md` §2).
@@ -122,28 +122,6 @@ impl Default for DataConfig {
             max_broken: 0.01,
         }
     }
-}
-
-/// A text about a picture, the phrases in it, and the mask of each phrase.
-#[derive(Debug, Clone)]
-pub struct LabelledText {
-    /// Names the sample, whatever its place in the mixture: `png/train/17`, `refcoco+/train/581857`.
-    pub key: String,
-    /// The picture's path below the data root.
-    pub picture: String,
-    /// Height and width that the annotations give for the picture, pixels.
-    pub size: [u32; 2],
-    /// What the user is taken to have asked.
-    pub instruction: &'static str,
-    /// Pieces of the text, each with the number of its phrase if it is one.
-    pub pieces: Vec<(String, Option<usize>)>,
-    /// The pieces as tokens.
-    pub caption: Caption,
-    /// One mask per phrase.
-    pub masks: Vec<Mask>,
-    /// Whether its tokens teach the keyword selector what is worth a mask: in narratives, but not in lists of
-    /// expressions, where every word is part of a phrase.
-    pub is_narrative: bool,
 }
 
 /// A mixture of opened datasets. Samples are numbered from 0, dataset by dataset.
@@ -337,54 +315,6 @@ pub(crate) fn draws(seed: u64, epoch: u64, index: u64) -> ChaCha8Rng {
         place.copy_from_slice(&value.to_le_bytes());
     }
     ChaCha8Rng::from_seed(key)
-}
-
-/// A narrative as the language model reads it: every utterance is encoded alone, without separators.
-pub fn narrative(
-    tokenizer: &Tokenizer,
-    sample: NarrativeSample,
-    key: String,
-    folder: &str,
-    instruction: &'static str,
-) -> Result<LabelledText> {
-    let pieces = sample.utterances;
-    let caption =
-        Caption::from_segments(tokenizer, pieces.iter().map(|(text, phrase)| (text.as_str(), *phrase)))?;
-    Ok(LabelledText {
-        key,
-        picture: format!("{folder}/{}", sample.file_name),
-        size: sample.size,
-        instruction,
-        pieces,
-        caption,
-        masks: sample.phrases.into_iter().map(|phrase| phrase.mask).collect(),
-        is_narrative: true,
-    })
-}
-
-/// All referred objects of a picture in one text: `expression . expression .` (the "concat" builder).
-pub fn expressions(
-    tokenizer: &Tokenizer,
-    data: &RefCoco,
-    image: &RefImage,
-    mode: TextMode,
-    key: String,
-) -> Result<LabelledText> {
-    let texts = image.expressions(mode);
-    let caption = Caption::from_expressions(tokenizer, texts.iter().map(|(text, _)| text.as_str()))?;
-    let masks = texts.iter().map(|&(_, object)| data.mask(image, object)).collect::<Result<Vec<_>>>()?;
-    let phrases = texts.into_iter().enumerate();
-    let pieces = phrases.flat_map(|(number, (text, _))| [(text, Some(number)), (". ".to_owned(), None)]);
-    Ok(LabelledText {
-        key,
-        picture: format!("coco/train2014/{}", image.file_name),
-        size: image.size,
-        instruction: GROUNDING_INSTRUCTION,
-        pieces: pieces.collect(),
-        caption,
-        masks,
-        is_narrative: false,
-    })
 }
 
 /// COCO image ids, one a line; blank lines and lines that begin with `#` are passed over.

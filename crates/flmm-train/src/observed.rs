@@ -7,9 +7,10 @@ use flmm_data::{ImageStore, Mask};
 use image::RgbImage;
 
 use crate::head::HeadSample;
-use crate::mixture::{LabelledText, Mixture};
+use crate::mixture::Mixture;
 use crate::samples::Samples;
 use crate::selector::SelectorSample;
+use crate::text::LabelledText;
 
 /// The samples of a [`Mixture`], shown to the frozen models afresh every time.
 ///

@@ -3,6 +3,8 @@
 //! An LMM has hundreds to thousands of maps, and the mask head's first convolution and its input grow with them.
 //! The maps are judged on a few samples, and a mask head of fewer channels is trained on the best.
 
+use std::path::Path;
+
 use flmm::{Error, Result};
 
 use crate::head::HeadSample;
@@ -51,6 +53,55 @@ pub fn best_channels(scores: &[f64], count: usize) -> Vec<u32> {
     order.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b)));
     order.truncate(count);
     order
+}
+
+/// Samples that maps are judged on.
+const JUDGED_ON: usize = 64;
+/// The file in a run's folder that keeps the choice.
+const FILE: &str = "maps.json";
+
+/// The `count` best maps by a few of `samples`, kept in the run's folder `out` so that a resumed run looks at the same
+/// ones; `None` if all maps are used.
+pub(crate) fn chosen_maps(
+    count: Option<usize>,
+    samples: &dyn Samples<HeadSample>,
+    out: &Path,
+) -> Result<Option<Vec<u32>>> {
+    let Some(count) = count else { return Ok(None) };
+    let file = out.join(FILE);
+    match std::fs::read(&file) {
+        Ok(text) => {
+            let kept: Choice = serde_json::from_slice(&text).map_err(|e| {
+                Error::config(&file, format!("not a choice of maps: {e}"), "delete it to choose anew")
+            })?;
+            if kept.maps.len() == count {
+                return Ok(Some(kept.maps));
+            }
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => return Err(Error::io(&file, e)),
+    }
+    let len = samples.len();
+    let judged = (0..JUDGED_ON.min(len)).map(|i| i * len / JUDGED_ON.min(len));
+    let scores = channel_scores(samples, judged)?;
+    if count == 0 || count > scores.len() {
+        return Err(Error::request(
+            format!("`head.maps` is {count}, but the LMM has {} attention maps", scores.len()),
+            format!("give a number from 1 to {}", scores.len()),
+        ));
+    }
+    let choice = Choice { maps: best_channels(&scores, count), scores };
+    std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
+    let json = serde_json::to_vec(&choice).map_err(|e| Error::io(&file, e.into()))?;
+    flmm::atomic::write(&file, |to| to.write_all(&json))?;
+    Ok(Some(choice.maps))
+}
+
+/// What was chosen and why.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Choice {
+    maps: Vec<u32>,
+    scores: Vec<f64>,
 }
 
 /// Adds every map's score for one phrase.

@@ -32,9 +32,23 @@ pub struct Tolerant<'a, S> {
     state: Mutex<State>,
 }
 
+/// Someone who has something to tell now and then.
+pub(crate) trait News {
+    /// What is new since the last call.
+    fn news(&self) -> Vec<String>;
+}
+
+impl<S> News for Tolerant<'_, S> {
+    fn news(&self) -> Vec<String> {
+        std::mem::take(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner).news)
+    }
+}
+
 struct State {
     file: PathBuf,
     skipped: BTreeSet<String>,
+    /// Skipped since somebody last asked.
+    news: Vec<String>,
     /// Samples asked for in this process.
     seen: usize,
 }
@@ -52,7 +66,12 @@ impl<'a, S> Tolerant<'a, S> {
         let key =
             |line: &str| Some(serde_json::from_str::<Value>(line).ok()?.get("key")?.as_str()?.to_owned());
         let skipped = listed.lines().filter_map(key).collect();
-        Ok(Self { inner, seed, max_share, state: Mutex::new(State { file, skipped, seen: 0 }) })
+        Ok(Self {
+            inner,
+            seed,
+            max_share,
+            state: Mutex::new(State { file, skipped, news: Vec::new(), seen: 0 }),
+        })
     }
 
     /// How many different samples were skipped since the run began.
@@ -68,6 +87,7 @@ impl<'a, S> Tolerant<'a, S> {
             let mut file = std::fs::OpenOptions::new().create(true).append(true).open(&state.file);
             let written = file.as_mut().map_err(|e| std::io::Error::new(e.kind(), e.to_string()));
             written.and_then(|file| writeln!(file, "{line}")).map_err(|e| Error::io(&state.file, e))?;
+            state.news.push(format!("skipped {key}: {error}"));
             state.skipped.insert(key.clone());
         }
         let of = state.seen.min(self.inner.len()).max(self.inner.len().min(FIRST));

@@ -15,8 +15,8 @@ use image::RgbImage;
 use crate::config::ValidationConfig;
 use crate::head::{HeadSample, decode_in_parts};
 use crate::losses::{bce, dice, stats};
-use crate::mixture::LabelledText;
 use crate::observed::Observed;
+use crate::text::LabelledText;
 use crate::tolerant::is_about_the_sample;
 
 /// Validation of a run.

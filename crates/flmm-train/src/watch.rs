@@ -33,8 +33,8 @@ pub struct After {
 
 /// Someone who is told what a run does. Every method may be left out.
 pub trait Watch {
-    /// What is done before the first step: opening models and data.
-    fn stage(&mut self, _what: &str) {}
+    /// What is done when it is not steps: opening models and data, validating.
+    fn stage(&mut self, _what: &'static str) {}
 
     /// The run begins, or goes on from a checkpoint, after `step` of `total` steps; an epoch has `per_epoch`.
     fn begin(&mut self, _step: u64, _total: u64, _per_epoch: u64) {}

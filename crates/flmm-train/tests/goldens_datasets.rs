@@ -17,7 +17,8 @@ use flmm::vision::preprocess::{LlavaProcessor, Normalisation, SizeRule, pad_to_s
 use flmm_data::Mask;
 use flmm_data::coco::Segmentation;
 use flmm_data::refcoco::{RefCoco, TextMode};
-use flmm_train::mixture::{EmptyNarratives, expressions};
+use flmm_train::mixture::EmptyNarratives;
+use flmm_train::text::expressions;
 use flmm_train::{DataConfig, Dataset, LabelledText, Mixture, stacked};
 use image::RgbImage;
 use serde_json::{Value, json};

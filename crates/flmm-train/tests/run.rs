@@ -43,12 +43,16 @@ fn config(dir: &Path, settings: &[&str]) -> Config {
     Config::parse(&text, Path::new("test.toml"), &settings).unwrap()
 }
 
-/// Stops after a step, or does something then.
-struct At<F>(u64, F);
+/// Stops after a step, or does something then; keeps what it is told.
+struct At<F>(u64, F, Vec<String>);
 
 impl<F: FnMut() -> bool> Watch for At<F> {
     fn after_step(&mut self, step: &Step) -> Result<After> {
         Ok(After { stop: step.step == self.0 && (self.1)(), values: Vec::new() })
+    }
+
+    fn note(&mut self, text: &str) {
+        self.2.push(text.to_owned());
     }
 }
 
@@ -73,7 +77,7 @@ fn a_head_is_trained_resumed_and_used() {
     assert_eq!((whole.steps, whole.skipped), (whole.total, 0));
 
     // Stopped and resumed, the same bytes come out.
-    let stopped = train(dir, "b", &[], &mut At(3, || true)).unwrap();
+    let stopped = train(dir, "b", &[], &mut At(3, || true, Vec::new())).unwrap();
     assert_eq!((stopped.steps, &stopped.head), (3, &None));
     // Whoever changes the configuration is told the key.
     let error = train(dir, "b", &["train.learning_rate=1e-2"], &mut Silent).unwrap_err().to_string();
@@ -81,6 +85,12 @@ fn a_head_is_trained_resumed_and_used() {
     let resumed = train(dir, "b", &["run.loaders=1", "run.workers=1"], &mut Silent).unwrap().head.unwrap();
     let bytes = |head: &Path| std::fs::read(head.join("head.safetensors")).unwrap();
     assert!(bytes(&head) == bytes(&resumed));
+
+    // Once more: it is finished, and stays as it is.
+    let about = || std::fs::read(dir.join("a/head/head.json")).unwrap();
+    let before = about();
+    assert_eq!(train(dir, "a", &[], &mut Silent).unwrap(), whole);
+    assert_eq!(about(), before);
 
     // What the folder holds.
     for file in ["config.toml", "metrics.jsonl", "tensorboard", "head/head.json", "validation/step-0000004"] {
@@ -172,7 +182,9 @@ fn pictures_that_disappear_are_skipped_until_they_are_too_many() {
     };
     // Tolerated: others take their place, and the list says which and why.
     let settings = ["data.max_broken=0.5", "validation.every=0", "train.epochs=2"];
-    let outcome = train(dir, "a", &settings, &mut At(2, remove)).unwrap();
+    let mut at = At(2, remove, Vec::new());
+    let outcome = train(dir, "a", &settings, &mut at).unwrap();
+    assert!(at.2.iter().any(|note| note.starts_with("skipped png/train/")), "{:?}", at.2);
     assert!(outcome.head.is_some() && outcome.skipped >= 2, "{outcome:?}");
     let list = std::fs::read_to_string(dir.join("a").join(SKIPPED)).unwrap();
     assert_eq!(list.lines().count(), outcome.skipped);
