@@ -284,9 +284,11 @@ impl<'a, T: Task> Trainer<'a, T> {
             for part in parts {
                 accumulate(&mut sum, &part.gradients, 1.0)?;
                 loss += part.loss;
-                metrics.extend(part.metrics.iter().map(|m| (m.name.to_owned(), m.value, m.weight)));
+                // As bits: JSON knows neither infinity nor the last digit.
+                let told = |m: &Metric| (m.name.to_owned(), m.value.to_bits(), m.weight.to_bits());
+                metrics.extend(part.metrics.iter().map(told));
             }
-            Ok((sum, (loss, metrics)))
+            Ok((sum, (f64::to_bits(loss), metrics)))
         });
         let (sum, told) = match own {
             Ok((sum, told)) => (sum, Ok(told)),
@@ -294,8 +296,10 @@ impl<'a, T: Task> Trainer<'a, T> {
         };
         let mut loss = 0.0;
         for (part, metrics) in gather(self.communicator, told)? {
-            loss += part;
-            metrics.iter().for_each(|(name, value, weight)| log.add(name, *value, *weight));
+            loss += f64::from_bits(part);
+            for (name, value, weight) in &metrics {
+                log.add(name, f64::from_bits(*value), f64::from_bits(*weight));
+            }
         }
         Ok((self.summed(sum)?, loss))
     }

@@ -99,12 +99,12 @@ impl<'a> CachedSamples<'a> {
             bytes: 0,
             free: fs4::available_space(existing(self.cache.dir())).ok(),
         };
-        let tried: Vec<usize> =
-            (0..probes.min(missing.len())).map(|i| missing[i * missing.len() / probes.max(1)]).collect();
+        let count = probes.min(missing.len());
+        let tried: Vec<usize> = (0..count).map(|i| missing[i * missing.len() / count]).collect();
         if tried.is_empty() {
             return Ok(estimate);
         }
-        let mut measured = 0;
+        let mut measured = 0u64;
         for &index in &tried {
             // Samples that cannot be made are told of when they are asked for.
             let Ok(sample) = self.sample(index, 0) else { continue };

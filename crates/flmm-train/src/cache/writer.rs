@@ -124,10 +124,11 @@ impl Writer {
 
     /// Appends a record; returns its shard and its place. On an error nothing of it stays.
     pub(super) fn append(&mut self, kind: Kind, name: &str, payload: &[u8]) -> Result<(PathBuf, Entry)> {
-        if self.open.is_none() {
-            self.open = Some(self.begin()?);
-        }
-        let Some(open) = &mut self.open else { unreachable!("a shard was just begun") };
+        let open = match self.open.take() {
+            Some(open) => open,
+            None => self.begin()?,
+        };
+        let open = self.open.insert(open);
         let bytes = record(kind, name, payload);
         if let Err(e) = open.file.write_all(&bytes) {
             // What was written of it would be recognised as not whole, but takes room that others may need.

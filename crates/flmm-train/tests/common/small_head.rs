@@ -1,4 +1,5 @@
 //! A head of a few hundred parameters and made-up samples for it.
+#![allow(dead_code, reason = "not every test uses all of it")]
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
