@@ -36,12 +36,20 @@ pub(crate) enum Command {
     Chat(ChatArgs),
     /// Mark in a picture what a given text speaks of.
     Ground(GroundArgs),
+    /// Train a grounding head for a frozen LMM on the published datasets; a run that was stopped goes on.
+    Train(crate::train::TrainArgs),
+    /// Look after the datasets on this disk.
+    Data(crate::data::DataArgs),
     /// Make pictures with exact masks and true sentences, in the published dataset formats.
     World(WorldArgs),
     /// Look inside: the models known, one model, the attention behind a mask.
     Inspect(InspectArgs),
     /// Turn released checkpoints into the files this program keeps: checked, safe to read, only what is needed.
     Convert(ConvertArgs),
+    /// Keep what the frozen models see of training samples, so that epochs need not show it to them again.
+    Features(crate::features::FeaturesArgs),
+    /// Measure how fast parts of this program are on this machine.
+    Bench(crate::bench::BenchArgs),
     /// Say whose work is included and under which licences.
     Credits,
     /// Print a completion script for a shell.
@@ -64,8 +72,8 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "FILE|REPO", requires = "model")]
     pub(crate) sam: Option<PathBuf>,
     /// Grounding head: a folder, or a .pth or .safetensors file, for a model that is not a bundle; of the hub: org/name or
-    /// org/name:path.
-    #[arg(long, value_name = "DIR|REPO", requires = "model")]
+    /// org/name:path; `none` makes rough masks from attention and SAM alone.
+    #[arg(long, value_name = "DIR|REPO")]
     pub(crate) head: Option<PathBuf>,
     /// Vision tower of a Mini-Gemini [default: looked for inside and beside the model's folder].
     #[arg(long, value_name = "DIR", requires = "model")]

@@ -16,7 +16,7 @@ use flmm_data::world::{self, Link, Question, Scene, SegmentRef, Split, WorldConf
 use flmm_train::head::{self, HeadConfig, HeadSample, HeadTask, RefinedTarget};
 use flmm_train::samples::from_fn;
 use flmm_train::selector::SelectorConfig;
-use flmm_train::trainer::{RunOptions, TrainConfig, Trainer};
+use flmm_train::{RunOptions, TrainConfig, Trainer};
 use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand_chacha::ChaCha8Rng;

@@ -8,24 +8,25 @@ mod answer;
 mod caption;
 mod given;
 mod head;
+mod open;
 mod reply;
 mod session;
+mod settings;
 mod spans;
 
-use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use image::RgbImage;
 
 use crate::capture::Capture;
 use crate::error::Result;
 use crate::layout::Merge;
-use crate::lmm::{self, GROUNDING_INSTRUCTION, Lmm, OpenOptions, Turn};
+use crate::lmm::{GROUNDING_INSTRUCTION, Lmm, Turn};
 use crate::masks::Mask;
 use crate::nn::bilinear;
-use crate::sam::{Sam, read_checkpoint};
-use crate::weights::Params;
+use crate::sam::Sam;
+use crate::training_free::TrainingFree;
 
 use spans::Span;
 
@@ -34,66 +35,29 @@ pub use answer::{
 };
 pub use caption::Caption;
 pub use head::{GroundingHead, HeadSizes, SAM_PREFIX, overlay};
+pub use open::{ModelPaths, NO_HEAD};
 pub use session::Session;
-
-/// Where the three parts of a model lie.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ModelPaths {
-    /// The LMM: a Hugging Face folder.
-    pub model: PathBuf,
-    /// SAM: a checkpoint file, or a folder with one.
-    pub sam: PathBuf,
-    /// The grounding head: a folder with `head.safetensors`, or a released `.safetensors` or `.pth` file.
-    pub head: PathBuf,
-}
-
-impl ModelPaths {
-    /// A bundle: one folder with `lmm/`, `sam/` and `head/`.
-    pub fn bundle(dir: &Path) -> Self {
-        Self { model: dir.join("lmm"), sam: dir.join("sam"), head: dir.join("head") }
-    }
-}
+pub use settings::{HeadSettings, RefinerKind};
 
 /// A frozen LMM, a frozen SAM image encoder and a grounding head.
 pub struct Grounder {
     lmm: Box<dyn Lmm>,
-    sam: Sam,
+    /// None where the head has no refiner.
+    sam: Option<Sam>,
     head: GroundingHead,
+    /// What makes masks in the head's place, for an LMM that has none.
+    training_free: Option<TrainingFree>,
 }
 
 impl Grounder {
-    /// Opens the three parts. The LMM computes in `dtype`; SAM and the head in f32.
-    ///
-    /// Public SAM tensors are loaded first, the head's are laid over them (`spec/pipeline.md` §7).
-    ///
-    /// # Errors
-    /// [`Error::Weights`] with every missing, misshapen or unexpected tensor of a part, [`Error::Config`].
-    pub fn open(paths: &ModelPaths, device: &Device, dtype: DType) -> Result<Self> {
-        Self::open_with(paths, &OpenOptions::new(dtype, device))
-    }
-
-    /// As [`Grounder::open`], with what else the LMM's family may need.
-    pub fn open_with(paths: &ModelPaths, options: &OpenOptions) -> Result<Self> {
-        let device = &options.device;
-        let lmm = lmm::open_with(&paths.model, options)?;
-        let (sam, sam_tensors) = read_checkpoint(&paths.sam, device)?;
-        let sizes = HeadSizes {
-            channels: lmm.spec().channels,
-            layers: lmm.spec().layers,
-            hidden_size: lmm.decoder().config().hidden_size,
-            sam,
-        };
-        let tensors = overlay(&paths.head, &sam_tensors, head::load_head_tensors(&paths.head, device)?)?;
-        let params = Params::new(&paths.head, tensors);
-        let head = GroundingHead::from_params(&sizes, &params)?;
-        let sam = Sam::load(&sizes.sam, &params.pp("sam.model"))?;
-        params.finish(head::WRONG_HEAD)?;
-        Ok(Self::from_parts(lmm, sam, head))
-    }
-
     /// From parts already at hand, which must fit one another.
     pub fn from_parts(lmm: Box<dyn Lmm>, sam: Sam, head: GroundingHead) -> Self {
-        Self { lmm, sam, head }
+        Self { lmm, sam: Some(sam), head, training_free: None }
+    }
+
+    /// As [`Grounder::from_parts`], for a head without a refiner.
+    pub fn without_sam(lmm: Box<dyn Lmm>, head: GroundingHead) -> Self {
+        Self { lmm, sam: None, head, training_free: None }
     }
 
     /// The frozen language model.
@@ -101,12 +65,12 @@ impl Grounder {
         self.lmm.as_ref()
     }
 
-    /// SAM; its image encoder is what is used here, the head has its own refiner.
-    pub fn sam(&self) -> &Sam {
-        &self.sam
+    /// SAM; its image encoder is what is used here, the head has its own refiner. A head without one needs no SAM.
+    pub fn sam(&self) -> Option<&Sam> {
+        self.sam.as_ref()
     }
 
-    /// The trained part.
+    /// The trained part; one that says nothing where there is none.
     pub fn head(&self) -> &GroundingHead {
         &self.head
     }
@@ -190,9 +154,20 @@ impl Grounder {
         self.observation(session, image, &capture, caption.phrases()?)
     }
 
+    /// Hidden states `[L, T, D]` of the tokens of `caption`, read as in [`Grounder::observe_in`]: what the keyword
+    /// selector needs, without SAM and without attention maps. The caption may have no phrase at all.
+    pub fn hidden_in(&self, session: &mut Session, turns: &[Turn], caption: &Caption) -> Result<Tensor> {
+        let prompt = session.prompt(self.lmm(), turns)?;
+        let capture = self.read_caption(session, prompt, &mut caption.clone())?;
+        capture.hidden_rows(&capture.positions().collect::<Vec<_>>())
+    }
+
     /// Mask logits of every phrase observed; differentiable in the head.
     pub fn decode(&self, observation: &Observation) -> Result<MaskLogits> {
-        self.head.decode(observation)
+        match &self.training_free {
+            Some(training_free) => training_free.decode(observation),
+            None => self.head.decode(observation),
+        }
     }
 
     /// Binary masks `(refined, coarse)` of every phrase at the picture's own size: logits above 0
@@ -213,7 +188,7 @@ impl Grounder {
         capture: &Capture,
         phrases: Vec<Vec<usize>>,
     ) -> Result<Observation> {
-        let (sam_embedding, sam_geometry) = session.sam(&self.sam, image)?;
+        let (sam_embedding, sam_geometry) = session.sam(self.sam(), image)?;
         let rows = capture.positions();
         let positions: Vec<Vec<usize>> =
             phrases.iter().map(|phrase| phrase.iter().map(|token| rows.start + token).collect()).collect();
@@ -237,7 +212,7 @@ impl Grounder {
             return Ok(());
         }
         let clock = Instant::now();
-        session.sam(&self.sam, options.image)?;
+        session.sam(self.sam(), options.image)?;
         result.timings.encode = clock.elapsed();
         let clock = Instant::now();
         let phrases = spans.iter().map(|span| span.tokens.clone().collect()).collect();

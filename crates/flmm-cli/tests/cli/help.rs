@@ -8,12 +8,13 @@ use crate::support::Place;
 fn help_texts() {
     let place = Place::new();
     assert_snapshot!("help", place.run(&["--help"]).ok());
-    for command in ["chat", "ground", "world", "convert", "inspect"] {
+    for command in ["chat", "ground", "train", "features", "bench", "data", "world", "convert", "inspect"] {
         assert_snapshot!(format!("help_{command}"), place.run(&[command, "--help"]).ok());
     }
     for what in ["lmms", "model", "attention"] {
         assert_snapshot!(format!("help_inspect_{what}"), place.run(&["inspect", what, "--help"]).ok());
     }
+    assert_snapshot!("help_data_check", place.run(&["data", "check", "--help"]).ok());
     for what in ["head", "sam"] {
         assert_snapshot!(format!("help_convert_{what}"), place.run(&["convert", what, "--help"]).ok());
     }

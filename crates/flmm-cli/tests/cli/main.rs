@@ -12,4 +12,5 @@ mod inspect_model;
 #[path = "../../../flmm/tests/common/pickles.rs"]
 mod pickles;
 mod support;
+mod train;
 mod worlds;

@@ -1,9 +1,11 @@
 //! What goes in and what comes out.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use candle_core::Tensor;
 
+use crate::error::Result;
 use crate::geometry::Geometry;
 use crate::masks::Mask;
 use crate::phrases::PhraseChoice;
@@ -24,6 +26,17 @@ pub struct Observation {
     pub sam_embedding: Tensor,
     /// How the picture lies in SAM's padded square.
     pub sam_geometry: SamGeometry,
+}
+
+impl Observation {
+    /// The same picture with only some of its phrases; the text's hidden states stay whole.
+    ///
+    /// # Errors
+    /// If `phrases` reaches beyond the number of phrases.
+    pub fn part(&self, phrases: Range<usize>) -> Result<Self> {
+        let maps = self.maps.narrow(0, phrases.start, phrases.len())?;
+        Ok(Self { maps, phrases: self.phrases[phrases].to_vec(), ..self.clone() })
+    }
 }
 
 /// Mask logits of every phrase.

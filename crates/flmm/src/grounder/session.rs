@@ -1,6 +1,6 @@
 //! Pictures and the conversation about them: what is computed once and kept.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
 use crate::capture::Capture;
@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::layout::ImageLayout;
 use crate::lmm::shared::embed_with_images;
 use crate::lmm::{ImageInput, Lmm, Prepared, Turn, order_shown};
-use crate::sam::{Sam, SamGeometry};
+use crate::sam::{Sam, SamConfig, SamGeometry};
 use crate::text::{KvCache, too_long};
 
 /// Pictures, the conversation about them, and what of both is already computed: image features, SAM's image
@@ -90,16 +90,24 @@ impl Session {
         self.pictures.get(image).map(|picture| &picture.input).ok_or_else(|| self.no_picture(image))
     }
 
-    /// SAM's embedding of picture number `image`, computed once.
-    pub(super) fn sam(&mut self, sam: &Sam, image: usize) -> Result<(Tensor, SamGeometry)> {
+    /// SAM's embedding of picture number `image`, computed once; an empty one where there is no SAM.
+    pub(super) fn sam(&mut self, sam: Option<&Sam>, image: usize) -> Result<(Tensor, SamGeometry)> {
         if image >= self.pictures.len() {
             return Err(self.no_picture(image));
         }
         let picture = &mut self.pictures[image];
-        match &picture.sam {
-            Some(known) => Ok(known.clone()),
-            None => Ok(picture.sam.insert(sam.encode_image(&picture.picture)?).clone()),
+        if let Some(known) = &picture.sam {
+            return Ok(known.clone());
         }
+        let encoded = match sam {
+            Some(sam) => sam.encode_image(&picture.picture)?,
+            None => {
+                let original = (picture.picture.height() as usize, picture.picture.width() as usize);
+                let geometry = SamGeometry::new(original, SamConfig::vit_l().image_size);
+                (Tensor::zeros((1, 0, 0, 0), DType::F32, &Device::Cpu)?, geometry)
+            }
+        };
+        Ok(picture.sam.insert(encoded).clone())
     }
 
     fn no_picture(&self, image: usize) -> Error {

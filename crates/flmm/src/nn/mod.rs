@@ -7,6 +7,7 @@ mod activation;
 mod channel_norm;
 mod conv;
 mod conv3x3;
+mod conv_kernels;
 mod cross_entropy;
 mod depthwise;
 mod gated;

@@ -198,7 +198,8 @@ fn check_refiner(
     prompts: f64,
     low_res: f64,
 ) -> TestResult {
-    let (refiner, geometry) = (&grounder.head().refiner, &observation.sam_geometry);
+    let refiner = grounder.head().refiner.as_ref().expect("the case has a refiner");
+    let geometry = &observation.sam_geometry;
     let mask_prompts = refiner.mask_prompt(coarse, geometry)?;
     case.golden.check("mask_prompts_stride8", &strided(&mask_prompts, 8)?, prompts)?;
     let boxes: Vec<[[f64; 4]; 1]> = case.list("boxes")?;
@@ -234,7 +235,8 @@ fn check_heads_alone(case: &mut Case, grounder: &Grounder, mut observation: Obse
         embeds.narrow(0, first - count, count)
     });
     let text = text.collect::<Result<Vec<_>, _>>()?;
-    let (refiner, geometry) = (&grounder.head().refiner, &observation.sam_geometry);
+    let refiner = grounder.head().refiner.as_ref().expect("the case has a refiner");
+    let geometry = &observation.sam_geometry;
     let refined =
         refiner.refine(&observation.sam_embedding, &recorded, &text, geometry, &PromptOptions::default())?;
     check_sam_logits(case, &refined, 5e-3)
