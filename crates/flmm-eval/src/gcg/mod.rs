@@ -1,0 +1,6 @@
+//! Grounded conversation generation: a caption, its phrases and their masks (`spec/evaluation.md` §4).
+
+pub mod ap;
+pub mod bert;
+pub mod matching;
+pub mod similarity;
