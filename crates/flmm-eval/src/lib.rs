@@ -9,6 +9,7 @@
 pub mod captions;
 pub mod gcg;
 pub mod pictures;
+pub mod ranks;
 pub mod record;
 pub mod registry;
 pub mod results;

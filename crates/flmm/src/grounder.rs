@@ -5,6 +5,7 @@
 //! grounding a given text, training and evaluation all go through these three.
 
 mod answer;
+mod attention;
 mod caption;
 mod head;
 mod session;
@@ -35,6 +36,7 @@ use spans::Span;
 pub use answer::{
     AnswerOptions, GroundOptions, GroundedAnswer, GroundedPhrase, MaskLogits, Observation, Sampling, Timings,
 };
+pub use attention::Attention;
 pub use caption::Caption;
 pub use head::{GroundingHead, HeadSizes, SAM_PREFIX, overlay};
 pub use session::Session;

@@ -4,3 +4,4 @@ pub mod ap;
 pub mod bert;
 pub mod matching;
 pub mod similarity;
+

@@ -114,19 +114,24 @@ impl Statistics {
 }
 
 /// Scores captions one by one.
-pub struct Meteor<'a> {
-    data: &'a MeteorData,
+pub struct Meteor {
+    data: MeteorData,
     paraphrases: Option<Paraphrases>,
 }
 
-impl<'a> Meteor<'a> {
+impl Meteor {
     /// Reads of the paraphrase table what can match the given true captions.
     ///
     /// # Errors
     /// [`flmm::Error::Io`] and [`flmm::Error::Config`] for an unreadable or cut-off table.
-    pub fn new(data: &'a MeteorData, references: impl IntoIterator<Item = &'a str>) -> Result<Self> {
-        let sentences: Vec<Vec<String>> = references.into_iter().map(|text| words(text, data)).collect();
-        Ok(Self { data, paraphrases: data.paraphrases_of(&sentences)? })
+    pub fn new<'a>(data: MeteorData, references: impl IntoIterator<Item = &'a str>) -> Result<Self> {
+        let sentences: Vec<Vec<String>> = references.into_iter().map(|text| words(text, &data)).collect();
+        Ok(Self { paraphrases: data.paraphrases_of(&sentences)?, data })
+    }
+
+    /// What the scores may be called ([`MeteorData::label`]).
+    pub fn label(&self) -> &'static str {
+        self.data.label()
     }
 
     /// Statistics of a caption with the reference that it scores highest with, the first one among equals. All zero
@@ -136,10 +141,10 @@ impl<'a> Meteor<'a> {
         let function = |words: &[String]| -> Vec<bool> {
             words.iter().map(|word| self.data.function_words().contains(word)).collect()
         };
-        let candidate = words(candidate, self.data);
+        let candidate = words(candidate, &self.data);
         let mut best: Option<(f64, Statistics)> = None;
         for reference in references {
-            let reference = words(reference.as_ref(), self.data);
+            let reference = words(reference.as_ref(), &self.data);
             let alignment = aligner.align(&candidate, &reference);
             let found = Statistics::new(&function(&candidate), &function(&reference), &alignment);
             let score = found.score();
