@@ -2,6 +2,7 @@
 //!
 //! - [`narratives`]: Panoptic Narrative Grounding with COCO panoptic masks,
 //! - [`refcoco`]: RefCOCO, RefCOCO+, RefCOCOg,
+//! - [`grefcoco`]: gRefCOCO, whose expressions mean several objects or none,
 //! - [`reasonseg`], [`gcg`], [`viscot`]: reasoning segmentation, grounded conversation, visual chain of thought,
 //! - [`world`]: made-up scenes with exact masks and true sentences, in memory or written in all of these formats.
 //!
@@ -9,6 +10,7 @@
 
 pub mod coco;
 pub mod gcg;
+pub mod grefcoco;
 mod mask;
 pub mod narratives;
 pub mod polygons;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use flmm::Result;
+use flmm::{Error, Result};
 use image::RgbImage;
 
 /// Pictures below a data root, by their path relative to it.
@@ -20,6 +20,17 @@ impl Pictures {
     /// Reads and decodes `path`, for example `coco/train2014/COCO_train2014_000000000009.jpg`.
     pub fn read(&self, path: &str) -> Result<RgbImage> {
         flmm::image_input::read_image(self.root.join(path))
+    }
+
+    /// Height and width of `path`, from its header.
+    pub fn size(&self, path: &str) -> Result<[u32; 2]> {
+        let path = self.root.join(path);
+        let reader = image::ImageReader::open(&path).map_err(|error| Error::io(&path, error))?;
+        let reader = reader.with_guessed_format().map_err(|error| Error::io(&path, error))?;
+        let (width, height) = reader.into_dimensions().map_err(|error| {
+            Error::image(format!("`{}`: {error}", path.display()), "download the picture again")
+        })?;
+        Ok([height, width])
     }
 }
 
