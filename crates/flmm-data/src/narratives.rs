@@ -171,12 +171,15 @@ impl Narratives {
         self.narratives.is_empty()
     }
 
-    /// The picture of a narrative, and whether any of its phrases is grounded: nothing is decoded. `None` behind the
-    /// last narrative.
-    pub fn outline(&self, index: usize) -> Option<(u64, bool)> {
-        let narrative = self.narratives.get(index)?;
-        let grounded = narrative.segments.iter().any(|segment| !segment.segment_ids.is_empty());
-        Some((narrative.image_id, grounded))
+    /// COCO image id of a narrative; `None` beyond the last one.
+    pub fn image_id(&self, index: usize) -> Option<u64> {
+        self.narratives.get(index).map(|narrative| narrative.image_id)
+    }
+
+    /// Whether any utterance of a narrative is linked to a segment.
+    pub fn is_grounded(&self, index: usize) -> bool {
+        let segments = self.narratives.get(index).map(|narrative| &narrative.segments);
+        segments.is_some_and(|segments| segments.iter().any(|segment| !segment.segment_ids.is_empty()))
     }
 
     /// Decodes a narrative. An error if a singular phrase has not exactly one segment, if its segment or picture is

@@ -12,13 +12,13 @@ use flmm::grounder::Caption;
 use flmm::lmm::{GROUNDING_INSTRUCTION, Turn};
 use flmm::masks::Mask;
 use flmm::{Grounder, Result};
+use flmm_data::images::ImageStore;
 use flmm_data::coco::Segmentation;
 use flmm_data::grefcoco::{GrefCoco, GroupSample};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::marks::{LastSession, Marks};
-use crate::pictures::Pictures;
 use crate::record::{Metrics, Prediction};
 use crate::runs::{Overlap, Runs};
 use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, parse_scores};
@@ -70,7 +70,7 @@ impl Task for Grefcoco {
         data.samples.sort_by_key(|sample| sample.image_id);
         Ok(Box::new(GrefSamples {
             ids: data.samples.iter().map(|sample| sample.sent_id.to_string()).collect(),
-            pictures: Pictures::open(&settings.data)?,
+            pictures: ImageStore::open(&settings.data)?,
             data,
             abstention: settings.abstention,
             last: LastSession::default(),
@@ -122,7 +122,7 @@ pub fn metrics(scores: &[Score]) -> Aggregate {
 
 struct GrefSamples {
     data: GrefCoco,
-    pictures: Pictures,
+    pictures: ImageStore,
     ids: Vec<String>,
     abstention: Abstention,
     last: LastSession,

@@ -4,12 +4,12 @@ use flmm::grounder::Caption;
 use flmm::lmm::{GROUNDING_INSTRUCTION, Turn};
 use flmm::masks::Mask;
 use flmm::{Error, Grounder, Result};
+use flmm_data::images::ImageStore;
 use flmm_data::narratives::{NarrativeSample, Narratives};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::marks::{LastSession, Marks};
-use crate::pictures::Pictures;
 use crate::record::{Metrics, Prediction};
 use crate::runs::{Overlap, Runs};
 use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, parse_scores};
@@ -172,7 +172,7 @@ pub fn metrics(scores: &[Score]) -> Aggregate {
 /// The narratives that are evaluated.
 pub(crate) struct PngSamples {
     pub(crate) narratives: Narratives,
-    pictures: Pictures,
+    pictures: ImageStore,
     pub(crate) ids: Vec<String>,
     /// The narrative of each sample.
     places: Vec<usize>,
@@ -185,7 +185,7 @@ impl PngSamples {
         let narratives = Narratives::open_split(&settings.data, SPLIT)?;
         let protocol = settings.png;
         let all = 0..narratives.len();
-        let is_grounded = |&index: &usize| narratives.outline(index).is_some_and(|(_, grounded)| grounded);
+        let is_grounded = |&index: &usize| narratives.is_grounded(index);
         let grounded: Vec<usize> = all.clone().filter(is_grounded).collect();
         if grounded.is_empty() {
             return Err(Error::request(
@@ -203,7 +203,7 @@ impl PngSamples {
             ids.push(index.to_string());
             places.push(place);
         }
-        let pictures = Pictures::open(&settings.data)?;
+        let pictures = ImageStore::open(&settings.data)?;
         Ok(Self { narratives, pictures, ids, places, protocol, last: LastSession::default() })
     }
 

@@ -6,12 +6,13 @@ use flmm::grounder::{AnswerOptions, Caption};
 use flmm::lmm::Turn;
 use flmm::masks::Mask;
 use flmm::{Error, Grounder, Result};
+use flmm_data::images::ImageStore;
 use flmm_data::reasonseg::{GroundTruth, Reasoning, list};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::marks::{LastSession, Marks};
-use crate::pictures::Pictures;
+use crate::pictures;
 use crate::record::{Metrics, Phrase, Prediction};
 use crate::runs::Runs;
 use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, parse_scores};
@@ -61,7 +62,7 @@ impl Task for ReasonSeg {
         }
         let stem = |path: &PathBuf| path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let ids = files.iter().map(stem).collect();
-        let pictures = Pictures::open(&settings.data)?;
+        let pictures = ImageStore::open(&settings.data)?;
         Ok(Box::new(ReasonSegSamples { folder, ids, files, pictures, last: LastSession::default() }))
     }
 
@@ -153,7 +154,7 @@ struct ReasonSegSamples {
     folder: String,
     ids: Vec<String>,
     files: Vec<PathBuf>,
-    pictures: Pictures,
+    pictures: ImageStore,
     last: LastSession,
 }
 
@@ -163,7 +164,7 @@ impl ReasonSegSamples {
     }
 
     fn truth(&self, index: usize, reasoning: &Reasoning) -> Result<GroundTruth> {
-        let [height, width] = self.pictures.size(&self.picture(index))?;
+        let [height, width] = pictures::size(&self.pictures, &self.picture(index))?;
         Ok(reasoning.ground_truth(height, width))
     }
 }
@@ -177,7 +178,7 @@ impl Samples for ReasonSegSamples {
         let reasoning = Reasoning::read(&self.files[index])?;
         let picture = self.picture(index);
         Ok(json!({
-            "id": self.ids[index], "image": picture, "size": self.pictures.size(&picture)?,
+            "id": self.ids[index], "image": picture, "size": pictures::size(&self.pictures, &picture)?,
             "prompt": question(&reasoning), "phrases": [{}],
         }))
     }
@@ -205,7 +206,7 @@ impl Samples for ReasonSegSamples {
         let prediction =
             Prediction { id: self.ids[index].clone(), prompt, answer: said, ..Prediction::default() };
         let Some(observation) = observation else {
-            let [height, width] = self.pictures.size(&picture)?;
+            let [height, width] = pictures::size(&self.pictures, &picture)?;
             let empty = Runs::empty(height, width).to_coco();
             let rows = rows.names().map(|name| (name, vec![empty.clone()])).collect();
             let phrase = Phrase { segmentation: Some(empty), ..Phrase::default() };

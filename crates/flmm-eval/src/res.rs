@@ -4,12 +4,12 @@ use flmm::grounder::Caption;
 use flmm::lmm::{GROUNDING_INSTRUCTION, Turn};
 use flmm::masks::Mask;
 use flmm::{Grounder, Result};
+use flmm_data::images::ImageStore;
 use flmm_data::refcoco::{RefCoco, RefImage, TextMode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::marks::{LastSession, Marks};
-use crate::pictures::Pictures;
 use crate::record::{Metrics, Prediction};
 use crate::runs::Overlap;
 use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, parse_scores};
@@ -104,7 +104,7 @@ impl Task for Res {
                 items.push(Item { image, expressions: vec![(text, at)] });
             }
         }
-        let pictures = Pictures::open(&settings.data)?;
+        let pictures = ImageStore::open(&settings.data)?;
         Ok(Box::new(ResSamples { data, pictures, ids, items, protocol, last: LastSession::default() }))
     }
 
@@ -165,7 +165,7 @@ struct Item {
 
 struct ResSamples {
     data: RefCoco,
-    pictures: Pictures,
+    pictures: ImageStore,
     ids: Vec<String>,
     items: Vec<Item>,
     protocol: Protocol,

@@ -52,7 +52,7 @@ fn the_truth_scores_full_marks() {
 
     let narratives = Narratives::open_split(&settings.data, "val2017").unwrap();
     let told: Vec<Value> = (0..narratives.len())
-        .filter(|&index| narratives.outline(index).unwrap().1)
+        .filter(|&index| narratives.is_grounded(index))
         .map(|index| {
             let sample = narratives.sample_rle(index).unwrap();
             let phrases: Vec<Value> =
