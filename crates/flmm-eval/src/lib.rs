@@ -6,12 +6,21 @@
 //! scores stored with every sample, in the order of the samples' ids, so that they depend neither on the order in which
 //! samples were computed nor on the number of shards.
 
+pub mod atlas;
 pub mod captions;
 pub mod gcg;
+pub mod grefcoco;
+pub mod keywords;
+pub mod marks;
+pub mod panels;
 pub mod pictures;
+pub mod png;
 pub mod ranks;
+pub mod reasonseg;
 pub mod record;
 pub mod registry;
+pub mod report;
+pub mod res;
 pub mod results;
 pub mod run;
 pub mod runs;

@@ -3,10 +3,18 @@
 use flmm::{Error, Result};
 
 use crate::task::Task;
+use crate::{gcg, grefcoco, keywords, png, reasonseg, res};
 
 /// All tasks, in the order in which they are listed.
 pub fn registry() -> Vec<Box<dyn Task>> {
-    Vec::new()
+    let mut tasks = Vec::new();
+    tasks.extend(res::tasks());
+    tasks.extend(grefcoco::tasks());
+    tasks.extend(png::tasks());
+    tasks.extend(keywords::tasks());
+    tasks.extend(reasonseg::tasks());
+    tasks.extend(gcg::tasks());
+    tasks
 }
 
 /// The task called `name`. An error suggests the nearest known name.

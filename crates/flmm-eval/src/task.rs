@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use flmm::{Grounder, Result};
+use flmm::{Error, Grounder, Result};
 use flmm_data::coco::RunLengths;
-use serde_json::Value;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 
 use crate::record::{Metrics, Prediction};
+use crate::runs::Runs;
 
 /// A benchmark: which data it needs, and how scores of its samples become metrics.
 ///
@@ -42,6 +44,17 @@ pub trait Samples: Send + Sync {
         Value::Null
     }
 
+    /// What a system is given for sample `index`, as a line of a predictions file that only lacks what it predicts: id,
+    /// picture, phrases.
+    fn template(&self, index: usize) -> Result<Value> {
+        Ok(json!({ "id": self.ids()[index] }))
+    }
+
+    /// What should have been marked in sample `index`, for looking at failures. `None` for tasks without masks.
+    fn truth(&self, _index: usize) -> Result<Option<Truth>> {
+        Ok(None)
+    }
+
     /// What the model says and marks for sample `index`.
     fn predict(&self, index: usize, grounder: &Grounder, rows: Rows) -> Result<Predicted>;
 
@@ -50,11 +63,44 @@ pub trait Samples: Send + Sync {
     fn score(&self, index: usize, prediction: &Prediction) -> Result<Value>;
 }
 
+/// The true phrases and masks of a sample.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Truth {
+    /// Phrases and their masks.
+    pub phrases: Vec<(String, Runs)>,
+    /// Whether a prediction has these phrases, in this order; otherwise it has phrases of its own.
+    pub given: bool,
+}
+
 /// What everybody may set.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
     /// The data root.
     pub data: PathBuf,
+    /// RefCOCO, RefCOCO+, RefCOCOg.
+    pub res: crate::res::Protocol,
+    /// gRefCOCO.
+    pub abstention: crate::grefcoco::Abstention,
+    /// Panoptic narratives.
+    pub png: crate::png::Protocol,
+    /// Grounded captions.
+    pub gcg: crate::gcg::Protocol,
+}
+
+/// Scores as the task that wrote them knows them.
+///
+/// # Errors
+/// If a score is of another form: the samples file was written by another task or version.
+pub fn parse_scores<T: DeserializeOwned>(scores: &[Value]) -> Result<Vec<T>> {
+    let parse = |score: &Value| {
+        T::deserialize(score).map_err(|error| {
+            Error::request(
+                format!("the scores `{score}` are not of this task: {error}"),
+                "make the samples anew in another --out folder",
+            )
+        })
+    };
+    scores.iter().map(parse).collect()
 }
 
 /// Masks to be scored besides the refined ones.
@@ -64,6 +110,14 @@ pub struct Rows {
     pub coarse: bool,
     /// The better of the two K-means clusters of the attention: no training at all.
     pub kmeans: bool,
+}
+
+impl Rows {
+    /// The names of the wanted rows.
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        let all = [("kmeans", self.kmeans), ("coarse", self.coarse)];
+        all.into_iter().filter_map(|(name, wanted)| wanted.then_some(name))
+    }
 }
 
 /// A prediction, and other masks for the same phrases.

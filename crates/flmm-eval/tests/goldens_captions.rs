@@ -5,10 +5,11 @@
 //! the package registry; `FLMM_METEOR=DIR` points these tests at them. Without, METEOR's exact parts are skipped.
 
 mod common;
+mod files;
 
 use std::path::{Path, PathBuf};
 
-use common::TestResult;
+use files::TestResult;
 use flmm_eval::captions::meteor::MeteorData;
 use flmm_eval::captions::{CaptionPair, CaptionScores, Scored, score, tokens::tokenise};
 use serde_json::Value;
@@ -18,7 +19,7 @@ fn cases() -> TestResult<Vec<(PathBuf, Value)>> {
     let mut files = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/captions.json")];
     files.extend(common::golden_dir("metrics").map(|dir| dir.join("captions.json")).filter(|f| f.is_file()));
     files.extend(std::env::var_os("FLMM_CAPTIONS").map(PathBuf::from));
-    files.into_iter().map(|file| Ok((file.clone(), common::json(&file)?))).collect()
+    files.into_iter().map(|file| Ok((file.clone(), files::json(&file)?))).collect()
 }
 
 fn text(value: &Value) -> TestResult<String> {

@@ -2,10 +2,11 @@
 //! (`tests/data/coco.json`, 1e-9), a tiny BERT (`tests/data/bert`, 1e-5).
 
 mod common;
+mod files;
 
 use std::path::{Path, PathBuf};
 
-use common::TestResult;
+use files::TestResult;
 use flmm_data::coco::RunLengths;
 use flmm_eval::gcg::ap::{Detections, coco_stats};
 use flmm_eval::gcg::bert::Bert;
@@ -43,7 +44,7 @@ fn goldens_gcg() -> TestResult {
         println!("skipped: no gcg.json among the goldens");
         return Ok(());
     };
-    let case = common::json(&file)?;
+    let case = files::json(&file)?;
     let expected = &case["expected"];
     let mut pictures = Vec::new();
     for (variant, name) in [(Variant::Glamm, "glamm"), (Variant::Flmm, "flmm")] {
@@ -79,7 +80,7 @@ fn goldens_gcg() -> TestResult {
 
 #[test]
 fn coco_statistics_equal_those_of_pycocotools() -> TestResult {
-    let cases = common::json(&data("coco.json"))?;
+    let cases = files::json(&data("coco.json"))?;
     for (number, case) in cases.as_array().ok_or("no cases")?.iter().enumerate() {
         let picture = |image: &Value| {
             let scores = serde_json::from_value(image["scores"].clone())?;
@@ -97,7 +98,7 @@ fn coco_statistics_equal_those_of_pycocotools() -> TestResult {
 #[test]
 fn a_tiny_bert_says_what_transformers_says() -> TestResult {
     let bert = Bert::open(&data("bert"))?;
-    let cases = common::json(&data("bert/expected.json"))?;
+    let cases = files::json(&data("bert/expected.json"))?;
     let mut worst = 0f64;
     for case in cases.as_array().ok_or("no cases")? {
         let text = case["text"].as_str().ok_or("no text")?;

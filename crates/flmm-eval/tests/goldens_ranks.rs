@@ -1,8 +1,9 @@
 //! Rank analysis against `goldens/metrics/ranks.json`: 1e-9 (what was recorded in f32: one unit of it).
 
 mod common;
+mod files;
 
-use common::TestResult;
+use files::TestResult;
 use flmm_eval::ranks::{Benchmark, RankInput, Ranks, as_published, average_ranks};
 use serde_json::Value;
 
@@ -37,7 +38,7 @@ fn goldens_ranks() -> TestResult {
         println!("skipped: no ranks.json among the goldens");
         return Ok(());
     };
-    let case = common::json(&file)?;
+    let case = files::json(&file)?;
     check(&average_ranks(&input(&case, "scores")?)?, &case["correct"], 1e-9)?;
     check(&as_published(&input(&case, "scores_as_published")?)?, &case["as_published"], 1.2e-7)
 }

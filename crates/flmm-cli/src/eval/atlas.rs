@@ -3,18 +3,18 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use flmm::image_input::read_image;
-use flmm::overlay::save_png;
 use flmm::masks::Mask;
+use flmm::overlay::save_png;
+use flmm_data::images::ImageStore;
 use flmm_data::narratives::Narratives;
 use flmm_eval::atlas::{Atlas, AtlasTable};
 use serde_json::json;
 
-use super::panels::{caption, picture};
+use super::panels::{SPLIT, caption, picture};
 use crate::args::{ModelArgs, count};
 use crate::failure::{Failure, Result};
-use crate::picture::check_place;
 use crate::model;
+use crate::picture::check_place;
 use crate::talk::Talk;
 
 /// Heads that are printed.
@@ -40,7 +40,8 @@ pub(crate) struct AtlasArgs {
 
 pub(crate) fn run(args: &AtlasArgs, talk: &Talk) -> Result<()> {
     check_place(&args.out)?;
-    let data = Narratives::open_split(&args.data, "val2017")?;
+    let data = Narratives::open_split(&args.data, SPLIT)?;
+    let pictures = ImageStore::open(&args.data)?;
     let model = model::open(&args.model, talk)?;
     let grounder = &model.grounder;
     let (layers, heads) = (grounder.lmm().spec().layers, grounder.lmm().spec().heads);
@@ -57,7 +58,7 @@ pub(crate) fn run(args: &AtlasArgs, talk: &Talk) -> Result<()> {
         }
         seen += 1;
         bar.inc(1);
-        let image = read_image(picture(&args.data, &sample))?;
+        let image = picture(&pictures, &sample)?;
         let seen_by = grounder.attention(&image, &caption(grounder, &sample)?)?;
         let atlas = atlas.get_or_insert_with(|| Atlas::new(layers, heads, &seen_by.layout));
         for (number, phrase) in sample.phrases.iter().enumerate() {

@@ -1,6 +1,11 @@
 //! `flmm eval`: the tables of the paper, for a model or for anyone's predictions.
 
+mod atlas;
+mod gcg;
 mod merge;
+mod panels;
+mod ranks;
+mod report;
 mod run;
 mod score;
 mod tasks;
@@ -32,6 +37,14 @@ enum Eval {
     Merge(merge::MergeArgs),
     /// List the tasks, the data each needs, and whether it is there.
     Tasks(tasks::TasksArgs),
+    /// Make one page of what went wrong in a run: phrase missed, mask empty, wrong object, low IoU.
+    Report(report::ReportArgs),
+    /// Draw attention clusters, coarse masks, refined masks and ground truth side by side.
+    Panels(panels::PanelsArgs),
+    /// Measure for every attention head how often it looks at what is spoken of.
+    Atlas(atlas::AtlasArgs),
+    /// Average ranks of models in chat and in grounding, and how the two go together.
+    Ranks(ranks::RanksArgs),
 }
 
 pub(crate) fn run(args: &EvalArgs, talk: &Talk) -> Result<()> {
@@ -40,6 +53,10 @@ pub(crate) fn run(args: &EvalArgs, talk: &Talk) -> Result<()> {
         Some(Eval::Score(args)) => score::run(args, talk),
         Some(Eval::Merge(args)) => merge::run(args, talk),
         Some(Eval::Tasks(args)) => tasks::run(args, talk),
+        Some(Eval::Report(args)) => report::run(args, talk),
+        Some(Eval::Panels(args)) => panels::run(args, talk),
+        Some(Eval::Atlas(args)) => atlas::run(args, talk),
+        Some(Eval::Ranks(args)) => ranks::run(args, talk),
     }
 }
 
@@ -50,11 +67,13 @@ struct DataArgs {
     /// Data root, laid out as `flmm eval tasks` lists it.
     #[arg(long, value_name = "DIR", required = true)]
     data: Option<PathBuf>,
+    #[command(flatten)]
+    gcg: gcg::GcgArgs,
 }
 
 impl DataArgs {
     fn settings(&self) -> Settings {
-        Settings { data: self.data.clone().unwrap_or_default() }
+        Settings { data: self.data.clone().unwrap_or_default(), gcg: self.gcg.protocol(), ..Settings::default() }
     }
 }
 

@@ -5,29 +5,33 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use flmm::grounder::Caption;
-use flmm::image_input::read_image;
 use flmm::overlay::save_png;
 use flmm::weights::save_safetensors;
 use flmm::{Error, Grounder};
+use flmm_data::images::ImageStore;
 use flmm_data::narratives::{NarrativeSample, Narratives};
 use flmm_eval::panels::{PhraseStages, four_panels, stages};
+use image::RgbImage;
 
 use crate::args::{ModelArgs, count};
 use crate::failure::Result;
 use crate::model;
 use crate::talk::Talk;
 
+/// Where the narratives that results are published on come from.
+pub(crate) const SPLIT: &str = "val2017";
+
 #[derive(Debug, Args)]
 pub(crate) struct PanelsArgs {
     /// Data root with coco/annotations and coco/val2017, as for the task `png`.
     #[arg(long, value_name = "DIR")]
-    pub(crate) data: PathBuf,
+    data: PathBuf,
     /// Folder for the pictures. Those that are there are not made again.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Number of narratives.
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = count)]
-    pub(crate) limit: usize,
+    limit: usize,
     /// Also make one strip per phrase: picture, attention, clusters, masks, ground truth.
     #[arg(long)]
     strips: bool,
@@ -42,7 +46,8 @@ pub(crate) struct PanelsArgs {
 }
 
 pub(crate) fn run(args: &PanelsArgs, talk: &Talk) -> Result<()> {
-    let data = Narratives::open_split(&args.data, "val2017")?;
+    let data = Narratives::open_split(&args.data, SPLIT)?;
+    let pictures = ImageStore::open(&args.data)?;
     let model = model::open(&args.model, talk)?;
     std::fs::create_dir_all(&args.out).map_err(|e| Error::io(&args.out, e))?;
     let bar = talk.bar(args.limit.min(data.len()) as u64);
@@ -57,12 +62,11 @@ pub(crate) fn run(args: &PanelsArgs, talk: &Talk) -> Result<()> {
         }
         bar.inc(1);
         let name = args.out.join(format!("{index:05}_{}", sample.image_id));
-        let picture = name.with_extension("png");
-        if picture.is_file() {
+        if name.with_extension("png").is_file() {
             found += 1;
             continue;
         }
-        let done = draw(&model.grounder, args, &sample, &name)?;
+        let done = draw(&model.grounder, &picture(&pictures, &sample)?, args, &sample, &name)?;
         for stage in &done {
             let [clusters, coarse, refined] = stage.ious()?;
             sums = [sums[0] + stage.soft_iou, sums[1] + clusters, sums[2] + coarse, sums[3] + refined];
@@ -83,8 +87,8 @@ pub(crate) fn run(args: &PanelsArgs, talk: &Talk) -> Result<()> {
 }
 
 /// The picture of a narrative.
-pub(crate) fn picture(data: &Path, sample: &NarrativeSample) -> PathBuf {
-    data.join("coco/val2017").join(&sample.file_name)
+pub(crate) fn picture(pictures: &ImageStore, sample: &NarrativeSample) -> Result<RgbImage> {
+    Ok(pictures.read(&format!("coco/{SPLIT}/{}", sample.file_name))?)
 }
 
 /// The narrative as a caption of the model.
@@ -94,14 +98,19 @@ pub(crate) fn caption(grounder: &Grounder, sample: &NarrativeSample) -> Result<C
 }
 
 /// Makes the files of one narrative; the picture comes last, because it tells that the rest is there.
-fn draw(grounder: &Grounder, args: &PanelsArgs, sample: &NarrativeSample, name: &Path) -> Result<Vec<PhraseStages>> {
-    let image = read_image(picture(&args.data, sample))?;
-    let observation = grounder.observe(&image, &caption(grounder, sample)?)?;
+fn draw(
+    grounder: &Grounder,
+    image: &RgbImage,
+    args: &PanelsArgs,
+    sample: &NarrativeSample,
+    name: &Path,
+) -> Result<Vec<PhraseStages>> {
+    let observation = grounder.observe(image, &caption(grounder, sample)?)?;
     let done = stages(grounder, &observation, sample, args.seed)?;
     let beside = |ending: &str| PathBuf::from(format!("{}{ending}", name.display()));
     if args.strips {
         for (index, stage) in done.iter().enumerate() {
-            save_png(&stage.strip(&image, index)?, &beside(&format!("_{}.png", index + 1)))?;
+            save_png(&stage.strip(image, index)?, &beside(&format!("_{}.png", index + 1)))?;
         }
     }
     if args.raw {
@@ -112,6 +121,6 @@ fn draw(grounder: &Grounder, args: &PanelsArgs, sample: &NarrativeSample, name: 
         let texts = done.iter().enumerate().map(|(i, stage)| (format!("phrase.{i}"), stage.text.clone()));
         save_safetensors(beside(".safetensors"), &stacks, &texts.collect())?;
     }
-    save_png(&four_panels(&image, sample, &done)?, &beside(".png"))?;
+    save_png(&four_panels(image, sample, &done)?, &beside(".png"))?;
     Ok(done)
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use flmm_data::images::ImageStore;
 use flmm_eval::report::{Report, ReportOptions, page};
 use flmm_eval::results::build;
 
@@ -65,7 +66,9 @@ pub(crate) fn run(args: &ReportArgs, talk: &Talk) -> Result<()> {
     let mut models: Vec<&str> = report.results.values().map(|result| result.model.as_str()).collect();
     models.dedup();
     let bar = talk.bar(report.failures.len() as u64);
-    let text = page(&report, &format!("Failures of {}", models.join(", ")), || bar.inc(1))?;
+    let pictures = ImageStore::open(&settings.data)?;
+    let title = format!("Failures of {}", models.join(", "));
+    let text = page(&report, &title, |name| pictures.read(name), || bar.inc(1))?;
     bar.finish_and_clear();
     flmm::atomic::write(&out, |file| file.write_all(text.as_bytes()))?;
     let phrases: usize = report.counts.values().map(|(phrases, _)| phrases).sum();

@@ -4,4 +4,7 @@ pub mod ap;
 pub mod bert;
 pub mod matching;
 pub mod similarity;
+pub mod task;
+
+pub use task::{CaptionPhrases, Protocol, SimilaritySource, tasks};
 

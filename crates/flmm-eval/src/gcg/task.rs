@@ -10,6 +10,7 @@ use flmm::phrases::PhraseChoice;
 use flmm::{Error, Geometry, Grounder, Result};
 use flmm_data::coco::RunLengths;
 use flmm_data::gcg::{Gcg, GcgSample};
+use flmm_data::images::ImageStore;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -19,7 +20,6 @@ use super::similarity::Similarity;
 use crate::captions::meteor::{Meteor, MeteorData, Statistics};
 use crate::captions::{CaptionPair, by_words};
 use crate::marks::better_cluster;
-use crate::pictures::Pictures;
 use crate::record::{Metrics, Phrase, Prediction};
 use crate::runs::Runs;
 use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, Truth, parse_scores};
@@ -114,7 +114,7 @@ impl Task for GcgTask {
             Some(SimilaritySource::File(file)) => Some(Similarity::file(file)?),
             None => None,
         };
-        let pictures = Pictures::open(&settings.data)?;
+        let pictures = ImageStore::open(&settings.data)?;
         Ok(Box::new(GcgSamples { data, ids, pictures, meteor, similarity, protocol }))
     }
 
@@ -203,7 +203,7 @@ pub fn metrics(mut scores: Vec<Score>) -> Result<Aggregate> {
 struct GcgSamples {
     data: Gcg,
     ids: Vec<String>,
-    pictures: Pictures,
+    pictures: ImageStore,
     meteor: Meteor,
     similarity: Option<Similarity>,
     protocol: Protocol,
@@ -272,7 +272,7 @@ impl Samples for GcgSamples {
     fn truth(&self, index: usize) -> Result<Option<Truth>> {
         let sample = &self.data.samples[index];
         let phrases = sample.phrases.iter().cloned().zip(self.truth_masks(sample)?).collect();
-        Ok(Some(Truth { picture: self.pictures.path(&picture(sample)), phrases, given: false }))
+        Ok(Some(Truth { phrases, given: false }))
     }
 
     fn predict(&self, index: usize, grounder: &Grounder, rows: Rows) -> Result<Predicted> {

@@ -133,7 +133,7 @@ mod tests {
 
     fn kinds(given: bool, predicted: &[(&str, Option<Runs>)]) -> Vec<Option<Kind>> {
         let phrases = vec![("the dog".to_owned(), square(0, 0, 8)), ("A cat".to_owned(), square(10, 10, 8))];
-        let truth = Truth { picture: Default::default(), phrases, given };
+        let truth = Truth { phrases, given };
         let phrases = predicted.iter().map(|(text, mask)| Phrase {
             text: (*text).to_owned(),
             segmentation: mask.as_ref().map(Runs::to_coco),

@@ -6,7 +6,7 @@ mod page;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use flmm::{Error, Result};
 use serde::Deserialize;
@@ -38,8 +38,8 @@ pub struct Failure {
     pub prompt: String,
     /// What was answered.
     pub answer: String,
-    /// The picture's file.
-    pub picture: PathBuf,
+    /// The picture's name below the data root.
+    pub picture: String,
     /// The predicted mask, if there is one.
     pub predicted: Option<Runs>,
     /// The true mask.
@@ -106,7 +106,7 @@ impl Report {
                 };
                 let Some(truth) = samples.truth(at)? else { return Ok(false) };
                 if seen.insert(at) {
-                    self.look(task, prediction, truth, options, &mut kept).map_err(|e| named(e.to_string()))?;
+                    self.look(task, prediction, (&picture(samples, at)?, truth), options, &mut kept).map_err(|e| named(e.to_string()))?;
                 }
             }
         }
@@ -122,7 +122,7 @@ impl Report {
         &mut self,
         task: &str,
         prediction: Prediction,
-        truth: Truth,
+        (picture, truth): (&str, Truth),
         options: ReportOptions,
         kept: &mut BTreeMap<Kind, Vec<Failure>>,
     ) -> Result<()> {
@@ -146,7 +146,7 @@ impl Report {
                 predicted_phrase,
                 prompt: prediction.prompt.clone(),
                 answer: prediction.answer.clone(),
-                picture: truth.picture.clone(),
+                picture: picture.to_owned(),
                 predicted: verdict.predicted.map(|(_, mask)| mask),
                 truth: mask,
             });
@@ -156,6 +156,13 @@ impl Report {
         }
         Ok(())
     }
+}
+
+/// The name of a sample's picture.
+fn picture(samples: &dyn Samples, index: usize) -> Result<String> {
+    let template = samples.template(index)?;
+    let name = template["image"].as_str().map(str::to_owned);
+    name.ok_or_else(|| Error::request("the task names no picture", "choose tasks with pictures by --task"))
 }
 
 /// Keeps the `most` largest masks among those with the lowest IoU: a large object that is missed weighs more than a

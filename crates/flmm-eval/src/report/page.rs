@@ -1,12 +1,9 @@
 //! The page: HTML without any request to elsewhere, pictures inside.
 
 use std::fmt::Write as _;
-use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use flmm::image_input::read_image;
-use flmm::masks::Mask;
 use flmm::overlay::draw_mask;
 use flmm::{Error, Result};
 use image::RgbImage;
@@ -26,19 +23,24 @@ const QUALITY: u8 = 82;
 const PREDICTED: usize = 3;
 const TRUE: usize = 2;
 
-/// The whole page. `progress` is called once per failure, when its pictures are drawn.
+/// The whole page. `read` opens a picture of the data; `progress` is called once per failure, when its pictures are drawn.
 ///
 /// # Errors
-/// [`Error::Image`] if a picture cannot be read, or if a mask has another size.
-pub fn page(report: &Report, title: &str, mut progress: impl FnMut()) -> Result<String> {
+/// Those of `read`; [`Error::Request`] if a mask has another size than its picture.
+pub fn page(
+    report: &Report,
+    title: &str,
+    read: impl Fn(&str) -> Result<RgbImage>,
+    mut progress: impl FnMut(),
+) -> Result<String> {
     let mut rows = String::new();
     // Samples of one picture follow each other, so that it is read once.
     let mut order: Vec<&Failure> = report.failures.iter().collect();
     order.sort_by(|a, b| (&a.task, &a.picture, &a.id).cmp(&(&b.task, &b.picture, &b.id)));
-    let mut open: Option<(&Path, RgbImage)> = None;
+    let mut open: Option<(&str, RgbImage)> = None;
     for failure in order {
         if open.as_ref().is_none_or(|(path, _)| *path != failure.picture) {
-            open = Some((&failure.picture, read_image(&failure.picture)?));
+            open = Some((&failure.picture, read(&failure.picture)?));
         }
         if let Some((_, picture)) = &open {
             row(&mut rows, failure, picture)?;
@@ -135,7 +137,7 @@ fn row(out: &mut String, failure: &Failure, picture: &RgbImage) -> Result<()> {
 
 /// The picture with one mask, small.
 fn drawn(picture: &RgbImage, mask: &Runs, colour: usize) -> Result<RgbImage> {
-    let drawn = draw_mask(picture, &Mask::try_from(mask)?, colour)?;
+    let drawn = draw_mask(picture, &mask.to_mask(), colour)?;
     let scale = f64::from(SIDE) / f64::from(drawn.width().max(drawn.height()).max(1));
     let side = |length: u32| ((f64::from(length) * scale).round() as u32).max(1);
     Ok(imageops::resize(&drawn, side(drawn.width()), side(drawn.height()), FilterType::Triangle))
@@ -180,9 +182,6 @@ mod tests {
 
     #[test]
     fn a_page_asks_for_nothing_and_shows_both_masks() {
-        let folder = tempfile::tempdir().unwrap();
-        let picture = folder.path().join("1.png");
-        RgbImage::new(40, 30).save(&picture).unwrap();
         let failure = Failure {
             task: "png".into(),
             id: "7".into(),
@@ -192,13 +191,13 @@ mod tests {
             predicted_phrase: String::new(),
             prompt: String::new(),
             answer: "A \"dog\".".into(),
-            picture,
+            picture: "1.jpg".into(),
             predicted: Some(Runs::from_fn(30, 40, |x, _| x < 9)),
             truth: Runs::from_fn(30, 40, |x, _| x < 20),
         };
         let report = Report { failures: vec![failure], ..Report::default() };
         let mut drawn = 0;
-        let page = page(&report, "run", || drawn += 1).unwrap();
+        let page = page(&report, "run", |_| Ok(RgbImage::new(40, 30)), || drawn += 1).unwrap();
         assert_eq!((drawn, page.matches("data:image/jpeg").count()), (1, 2));
         assert!(page.contains("the &lt;dog&gt;") && !page.contains("the <dog>"));
         assert!(!page.contains("http://") && !page.contains("https://"));
