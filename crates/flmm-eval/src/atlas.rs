@@ -93,10 +93,14 @@ impl Atlas {
             let total: f64 = map.iter().map(|&v| f64::from(v)).sum();
             let inside: f64 = map.iter().zip(&shares).map(|(&v, &share)| f64::from(v) * share).sum();
             self.mass[cell] += if total > 0.0 { inside / total } else { 0.0 };
-            let peak = map.iter().enumerate().fold((0, f32::MIN), |best, (i, &v)| if v > best.1 { (i, v) } else { best });
+            let peak = map
+                .iter()
+                .enumerate()
+                .fold((0, f32::MIN), |best, (i, &v)| if v > best.1 { (i, v) } else { best });
             let (y, x) = (peak.0 / rect.width.max(1), peak.0 % rect.width.max(1));
             // The pixel at the cell's centre.
-            let pixel = |cell: usize, cells: usize, pixels: usize| (2 * cell + 1) * pixels / (2 * cells.max(1));
+            let pixel =
+                |cell: usize, cells: usize, pixels: usize| (2 * cell + 1) * pixels / (2 * cells.max(1));
             let (px, py) = (pixel(x, rect.width, truth.width()), pixel(y, rect.height, truth.height()));
             self.peaks[cell] += usize::from(truth.get(px, py));
         }
@@ -115,7 +119,11 @@ impl Atlas {
             planes: self.planes,
             phrases: self.phrases,
             chance: self.area / count,
-            peak: self.peaks.chunks(columns).map(|row| row.iter().map(|&n| n as f64 / count).collect()).collect(),
+            peak: self
+                .peaks
+                .chunks(columns)
+                .map(|row| row.iter().map(|&n| n as f64 / count).collect())
+                .collect(),
             mass: self.mass.chunks(columns).map(|row| row.iter().map(|&m| m / count).collect()).collect(),
         }
     }

@@ -47,7 +47,9 @@ impl PhraseStages {
     pub fn strip(&self, image: &RgbImage, index: usize) -> Result<RgbImage> {
         let (_, height, width) = self.stack.dims3()?;
         let mean = self.stack.mean(0)?.flatten_all()?.to_vec1::<f32>()?;
-        let mask = |title: &str, mask: &Mask| Ok((title.to_owned(), draw_mask(image, mask, index)?));
+        let mask = |title: &str, mask: &Mask| -> Result<_> {
+            Ok((title.to_owned(), draw_mask(image, mask, index)?))
+        };
         Ok(panels(&[vec![
             (self.text.trim().to_owned(), image.clone()),
             ("mean attention".to_owned(), heat_map(image, &mean, (height, width))?),

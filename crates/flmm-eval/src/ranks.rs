@@ -94,7 +94,12 @@ impl RankInput {
 }
 
 /// One column of the published table as numbers.
-fn benchmark(table: &Table, rows: &[(&str, &[String])], column: usize, as_published: bool) -> Option<Benchmark> {
+fn benchmark(
+    table: &Table,
+    rows: &[(&str, &[String])],
+    column: usize,
+    as_published: bool,
+) -> Option<Benchmark> {
     let score = |&(name, cells): &(&str, &[String])| {
         let cell = cells.get(column)?;
         let number = |text: &str| text.trim().parse::<f64>().ok();
@@ -131,7 +136,8 @@ pub fn as_published(input: &RankInput) -> Result<Ranks> {
     input.check()?;
     let indices = |benchmarks: &[Benchmark]| -> Vec<f64> {
         let orders: Vec<Vec<usize>> = benchmarks.iter().map(|b| best_first(&b.scores)).collect();
-        let mean = |place: usize| orders.iter().map(|o| o[place] as f32).sum::<f32>() / orders.len() as f32 + 1.0;
+        let mean =
+            |place: usize| orders.iter().map(|o| o[place] as f32).sum::<f32>() / orders.len() as f32 + 1.0;
         (0..input.models.len()).map(|place| f64::from(mean(place))).collect()
     };
     Ok(correlated(input, indices(&input.chat), indices(&input.grounding)))

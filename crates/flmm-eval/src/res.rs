@@ -206,7 +206,8 @@ impl Samples for ResSamples {
 
     fn truth(&self, index: usize) -> Result<Option<Truth>> {
         let (image, item) = self.item(index);
-        let phrase = |(text, object): &(String, usize)| Ok((text.clone(), self.data.rle(image, *object)?.into()));
+        let phrase =
+            |(text, object): &(String, usize)| Ok((text.clone(), self.data.rle(image, *object)?.into()));
         Ok(Some(Truth { phrases: item.expressions.iter().map(phrase).collect::<Result<_>>()?, given: true }))
     }
 

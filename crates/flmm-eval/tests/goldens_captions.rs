@@ -73,7 +73,12 @@ fn goldens_captions_tokens() -> TestResult {
         }
     }
     assert!(checked > 0, "nothing was compared");
-    assert!(wrong.is_empty(), "{} of {checked} differ:\n{}", wrong.len(), wrong[..wrong.len().min(20)].join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} of {checked} differ:\n{}",
+        wrong.len(),
+        wrong[..wrong.len().min(20)].join("\n")
+    );
     Ok(())
 }
 
@@ -100,7 +105,9 @@ fn goldens_captions_words() -> TestResult {
 #[test]
 fn goldens_captions_meteor() -> TestResult {
     let Some(folder) = std::env::var_os("FLMM_METEOR") else {
-        println!("skipped: FLMM_METEOR names no folder with METEOR's tables (tests/data/fetch_meteor.sh fetches them)");
+        println!(
+            "skipped: FLMM_METEOR names no folder with METEOR's tables (tests/data/fetch_meteor.sh fetches them)"
+        );
         return Ok(());
     };
     let data = MeteorData::open(Path::new(&folder))?;
@@ -125,7 +132,8 @@ fn goldens_captions_meteor() -> TestResult {
 /// Without the tables scores are lower but in the same order of magnitude, and a caption equal to its reference has 1.
 #[test]
 fn meteor_lite_is_a_lower_bound_of_sorts() -> TestResult {
-    let pair = |candidate: &str| CaptionPair { candidate: candidate.into(), references: vec!["A dog runs.".into()] };
+    let pair =
+        |candidate: &str| CaptionPair { candidate: candidate.into(), references: vec!["A dog runs.".into()] };
     let got = score(&[pair("a dog runs"), pair("the dog ran"), pair("nothing")], &MeteorData::lite())?;
     assert_eq!(got.meteor.per_image[0], 1.0);
     assert!(got.meteor.per_image[1] > 0.1 && got.meteor.per_image[1] < 0.9);

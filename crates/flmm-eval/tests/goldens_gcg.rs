@@ -40,7 +40,8 @@ fn detections(truth: &[Runs], predicted: &[Runs], scores: Vec<f64>) -> TestResul
 
 #[test]
 fn goldens_gcg() -> TestResult {
-    let Some(file) = common::golden_dir("metrics").map(|dir| dir.join("gcg.json")).filter(|f| f.is_file()) else {
+    let Some(file) = common::golden_dir("metrics").map(|dir| dir.join("gcg.json")).filter(|f| f.is_file())
+    else {
         println!("skipped: no gcg.json among the goldens");
         return Ok(());
     };
@@ -62,7 +63,12 @@ fn goldens_gcg() -> TestResult {
             found += matches.map_or(0, |matches| matches.len());
             phrases += image["gt_labels"].as_array().ok_or("no labels")?.len();
             let score = matched_iou(&ious);
-            near(&format!("mIoU of picture {}", image["image_id"]), score, &expected["miou_per_image"][at], 1e-9)?;
+            near(
+                &format!("mIoU of picture {}", image["image_id"]),
+                score,
+                &expected["miou_per_image"][at],
+                1e-9,
+            )?;
             scores.push(score);
             pictures.push(detections(&truth, &predicted, Vec::new())?);
         }
@@ -113,6 +119,10 @@ fn a_tiny_bert_says_what_transformers_says() -> TestResult {
     let alike = Similarity::model(&data("bert"))?;
     let texts = ["the dog".to_owned(), "a red cat".to_owned()];
     let matrix = alike.between("1", &texts, &texts)?;
-    assert!((matrix[0][0] - 1.0).abs() < 1e-9 && (matrix[0][1] - matrix[1][0]).abs() < 1e-9 && matrix[0][1] < 0.99);
+    assert!(
+        (matrix[0][0] - 1.0).abs() < 1e-9
+            && (matrix[0][1] - matrix[1][0]).abs() < 1e-9
+            && matrix[0][1] < 0.99
+    );
     Ok(())
 }

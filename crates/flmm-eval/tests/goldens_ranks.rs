@@ -34,7 +34,8 @@ fn check(got: &Ranks, expected: &Value, tolerance: f64) -> TestResult {
 
 #[test]
 fn goldens_ranks() -> TestResult {
-    let Some(file) = common::golden_dir("metrics").map(|dir| dir.join("ranks.json")).filter(|f| f.is_file()) else {
+    let Some(file) = common::golden_dir("metrics").map(|dir| dir.join("ranks.json")).filter(|f| f.is_file())
+    else {
         println!("skipped: no ranks.json among the goldens");
         return Ok(());
     };
@@ -60,7 +61,8 @@ fn the_published_table_is_reproduced() -> TestResult {
     ];
     let got = as_published(&RankInput::published(true)?)?;
     let cut = |v: f64| (v * 100.0 + 1e-6).floor() / 100.0;
-    let rows: Vec<(f64, f64)> = got.chat.iter().zip(&got.grounding).map(|(c, g)| (cut(*c), cut(*g))).collect();
+    let rows: Vec<(f64, f64)> =
+        got.chat.iter().zip(&got.grounding).map(|(c, g)| (cut(*c), cut(*g))).collect();
     assert_eq!(rows, printed);
     let right = average_ranks(&RankInput::published(false)?)?;
     assert!((right.pearson - 0.904).abs() < 5e-4 && (right.spearman - 0.837).abs() < 5e-4);

@@ -167,7 +167,9 @@ impl ImageLayout {
         let (outer, head) = (channel / heads.max(1), channel % heads.max(1));
         match self.stacking {
             Stacking::PlanesOutermost => (outer / layers.max(1), outer % layers.max(1), head),
-            Stacking::PlanesWithinLayers => (outer % self.planes.len().max(1), outer / self.planes.len().max(1), head),
+            Stacking::PlanesWithinLayers => {
+                (outer % self.planes.len().max(1), outer / self.planes.len().max(1), head)
+            }
         }
     }
 

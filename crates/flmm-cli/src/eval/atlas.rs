@@ -86,7 +86,10 @@ fn text(table: &AtlasTable) -> String {
     );
     for head in table.best(BEST) {
         let plane = if table.planes > 1 { format!(" (grid {})", head.plane) } else { String::new() };
-        text += &format!("{:>5}  {:>4}  {:>11.3}  {:>11.3}{plane}\n", head.layer, head.head, head.peak, head.mass);
+        text += &format!(
+            "{:>5}  {:>4}  {:>11.3}  {:>11.3}{plane}\n",
+            head.layer, head.head, head.peak, head.mass
+        );
     }
     text
 }

@@ -73,7 +73,11 @@ struct DataArgs {
 
 impl DataArgs {
     fn settings(&self) -> Settings {
-        Settings { data: self.data.clone().unwrap_or_default(), gcg: self.gcg.protocol(), ..Settings::default() }
+        Settings {
+            data: self.data.clone().unwrap_or_default(),
+            gcg: self.gcg.protocol(),
+            ..Settings::default()
+        }
     }
 }
 

@@ -23,7 +23,8 @@ pub(crate) fn cider(pictures: &[Words]) -> Scored {
         pictures.iter().map(|p| p.references.iter().map(|words| count(words)).collect()).collect();
     let mut frequency: BTreeMap<&[String], usize> = BTreeMap::new();
     for counts in &references {
-        let here: std::collections::BTreeSet<&[String]> = counts.iter().flat_map(|c| c.keys().copied()).collect();
+        let here: std::collections::BTreeSet<&[String]> =
+            counts.iter().flat_map(|c| c.keys().copied()).collect();
         for run in here {
             *frequency.entry(run).or_default() += 1;
         }

@@ -86,7 +86,8 @@ pub fn score(pairs: &[CaptionPair], data: &MeteorData) -> Result<CaptionScores> 
             "every picture needs at least one true caption",
         ));
     }
-    let meteor = Meteor::new(data.clone(), pairs.iter().flat_map(|pair| &pair.references).map(String::as_str))?;
+    let meteor =
+        Meteor::new(data.clone(), pairs.iter().flat_map(|pair| &pair.references).map(String::as_str))?;
     let mut sum = Statistics::default();
     let compare = |pair: &CaptionPair| {
         let found = meteor.compare(&pair.candidate, &pair.references);

@@ -59,7 +59,8 @@ pub fn coco_stats(pictures: &[Detections]) -> CocoStats {
         true => -1.0,
         false => values.iter().sum::<f64>() / values.len() as f64,
     };
-    let precision = |curves: &[(Vec<f64>, f64)]| mean(curves.iter().flat_map(|(p, _)| p.iter().copied()).collect());
+    let precision =
+        |curves: &[(Vec<f64>, f64)]| mean(curves.iter().flat_map(|(p, _)| p.iter().copied()).collect());
     let recall = |curves: &[(Vec<f64>, f64)]| mean(curves.iter().map(|(_, recall)| *recall).collect());
     let by_area: Vec<_> = (0..AREAS.len()).map(|area| evaluate(area, MOST)).collect();
     let at = |t: usize| by_area[0].get(t).map_or(-1.0, |curve| precision(std::slice::from_ref(curve)));

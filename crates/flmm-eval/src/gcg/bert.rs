@@ -13,7 +13,8 @@ use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::processors::bert::BertProcessing;
 use tokenizers::{Tokenizer, TruncationParams};
 
-const HINT: &str = "a folder with a BERT encoder in the Hugging Face layout, for example of google-bert/bert-base-uncased";
+const HINT: &str =
+    "a folder with a BERT encoder in the Hugging Face layout, for example of google-bert/bert-base-uncased";
 
 /// A frozen BERT encoder with its tokenizer.
 pub struct Bert {
@@ -53,7 +54,11 @@ impl Bert {
         let config = Config::read(&folder.join("config.json"))?;
         let act = config.text_or("hidden_act", "gelu")?;
         if act != "gelu" {
-            return Err(config.error("hidden_act", format!("activation `{act}` is not supported; known: gelu"), HINT));
+            return Err(config.error(
+                "hidden_act",
+                format!("activation `{act}` is not supported; known: gelu"),
+                HINT,
+            ));
         }
         let hidden = config.size_or("hidden_size", 768)?;
         let heads = config.size_or("num_attention_heads", 12)?;
@@ -67,14 +72,20 @@ impl Bert {
         // Older files have a prefix and other names for the layer norms.
         let renamed = weights.into_iter().map(|(name, tensor)| {
             let name = name.strip_prefix("bert.").unwrap_or(&name);
-            (name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"), tensor)
+            (
+                name.replace("LayerNorm.gamma", "LayerNorm.weight")
+                    .replace("LayerNorm.beta", "LayerNorm.bias"),
+                tensor,
+            )
         });
         let params = Params::new(folder, renamed.collect());
         let embeddings = params.pp("embeddings");
         let bert = Self {
             tokenizer: tokenizer(folder, positions)?,
             embeddings: Embeddings {
-                words: embeddings.pp("word_embeddings").get(&[config.size_or("vocab_size", 30522)?, hidden], "weight")?,
+                words: embeddings
+                    .pp("word_embeddings")
+                    .get(&[config.size_or("vocab_size", 30522)?, hidden], "weight")?,
                 positions: embeddings.pp("position_embeddings").get(&[positions, hidden], "weight")?,
                 types: embeddings
                     .pp("token_type_embeddings")
@@ -155,7 +166,8 @@ impl Layer {
 /// The tokenizer of a folder, cutting texts at `longest` tokens.
 fn tokenizer(folder: &Path, longest: usize) -> Result<Tokenizer> {
     let whole: PathBuf = folder.join("tokenizer.json");
-    let damaged = |file: &Path, error: tokenizers::Error| Error::config(file, format!("not usable: {error}"), HINT);
+    let damaged =
+        |file: &Path, error: tokenizers::Error| Error::config(file, format!("not usable: {error}"), HINT);
     let mut tokenizer = match whole.is_file() {
         true => Tokenizer::from_file(&whole).map_err(|e| damaged(&whole, e))?,
         false => {
@@ -175,16 +187,22 @@ fn tokenizer(folder: &Path, longest: usize) -> Result<Tokenizer> {
 
 /// BERT's tokenizer from its vocabulary, one piece a line.
 fn word_pieces(vocabulary: &Path, lower_case: bool) -> Result<Tokenizer> {
-    let text = std::fs::read_to_string(vocabulary).map_err(|e| Error::io(vocabulary, e))?;
-    let pieces = text.lines().zip(0u32..).map(|(piece, id)| (piece.to_owned(), id)).collect();
+    if !vocabulary.is_file() {
+        let reason = std::io::Error::new(
+            std::io::ErrorKind::NotFound,
+            "no tokenizer: neither this nor tokenizer.json",
+        );
+        return Err(Error::io(vocabulary, reason));
+    }
     let damaged = |what: String| Error::config(vocabulary, what, HINT);
-    let model = WordPiece::builder().vocab(pieces).unk_token("[UNK]".into()).build();
+    let model = WordPiece::from_file(&vocabulary.to_string_lossy()).unk_token("[UNK]".into()).build();
     let mut tokenizer = Tokenizer::new(model.map_err(|e| damaged(e.to_string()))?);
     let id = |token: &str| {
         tokenizer.token_to_id(token).ok_or_else(|| damaged(format!("the vocabulary has no `{token}`")))
     };
     let (sep, cls) = (("[SEP]".to_owned(), id("[SEP]")?), ("[CLS]".to_owned(), id("[CLS]")?));
-    tokenizer.with_normalizer(Some(BertNormalizer::new(true, true, None, lower_case)));
+    let normalizer = BertNormalizer::new(true, true, None, lower_case);
+    tokenizer.with_normalizer(Some(normalizer)).map_err(|e| damaged(e.to_string()))?;
     tokenizer.with_pre_tokenizer(Some(BertPreTokenizer));
     tokenizer.with_post_processor(Some(BertProcessing::new(sep, cls)));
     Ok(tokenizer)

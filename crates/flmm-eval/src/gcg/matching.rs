@@ -53,7 +53,7 @@ pub fn recalled(ious: &[Vec<f64>], similarity: &[Vec<f64>], variant: Variant) ->
     }
     let mut alike = similarity.to_vec();
     let mut matches = Vec::new();
-    while let Some((row, column, iou)) = largest(&left).filter(|&(_, _, iou)| iou >= THRESHOLD) {
+    while let Some((row, column, _)) = largest(&left).filter(|&(_, _, iou)| iou >= THRESHOLD) {
         let similar = *alike.get(row)?.get(column)?;
         if similar < THRESHOLD || similar.is_nan() {
             break;
@@ -67,7 +67,8 @@ pub fn recalled(ious: &[Vec<f64>], similarity: &[Vec<f64>], variant: Variant) ->
 
 /// Row, column and value of the largest entry, the first one among equals.
 fn largest(matrix: &[Vec<f64>]) -> Option<(usize, usize, f64)> {
-    let entries = matrix.iter().enumerate().flat_map(|(r, row)| row.iter().enumerate().map(move |(c, &v)| (r, c, v)));
+    let entries =
+        matrix.iter().enumerate().flat_map(|(r, row)| row.iter().enumerate().map(move |(c, &v)| (r, c, v)));
     entries.filter(|(_, _, v)| !v.is_nan()).reduce(|best, entry| if entry.2 > best.2 { entry } else { best })
 }
 

@@ -7,4 +7,3 @@ pub mod similarity;
 pub mod task;
 
 pub use task::{CaptionPhrases, Protocol, SimilaritySource, tasks};
-

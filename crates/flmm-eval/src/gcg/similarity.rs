@@ -51,9 +51,13 @@ impl Similarity {
     pub fn between(&self, id: &str, truth: &[String], predicted: &[String]) -> Result<Vec<Vec<f64>>> {
         match self {
             Self::Model(model) => {
-                let embed = |texts: &[String]| texts.iter().map(|text| model.embed(text)).collect::<Result<Vec<_>>>();
+                let embed =
+                    |texts: &[String]| texts.iter().map(|text| model.embed(text)).collect::<Result<Vec<_>>>();
                 let (rows, columns) = (embed(truth)?, embed(predicted)?);
-                Ok(rows.iter().map(|row| columns.iter().map(|column| cosine(row, column)).collect()).collect())
+                Ok(rows
+                    .iter()
+                    .map(|row| columns.iter().map(|column| cosine(row, column)).collect())
+                    .collect())
             }
             Self::Given(given) => given.matrix(id, truth.len(), predicted.len()),
         }

@@ -280,7 +280,14 @@ impl Samples for GcgSamples {
         let image = self.pictures.read(&picture(sample))?;
         if [image.height(), image.width()] != sample.size {
             return Err(Error::image(
-                format!("{} is {}×{}, the caption file says {}×{}", picture(sample), image.width(), image.height(), sample.size[1], sample.size[0]),
+                format!(
+                    "{} is {}×{}, the caption file says {}×{}",
+                    picture(sample),
+                    image.width(),
+                    image.height(),
+                    sample.size[1],
+                    sample.size[0]
+                ),
                 "the pictures and the caption file must belong together",
             ));
         }
@@ -321,7 +328,8 @@ impl Samples for GcgSamples {
         let sample = &self.data.samples[index];
         prediction.check_picture(&self.ids[index])?;
         let truth = self.truth_masks(sample)?;
-        let masked = (0..prediction.phrases.len()).filter(|&at| prediction.phrases[at].segmentation.is_some());
+        let masked =
+            (0..prediction.phrases.len()).filter(|&at| prediction.phrases[at].segmentation.is_some());
         let masks: Vec<Runs> = masked.map(|at| prediction.mask(at, sample.size)).collect::<Result<_>>()?;
         let texts: Vec<String> = prediction
             .phrases

@@ -112,7 +112,8 @@ fn nearest(
         }
     }
     let wanted = content(text);
-    let same = || prediction.phrases.iter().position(|phrase| !wanted.is_empty() && content(&phrase.text) == wanted);
+    let same =
+        || prediction.phrases.iter().position(|phrase| !wanted.is_empty() && content(&phrase.text) == wanted);
     Ok(best.map(|(at, _)| at).or_else(same))
 }
 
@@ -147,8 +148,14 @@ mod tests {
     fn given_phrases_are_compared_in_order() {
         let (dog, cat) = (square(0, 0, 8), square(10, 10, 8));
         assert_eq!(kinds(true, &[("", Some(dog.clone())), ("", Some(cat.clone()))]), [None, None]);
-        assert_eq!(kinds(true, &[("", Some(cat.clone())), ("", None)]), [Some(Kind::WrongObject), Some(Kind::PhraseMissed)]);
-        assert_eq!(kinds(true, &[("", Some(Runs::empty(20, 20))), ("", Some(square(10, 10, 4)))]), [Some(Kind::MaskEmpty), Some(Kind::LowIou)]);
+        assert_eq!(
+            kinds(true, &[("", Some(cat.clone())), ("", None)]),
+            [Some(Kind::WrongObject), Some(Kind::PhraseMissed)]
+        );
+        assert_eq!(
+            kinds(true, &[("", Some(Runs::empty(20, 20))), ("", Some(square(10, 10, 4)))]),
+            [Some(Kind::MaskEmpty), Some(Kind::LowIou)]
+        );
     }
 
     #[test]

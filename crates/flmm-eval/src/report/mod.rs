@@ -89,7 +89,8 @@ impl Report {
         let mut seen = std::collections::HashSet::new();
         let mut kept: BTreeMap<Kind, Vec<Failure>> = BTreeMap::new();
         for file in samples_files(out, task)? {
-            let reader = BufReader::with_capacity(1 << 20, File::open(&file).map_err(|e| Error::io(&file, e))?);
+            let reader =
+                BufReader::with_capacity(1 << 20, File::open(&file).map_err(|e| Error::io(&file, e))?);
             for (number, line) in reader.lines().enumerate() {
                 let line = line.map_err(|e| Error::io(&file, e))?;
                 let named = |what: String| {
@@ -106,7 +107,8 @@ impl Report {
                 };
                 let Some(truth) = samples.truth(at)? else { return Ok(false) };
                 if seen.insert(at) {
-                    self.look(task, prediction, (&picture(samples, at)?, truth), options, &mut kept).map_err(|e| named(e.to_string()))?;
+                    self.look(task, prediction, (&picture(samples, at)?, truth), options, &mut kept)
+                        .map_err(|e| named(e.to_string()))?;
                 }
             }
         }

@@ -57,10 +57,21 @@ pub fn page(
     let mut body = format!("<body>\n<header>\n<h1>{title}</h1>\n{}</header>\n<main>\n", summary(report));
     body += &controls(report);
     body += "<div class=\"scroll\">\n<table id=\"failures\">\n<thead><tr>";
-    for (name, key) in [("Predicted", ""), ("Should be", ""), ("Failure", "kind"), ("Phrase", "phrase"), ("IoU", "iou"), ("Size", "size"), ("Task", "task"), ("Sample", "id")] {
+    for (name, key) in [
+        ("Predicted", ""),
+        ("Should be", ""),
+        ("Failure", "kind"),
+        ("Phrase", "phrase"),
+        ("IoU", "iou"),
+        ("Size", "size"),
+        ("Task", "task"),
+        ("Sample", "id"),
+    ] {
         body += &match key {
             "" => format!("<th scope=\"col\">{name}</th>"),
-            key => format!("<th scope=\"col\" aria-sort=\"none\"><button type=\"button\" data-key=\"{key}\">{name}</button></th>"),
+            key => format!(
+                "<th scope=\"col\" aria-sort=\"none\"><button type=\"button\" data-key=\"{key}\">{name}</button></th>"
+            ),
         };
     }
     body += &format!("</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n</div>\n");
@@ -72,7 +83,9 @@ pub fn page(
 
 /// Per task: how many phrases failed in which way, and the metrics.
 fn summary(report: &Report) -> String {
-    let mut text = String::from("<div class=\"scroll\"><table class=\"summary\">\n<thead><tr><th scope=\"col\">Task</th><th scope=\"col\">Phrases</th>");
+    let mut text = String::from(
+        "<div class=\"scroll\"><table class=\"summary\">\n<thead><tr><th scope=\"col\">Task</th><th scope=\"col\">Phrases</th>",
+    );
     Kind::ALL.iter().for_each(|kind| text += &format!("<th scope=\"col\">{}</th>", kind.name()));
     text += "<th scope=\"col\">Metrics</th></tr></thead>\n<tbody>\n";
     for (task, (phrases, counts)) in &report.counts {
@@ -83,7 +96,8 @@ fn summary(report: &Report) -> String {
             let _ = write!(text, "<td>{count} <small>{share:.1} %</small></td>");
         }
         let metrics = report.results.get(task).map(|result| {
-            let numbers = result.metrics.0.iter().map(|(name, value)| format!("{} {value:.1}", escaped(name)));
+            let numbers =
+                result.metrics.0.iter().map(|(name, value)| format!("{} {value:.1}", escaped(name)));
             numbers.collect::<Vec<_>>().join(" · ")
         });
         let _ = writeln!(text, "<td>{}</td></tr>", metrics.unwrap_or_default());
@@ -92,11 +106,15 @@ fn summary(report: &Report) -> String {
 }
 
 fn controls(report: &Report) -> String {
-    let mut text = String::from("<form class=\"controls\" onsubmit=\"return false\">\n<fieldset><legend>Show</legend>");
+    let mut text =
+        String::from("<form class=\"controls\" onsubmit=\"return false\">\n<fieldset><legend>Show</legend>");
     for kind in Kind::ALL {
         let shown = report.failures.iter().filter(|failure| failure.kind == kind).count();
         let name = kind.name();
-        let _ = write!(text, "<label><input type=\"checkbox\" name=\"kind\" value=\"{name}\" checked> {name} <small>{shown}</small></label>");
+        let _ = write!(
+            text,
+            "<label><input type=\"checkbox\" name=\"kind\" value=\"{name}\" checked> {name} <small>{shown}</small></label>"
+        );
     }
     text + "</fieldset>\n<label>Search <input type=\"search\" id=\"search\" placeholder=\"phrase, sample, answer\"></label>\n\
             <output id=\"shown\"></output>\n</form>\n"

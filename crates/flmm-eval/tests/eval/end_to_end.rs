@@ -11,7 +11,7 @@ use flmm_eval::{Rows, Settings, find, registry, results};
 
 use crate::support::{Count, options, repository, tiny, world};
 
-const TASKS: [&str; 7] = [
+const TASKS: [&str; 8] = [
     "refcoco_val",
     "refcoco+_val",
     "refcocog_val",
@@ -19,6 +19,7 @@ const TASKS: [&str; 7] = [
     "png",
     "png_keywords",
     "reasonseg_val",
+    "gcg_val",
 ];
 const BOTH: Rows = Rows { coarse: true, kmeans: true };
 
@@ -95,7 +96,8 @@ fn resumes_after_a_kill(settings: &Settings, grounder: &Grounder, whole: &Path) 
     let mut watch = Count::default();
     let error = run(name, samples.as_ref(), ("other", grounder), &options(out, 2, BOTH), &mut watch);
     assert!(error.unwrap_err().to_string().contains(r#"model "tiny" there, "other" now"#));
-    let error = run(name, samples.as_ref(), ("tiny", grounder), &options(out, 2, Rows::default()), &mut watch);
+    let error =
+        run(name, samples.as_ref(), ("tiny", grounder), &options(out, 2, Rows::default()), &mut watch);
     assert!(error.unwrap_err().to_string().contains("settings {"));
 }
 
@@ -114,9 +116,10 @@ fn the_real_formats_run_end_to_end() {
     let mut ran = Vec::new();
     for task in registry() {
         let name = task.name();
-        let ours = ["refcoco", "png", "reasonseg"].iter().any(|start| name.starts_with(start));
+        let ours = ["refcoco", "png", "reasonseg", "gcg"].iter().any(|start| name.starts_with(start));
         // The random head has no keyword selector; not every split is in the trees.
-        if !ours || name == "png_keywords" || task.needs().iter().any(|need| !need.is_present(&settings.data)) {
+        if !ours || name == "png_keywords" || task.needs().iter().any(|need| !need.is_present(&settings.data))
+        {
             continue;
         }
         let Ok(samples) = task.open(&settings) else { continue };
@@ -127,7 +130,7 @@ fn the_real_formats_run_end_to_end() {
         assert_eq!(done, all.min(2), "{name}");
         ran.push(name.to_owned());
     }
-    for name in ["refcoco_val", "png", "reasonseg_val", "reasonseg_test"] {
+    for name in ["refcoco_val", "png", "reasonseg_val", "reasonseg_test", "gcg_val"] {
         assert!(ran.iter().any(|ran| ran == name), "{name} did not run: {ran:?}");
     }
     assert_eq!(results::build(out.path()).unwrap().tasks.len(), ran.len());

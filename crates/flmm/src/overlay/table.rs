@@ -29,11 +29,18 @@ pub fn heat_table(rows: &[Vec<f64>], (low, high): (f64, f64)) -> RgbImage {
     let smallest = 2 * (SCALE_LETTERS as u32 * letter_width) + 10 * GAP;
     let width = (left + columns * cell + GAP).max(smallest);
     let table_height = rows.len() as u32 * cell;
-    let mut canvas = RgbImage::from_pixel(width, top + table_height + 3 * GAP + letter_height, Rgb([250, 250, 248]));
+    let mut canvas =
+        RgbImage::from_pixel(width, top + table_height + 3 * GAP + letter_height, Rgb([250, 250, 248]));
     let every = if cell >= 2 * letter_width { 1 } else { 4 };
     let write = |canvas: &mut RgbImage, text: &str, x: u32, y: u32| {
         for (i, letter) in text.chars().enumerate() {
-            canvas::letter(canvas, letter, (i64::from(x + i as u32 * letter_width), i64::from(y)), LABEL, INK);
+            canvas::letter(
+                canvas,
+                letter,
+                (i64::from(x + i as u32 * letter_width), i64::from(y)),
+                LABEL,
+                INK,
+            );
         }
     };
     for column in (0..columns).step_by(every) {

@@ -79,7 +79,8 @@ impl<'a> Aligner<'a> {
         if candidate == reference {
             return found;
         }
-        let stems = |words: &[String]| words.iter().map(|word| self.stemmer.stem(word).into_owned()).collect();
+        let stems =
+            |words: &[String]| words.iter().map(|word| self.stemmer.stem(word).into_owned()).collect();
         let (stems, stems_at): (Vec<String>, Vec<String>) = (stems(reference), stems(candidate));
         let differ = |&(start, at): &(usize, usize)| reference[start] != candidate[at];
         for (start, at) in pairs().filter(differ).filter(|&(start, at)| stems[start] == stems_at[at]) {

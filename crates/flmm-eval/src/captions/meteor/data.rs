@@ -106,7 +106,8 @@ impl Tables<'_> {
                 bytes = std::fs::read(&file).map_err(|e| Error::io(file, e))?;
             }
             Self::Archive(file, archive) => {
-                let damaged = |e: String| Error::config(&**file, format!("`{name}` cannot be read: {e}"), HINT);
+                let damaged =
+                    |e: String| Error::config(&**file, format!("`{name}` cannot be read: {e}"), HINT);
                 let mut entry = archive.by_name(name).map_err(|e| damaged(e.to_string()))?;
                 entry.read_to_end(&mut bytes).map_err(|e| damaged(e.to_string()))?;
             }
@@ -154,9 +155,14 @@ impl Synonyms {
         let mut found = Self::default();
         let mut lines = synsets.lines();
         while let (Some(word), Some(senses)) = (lines.next(), lines.next()) {
-            let senses: std::result::Result<Vec<u32>, _> = senses.split_whitespace().map(str::parse).collect();
+            let senses: std::result::Result<Vec<u32>, _> =
+                senses.split_whitespace().map(str::parse).collect();
             let senses = senses.map_err(|e| {
-                Error::config(origin, format!("`{SYNSETS}`: the senses of `{word}` are no numbers: {e}"), HINT)
+                Error::config(
+                    origin,
+                    format!("`{SYNSETS}`: the senses of `{word}` are no numbers: {e}"),
+                    HINT,
+                )
             })?;
             found.senses.insert(word.to_owned(), senses);
         }
@@ -207,7 +213,8 @@ impl Synonyms {
         if word.ends_with("ss") || word.chars().count() <= 2 {
             return word.to_owned();
         }
-        let candidates = ENDINGS.iter().filter_map(|(ending, by)| Some(word.strip_suffix(ending)?.to_owned() + by));
+        let candidates =
+            ENDINGS.iter().filter_map(|(ending, by)| Some(word.strip_suffix(ending)?.to_owned() + by));
         candidates.into_iter().find(|base| self.senses.contains_key(base)).unwrap_or_default()
     }
 }
@@ -259,7 +266,12 @@ impl Paraphrases {
     }
 
     /// Tells of every phrase of `one` that has a paraphrase in `other`: start and length in `one`, then in `other`.
-    pub(super) fn find(&self, one: &[String], other: &[String], mut tell: impl FnMut(usize, usize, usize, usize)) {
+    pub(super) fn find(
+        &self,
+        one: &[String],
+        other: &[String],
+        mut tell: impl FnMut(usize, usize, usize, usize),
+    ) {
         for start in 0..one.len() {
             for length in 1..=self.longest.min(one.len() - start) {
                 let Some(paraphrases) = self.of.get(&one[start..start + length].join(" ")) else { continue };
