@@ -1,5 +1,6 @@
 //! The program as users run it: arguments in, standard output, standard error, exit status and files out.
 
+mod analyses;
 mod answers;
 mod bad_input;
 mod bad_model;
