@@ -7,6 +7,7 @@ mod panels;
 mod ranks;
 mod report;
 mod run;
+mod samples;
 mod score;
 mod tasks;
 
@@ -14,7 +15,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use flmm_eval::results::Results;
-use flmm_eval::{Settings, Task};
+use flmm_eval::{Settings, Task, grefcoco, png, res};
 
 use crate::failure::{Failure, Result};
 use crate::talk::Talk;
@@ -33,6 +34,8 @@ pub(crate) struct EvalArgs {
 enum Eval {
     /// Score predictions of any system; no model is needed.
     Score(score::ScoreArgs),
+    /// Print the samples of a task as lines that only lack what a system predicts.
+    Samples(samples::SamplesArgs),
     /// Make results.json and results.md anew from the samples files of a run, all shards together.
     Merge(merge::MergeArgs),
     /// List the tasks, the data each needs, and whether it is there.
@@ -51,6 +54,7 @@ pub(crate) fn run(args: &EvalArgs, talk: &Talk) -> Result<()> {
     match &args.what {
         None => run::run(&args.run, talk),
         Some(Eval::Score(args)) => score::run(args, talk),
+        Some(Eval::Samples(args)) => samples::run(args, talk),
         Some(Eval::Merge(args)) => merge::run(args, talk),
         Some(Eval::Tasks(args)) => tasks::run(args, talk),
         Some(Eval::Report(args)) => report::run(args, talk),
@@ -67,6 +71,18 @@ struct DataArgs {
     /// Data root, laid out as `flmm eval tasks` lists it.
     #[arg(long, value_name = "DIR", required = true)]
     data: Option<PathBuf>,
+    /// RefCOCO, RefCOCO+, RefCOCOg: one pass per object instead of one per picture.
+    #[arg(long)]
+    split_objects: bool,
+    /// RefCOCO, RefCOCO+, RefCOCOg: score every expression of an object, not only its first one.
+    #[arg(long)]
+    all_sentences: bool,
+    /// gRefCOCO: masks whose score is below S count as "not in the picture" [default: only empty masks do].
+    #[arg(long, value_name = "S")]
+    abstain_below: Option<f64>,
+    /// PNG: as the reference, put a random other narrative in the place of each without a grounded phrase.
+    #[arg(long, value_name = "SEED")]
+    replace_empty: Option<u64>,
     #[command(flatten)]
     gcg: gcg::GcgArgs,
 }
@@ -75,8 +91,10 @@ impl DataArgs {
     fn settings(&self) -> Settings {
         Settings {
             data: self.data.clone().unwrap_or_default(),
+            res: res::Protocol { split: self.split_objects, all_sentences: self.all_sentences },
+            abstention: grefcoco::Abstention { below: self.abstain_below },
+            png: png::Protocol { replace_empty: self.replace_empty },
             gcg: self.gcg.protocol(),
-            ..Settings::default()
         }
     }
 }
