@@ -9,6 +9,7 @@ mod convert;
 mod credits;
 mod data;
 mod embedded;
+mod eval;
 mod failure;
 mod features;
 mod fetch;
@@ -53,6 +54,7 @@ fn run(cli: &Cli, talk: &Talk) -> Result<()> {
         Command::Ground(args) => ground::run(args, talk),
         Command::Train(args) => train::run(args, talk),
         Command::Data(args) => data::run(args, talk),
+        Command::Eval(args) => eval::run(args, talk),
         Command::World(args) => world::run(args, talk),
         Command::Inspect(args) => inspect::run(&args.what, talk),
         Command::Convert(args) => convert::run(&args.what, talk),

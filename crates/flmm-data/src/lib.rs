@@ -2,6 +2,7 @@
 //!
 //! - [`narratives`]: Panoptic Narrative Grounding with COCO panoptic masks,
 //! - [`refcoco`]: RefCOCO, RefCOCO+, RefCOCOg,
+//! - [`grefcoco`]: gRefCOCO, whose expressions mean several objects or none,
 //! - [`reasonseg`], [`gcg`], [`viscot`]: reasoning segmentation, grounded conversation, visual chain of thought,
 //! - [`images`]: pictures from folders, zip and tar archives, WebDataset shards,
 //! - [`check`]: whether a download is complete,
@@ -12,6 +13,7 @@
 pub mod check;
 pub mod coco;
 pub mod gcg;
+pub mod grefcoco;
 pub mod images;
 mod mask;
 pub mod narratives;

@@ -1,9 +1,11 @@
 //! The program as users run it: arguments in, standard output, standard error, exit status and files out.
 
+mod analyses;
 mod answers;
 mod bad_input;
 mod bad_model;
 mod convert;
+mod evaluate;
 #[path = "../../../flmm/tests/common/fake_hub.rs"]
 mod fake_hub;
 mod help;

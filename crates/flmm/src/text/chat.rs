@@ -173,6 +173,7 @@ impl ChatFormat {
                         prompt += self.between;
                     }
                 }
+                Role::Opening => prompt += &turn.text,
             }
         }
         Ok(prompt)
@@ -191,7 +192,8 @@ impl ChatFormat {
         }
         for (i, turn) in talk.iter().enumerate() {
             let expected = if i % 2 == 0 { Role::User } else { Role::Assistant };
-            if turn.role != expected {
+            let opens = turn.role == Role::Opening && expected == Role::Assistant && i + 1 == talk.len();
+            if turn.role != expected && !opens {
                 let what =
                     format!("turn {} of the conversation is {:?}, expected {expected:?}", i + 1, turn.role);
                 return Err(Error::request(what, ORDER));
@@ -268,6 +270,10 @@ mod tests {
         assert_eq!(vicuna(&turns).unwrap(), "USER: <image>\nA ASSISTANT: B</s>USER: C ASSISTANT:");
         assert_eq!(vicuna(&turns[..2]).unwrap(), "USER: <image>\nA ASSISTANT: B");
         assert_eq!(vicuna(&[Turn::user("A"), Turn::assistant("")]).unwrap(), "USER: <image>\nA ASSISTANT:");
+        assert_eq!(
+            vicuna(&[Turn::user("A"), Turn::opening("It is")]).unwrap(),
+            "USER: <image>\nA ASSISTANT:It is"
+        );
         let turns = [Turn::system("S"), Turn::user("A")];
         assert_eq!(vicuna(&turns).unwrap(), "S USER: <image>\nA ASSISTANT:");
         assert!(GEMMA.render(&turns, 1).is_err());
@@ -284,6 +290,8 @@ mod tests {
             vec![Turn::assistant("A")],
             vec![Turn::user("A"), Turn::user("B")],
             vec![Turn::user("A"), Turn::system("S")],
+            vec![Turn::opening("O")],
+            vec![Turn::user("A"), Turn::opening("O"), Turn::user("B")],
             vec![Turn::user("what is <image>?")],
         ] {
             let error = vicuna(&turns).unwrap_err();

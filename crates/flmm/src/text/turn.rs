@@ -12,6 +12,9 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
+    /// What the model is made to begin its answer with, directly behind the prompt; only as the last turn.
+    #[serde(skip)]
+    Opening,
 }
 
 impl Role {
@@ -20,7 +23,7 @@ impl Role {
         match self {
             Self::System => "system",
             Self::User => "user",
-            Self::Assistant => "assistant",
+            Self::Assistant | Self::Opening => "assistant",
         }
     }
 }
@@ -69,6 +72,12 @@ impl Turn {
     /// The model says `text`.
     pub fn assistant(text: impl Into<String>) -> Self {
         Self::new(Role::Assistant, text)
+    }
+
+    /// The model is made to begin its answer with `text`: nothing is put between the prompt and it, and the text
+    /// of the answer does not contain it.
+    pub fn opening(text: impl Into<String>) -> Self {
+        Self::new(Role::Opening, text)
     }
 
     /// Instructions before the conversation. A blank `text` means none, also where a model would get some otherwise
