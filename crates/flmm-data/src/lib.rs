@@ -2,6 +2,7 @@
 //!
 //! - [`narratives`]: Panoptic Narrative Grounding with COCO panoptic masks,
 //! - [`refcoco`]: RefCOCO, RefCOCO+, RefCOCOg,
+//! - [`qa`]: question answering: MME, MMBench, MM-Vet, LLaVA-Bench, POPE, GQA, VQAv2, AI2D,
 //! - [`reasonseg`], [`gcg`], [`viscot`]: reasoning segmentation, grounded conversation, visual chain of thought,
 //! - [`world`]: made-up scenes with exact masks and true sentences, in memory or written in all of these formats.
 //!
@@ -12,6 +13,7 @@ pub mod gcg;
 mod mask;
 pub mod narratives;
 pub mod polygons;
+pub mod qa;
 pub mod reasonseg;
 pub mod refcoco;
 pub mod viscot;

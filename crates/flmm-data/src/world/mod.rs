@@ -11,6 +11,7 @@ mod facts;
 mod files;
 mod narrate;
 mod paint;
+mod qa;
 mod questions;
 mod records;
 mod refer;
