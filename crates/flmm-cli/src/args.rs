@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::eval;
 use crate::failure::{self, Failure};
 
 /// Ask about a picture and get an answer whose words carry masks.
@@ -36,6 +37,8 @@ pub(crate) enum Command {
     Chat(ChatArgs),
     /// Mark in a picture what a given text speaks of.
     Ground(GroundArgs),
+    /// Run benchmarks: the tables of the paper, for a model or for predictions of any system.
+    Eval(eval::EvalArgs),
     /// Make pictures with exact masks and true sentences, in the published dataset formats.
     World(WorldArgs),
     /// Look inside: the models known, one model, the attention behind a mask.
@@ -280,7 +283,7 @@ pub(crate) fn check_text(name: &str, text: &str) -> failure::Result<()> {
     }
 }
 
-fn count(text: &str) -> Result<usize, String> {
+pub(crate) fn count(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("must be at least 1".into()),
         Ok(number) => Ok(number),

@@ -7,6 +7,7 @@ mod chat;
 mod convert;
 mod credits;
 mod embedded;
+mod eval;
 mod failure;
 mod fetch;
 mod ground;
@@ -47,6 +48,7 @@ fn run(cli: &Cli, talk: &Talk) -> Result<()> {
     match &cli.command {
         Command::Chat(args) => chat::run(args, talk),
         Command::Ground(args) => ground::run(args, talk),
+        Command::Eval(args) => eval::run(args, talk),
         Command::World(args) => world::run(args, talk),
         Command::Inspect(args) => inspect::run(&args.what, talk),
         Command::Convert(args) => convert::run(&args.what, talk),

@@ -53,6 +53,11 @@ impl Segmentation {
     /// Polygon parts with an odd length or fewer than six numbers are dropped; without any part left the mask is empty.
     /// Run lengths of another size, or malformed ones, are errors.
     pub fn to_mask(&self, height: u32, width: u32) -> Result<Mask> {
+        self.to_rle(height, width).map(|rle| mask_of(&rle))
+    }
+
+    /// As [`Segmentation::to_mask`], but as run lengths, which no pixel is touched for.
+    pub fn to_rle(&self, height: u32, width: u32) -> Result<Rle> {
         if u64::from(height) * u64::from(width) > MOST_PIXELS {
             return Err(Error::request(
                 format!("a mask of {height} x {width} pixels is too large"),
@@ -77,13 +82,12 @@ impl Segmentation {
                 Counts::Plain(counts) => Rle::new(height, width, counts.clone()),
             },
         };
-        let rle = rle.map_err(|error| {
+        rle.map_err(|error| {
             Error::request(
                 format!("malformed mask: {error}"),
                 "polygons, or COCO run lengths (plain or compressed)",
             )
-        })?;
-        Ok(mask_of(&rle))
+        })
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::coco::{Segmentation, in_file, malformed, read_json};
 use crate::mask::Mask;
 use flmm::{Error, Result};
+use hotcoco::types::Rle;
 use serde::{Deserialize, Serialize};
 use serde_pickle::{DeOptions, SerOptions};
 use std::collections::{BTreeMap, HashMap};
@@ -212,13 +213,27 @@ impl RefCoco {
 
     /// The mask of an object of this dataset.
     pub fn mask(&self, image: &RefImage, object: usize) -> Result<Mask> {
+        self.decode(image, object, Segmentation::to_mask)
+    }
+
+    /// The same as run lengths.
+    pub fn rle(&self, image: &RefImage, object: usize) -> Result<Rle> {
+        self.decode(image, object, Segmentation::to_rle)
+    }
+
+    fn decode<T>(
+        &self,
+        image: &RefImage,
+        object: usize,
+        decode: impl Fn(&Segmentation, u32, u32) -> Result<T>,
+    ) -> Result<T> {
         let object = image.objects.get(object).ok_or_else(|| {
             Error::request(
                 format!("picture {} has no object {object}", image.image_id),
                 "objects are numbered from 0 within their picture",
             )
         })?;
-        let mask = object.segmentation.to_mask(image.size[0], image.size[1]);
+        let mask = decode(&object.segmentation, image.size[0], image.size[1]);
         mask.map_err(|error| in_file(&self.file, format!("annotation {}", object.ann_id), error))
     }
 }

@@ -180,14 +180,16 @@ impl Lmm for DeepSeekVl {
 fn conversation(turns: &[Turn]) -> Vec<Turn> {
     let trimmed = |turn: &Turn| match turn.role {
         // The model may be asked to continue its answer from the last space on.
-        Role::Assistant => turn.clone(),
+        Role::Assistant | Role::Opening => turn.clone(),
         Role::User | Role::System => Turn { role: turn.role, text: turn.text.trim().to_owned() },
     };
+    // The published wrapper has no system text: what is grounded or begun for the model is written with it alone.
+    let begun = turns.last().is_some_and(|last| last.role == Role::Opening);
     let bare = match turns.first() {
         Some(first) => first.role != Role::User || first.text == GROUNDING_INSTRUCTION,
         None => true,
     };
-    let system = (!bare).then(|| Turn::system(SYSTEM));
+    let system = (!bare && !begun).then(|| Turn::system(SYSTEM));
     system.into_iter().chain(turns.iter().map(trimmed)).collect()
 }
 

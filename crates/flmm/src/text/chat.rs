@@ -12,6 +12,9 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
+    /// What the model is made to begin its answer with, directly behind the prompt; only as the last turn.
+    #[serde(skip)]
+    Opening,
 }
 
 impl Role {
@@ -20,7 +23,7 @@ impl Role {
         match self {
             Self::System => "system",
             Self::User => "user",
-            Self::Assistant => "assistant",
+            Self::Assistant | Self::Opening => "assistant",
         }
     }
 }
@@ -43,6 +46,12 @@ impl Turn {
     /// The model says `text`.
     pub fn assistant(text: impl Into<String>) -> Self {
         Self { role: Role::Assistant, text: text.into() }
+    }
+
+    /// The model is made to begin its answer with `text`: nothing is put between the prompt and it, and the text
+    /// of the answer does not contain it.
+    pub fn opening(text: impl Into<String>) -> Self {
+        Self { role: Role::Opening, text: text.into() }
     }
 
     /// Instructions before the conversation.
@@ -216,6 +225,7 @@ impl ChatFormat {
                         prompt += self.between;
                     }
                 }
+                Role::Opening => prompt += &turn.text,
             }
         }
         Ok(prompt)
@@ -234,7 +244,8 @@ impl ChatFormat {
         }
         for (i, turn) in talk.iter().enumerate() {
             let expected = if i % 2 == 0 { Role::User } else { Role::Assistant };
-            if turn.role != expected {
+            let opens = turn.role == Role::Opening && expected == Role::Assistant && i + 1 == talk.len();
+            if turn.role != expected && !opens {
                 let what =
                     format!("turn {} of the conversation is {:?}, expected {expected:?}", i + 1, turn.role);
                 return Err(Error::request(what, ORDER));
@@ -290,6 +301,10 @@ mod tests {
         assert_eq!(vicuna(&turns).unwrap(), "USER: <image>\nA ASSISTANT: B</s>USER: C ASSISTANT:");
         assert_eq!(vicuna(&turns[..2]).unwrap(), "USER: <image>\nA ASSISTANT: B");
         assert_eq!(vicuna(&[Turn::user("A"), Turn::assistant("")]).unwrap(), "USER: <image>\nA ASSISTANT:");
+        assert_eq!(
+            vicuna(&[Turn::user("A"), Turn::opening("It is")]).unwrap(),
+            "USER: <image>\nA ASSISTANT:It is"
+        );
         let turns = [Turn::system("S"), Turn::user("A")];
         assert_eq!(vicuna(&turns).unwrap(), "S USER: <image>\nA ASSISTANT:");
         assert!(GEMMA.render(&turns, 1).is_err());
@@ -304,6 +319,8 @@ mod tests {
             vec![Turn::assistant("A")],
             vec![Turn::user("A"), Turn::user("B")],
             vec![Turn::user("A"), Turn::system("S")],
+            vec![Turn::opening("O")],
+            vec![Turn::user("A"), Turn::opening("O"), Turn::user("B")],
             vec![Turn::user("what is <image>?")],
         ] {
             let error = vicuna(&turns).unwrap_err();

@@ -1,0 +1,99 @@
+//! `flmm eval`: the tables of the paper, for a model or for anyone's predictions.
+
+mod merge;
+mod run;
+mod score;
+mod tasks;
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use flmm_eval::results::Results;
+use flmm_eval::{Settings, Task};
+
+use crate::failure::{Failure, Result};
+use crate::talk::Talk;
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct EvalArgs {
+    #[command(subcommand)]
+    what: Option<Eval>,
+    #[command(flatten)]
+    run: run::RunArgs,
+}
+
+/// What `flmm eval` can do besides running a model. Each has a file of its own, with its arguments.
+#[derive(Debug, Subcommand)]
+enum Eval {
+    /// Score predictions of any system; no model is needed.
+    Score(score::ScoreArgs),
+    /// Make results.json and results.md anew from the samples files of a run, all shards together.
+    Merge(merge::MergeArgs),
+    /// List the tasks, the data each needs, and whether it is there.
+    Tasks(tasks::TasksArgs),
+}
+
+pub(crate) fn run(args: &EvalArgs, talk: &Talk) -> Result<()> {
+    match &args.what {
+        None => run::run(&args.run, talk),
+        Some(Eval::Score(args)) => score::run(args, talk),
+        Some(Eval::Merge(args)) => merge::run(args, talk),
+        Some(Eval::Tasks(args)) => tasks::run(args, talk),
+    }
+}
+
+/// Data and protocol.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Data and protocol")]
+struct DataArgs {
+    /// Data root, laid out as `flmm eval tasks` lists it.
+    #[arg(long, value_name = "DIR", required = true)]
+    data: Option<PathBuf>,
+}
+
+impl DataArgs {
+    fn settings(&self) -> Settings {
+        Settings { data: self.data.clone().unwrap_or_default() }
+    }
+}
+
+/// The tasks of these names, whose data must all be there before anything is computed.
+fn tasks(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
+    let root = &settings.data;
+    if !root.is_dir() {
+        return Err(Failure::usage(format!("`{}`: no such folder", root.display()), "give the data root"));
+    }
+    let mut found = Vec::new();
+    for name in names {
+        let task = flmm_eval::find(name)
+            .map_err(|error| Failure::usage(error.to_string(), error.hint().unwrap_or_default()))?;
+        let missing: Vec<String> = task
+            .needs()
+            .iter()
+            .filter(|need| !need.is_present(root))
+            .map(|need| format!("  {} ({})", need.path, need.source))
+            .collect();
+        if !missing.is_empty() {
+            return Err(Failure::usage(
+                format!("{name}: missing below `{}`:\n{}", root.display(), missing.join("\n")),
+                "`flmm eval tasks --data DIR` shows what each task needs",
+            ));
+        }
+        found.push(task);
+    }
+    Ok(found)
+}
+
+/// The numbers of a run as text: one line per task and row.
+fn numbers(results: &Results) -> String {
+    let mut text = String::new();
+    for (name, task) in &results.tasks {
+        let rows = std::iter::once((String::new(), &task.metrics));
+        for (row, metrics) in rows.chain(task.rows.iter().map(|(row, m)| (format!(" ({row})"), m))) {
+            text += &format!("{name}{row}: {} of {} samples\n", task.samples, task.of);
+            metrics.0.iter().for_each(|(name, value)| text += &format!("  {name:<16} {value:>8.2}\n"));
+        }
+    }
+    text
+}

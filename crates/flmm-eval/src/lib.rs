@@ -1,0 +1,21 @@
+//! The tasks and metrics of the paper's tables (`spec/evaluation.md`), for flmm's models and for anyone's predictions.
+//!
+//! A [`task::Task`] names its data, opens them as [`task::Samples`], and turns the samples' scores into metrics.
+//! [`run::run`] lets a model predict and appends one line per sample to a file; [`score::score`] reads predictions of
+//! any system instead. Both end in [`results`], which knows neither model nor data: metrics are made from the
+//! scores stored with every sample, in the order of the samples' ids, so that they depend neither on the order in which
+//! samples were computed nor on the number of shards.
+
+pub mod pictures;
+pub mod record;
+pub mod registry;
+pub mod results;
+pub mod run;
+pub mod runs;
+pub mod score;
+pub mod table;
+pub mod task;
+
+pub use record::{Metrics, Phrase, Prediction, Record};
+pub use registry::{find, registry};
+pub use task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task};

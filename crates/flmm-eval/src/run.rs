@@ -1,0 +1,286 @@
+//! A model through a task: one line per sample, resumable at any moment.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use flmm::{Error, Grounder, Result, atomic};
+use serde_json::{Value, json};
+
+use crate::record::{Prediction, Record, Row};
+use crate::results::{Header, Scores, header_file, not_json, read_header, read_samples, samples_files};
+use crate::task::{Predicted, Rows, Samples};
+
+/// How a task is run.
+#[derive(Debug, Clone)]
+pub struct RunOptions {
+    /// The run folder; made if it is not there.
+    pub out: PathBuf,
+    /// Only so many samples, the first ones.
+    pub limit: Option<usize>,
+    /// Which part of them.
+    pub shard: Shard,
+    /// Masks to be scored besides the refined ones.
+    pub rows: Rows,
+}
+
+/// Part `index` (from 1) of `count`: every `count`-th sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shard {
+    index: usize,
+    count: usize,
+}
+
+impl Default for Shard {
+    fn default() -> Self {
+        Self { index: 1, count: 1 }
+    }
+}
+
+impl Shard {
+    /// The numbers of its samples among `total`.
+    pub fn samples(self, total: usize) -> impl Iterator<Item = usize> {
+        (self.index - 1..total).step_by(self.count)
+    }
+
+    /// `<start>.jsonl`, with the shard in its name if there are several.
+    fn file(self, out: &Path, start: &str) -> PathBuf {
+        match self.count {
+            1 => out.join(format!("{start}.jsonl")),
+            count => out.join(format!("{start}.{}-of-{count}.jsonl", self.index)),
+        }
+    }
+}
+
+impl FromStr for Shard {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+        match parts {
+            Some((index, count)) if index >= 1 && index <= count => Ok(Self { index, count }),
+            _ => Err("expected i/n with i from 1 to n, for example 2/8".into()),
+        }
+    }
+}
+
+/// Is told how a run goes on.
+pub trait Watch {
+    /// A task begins: `done` of `total` samples are there from an earlier run.
+    fn begin(&mut self, task: &str, done: usize, total: usize);
+    /// A sample is done.
+    fn done(&mut self, id: &str);
+    /// A sample has no result; the run goes on.
+    fn failed(&mut self, id: &str, error: &Error);
+}
+
+/// What a run did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Ran {
+    /// Samples computed.
+    pub done: usize,
+    /// Samples found from an earlier run.
+    pub found: usize,
+    /// Samples without a result.
+    pub failed: usize,
+}
+
+/// Lets `grounder`, called `model`, predict the samples of `task` and appends a line for each to the samples file of the
+/// shard. Samples that are there from an earlier run are not computed again; a last line that was torn off is.
+///
+/// A sample that cannot be computed is told to `watch`, listed in `failed_<task>.jsonl`, and tried again by the next run.
+///
+/// # Errors
+/// If the folder holds samples of another model or other settings, if another process is at work on the same shard, or
+/// if a file cannot be read or written.
+pub fn run(
+    task: &str,
+    samples: &dyn Samples,
+    (model, grounder): (&str, &Grounder),
+    options: &RunOptions,
+    watch: &mut dyn Watch,
+) -> Result<Ran> {
+    let out = &options.out;
+    std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
+    let header = Header {
+        task: task.to_owned(),
+        model: model.to_owned(),
+        settings: settings(samples, options.rows),
+        of: samples.ids().len(),
+    };
+    claim(out, &header)?;
+    let path = options.shard.file(out, &format!("samples_{task}"));
+    let mut file = open_to_append(&path)?;
+    let mut known = Scores::default();
+    for file in samples_files(out, task)? {
+        read_samples(&file, &mut known)?;
+    }
+
+    let total = options.limit.unwrap_or(usize::MAX).min(samples.ids().len());
+    let ids = samples.ids();
+    let (found, todo): (Vec<usize>, Vec<usize>) =
+        options.shard.samples(total).partition(|&index| known.contains(&ids[index]));
+    drop(known);
+    watch.begin(task, found.len(), found.len() + todo.len());
+    let mut ran = Ran { found: found.len(), ..Ran::default() };
+    let mut failures = Vec::new();
+    for index in todo {
+        let id = &ids[index];
+        let record = samples
+            .predict(index, grounder, options.rows)
+            .and_then(|predicted| record(samples, index, predicted));
+        match record {
+            Ok(record) => {
+                let mut line = serde_json::to_vec(&record).map_err(not_json)?;
+                line.push(b'\n');
+                // One call: a line is there whole, or torn at the end of the file.
+                file.write_all(&line).map_err(|e| Error::io(&path, e))?;
+                ran.done += 1;
+                watch.done(id);
+            }
+            Err(error) => {
+                ran.failed += 1;
+                failures.push(json!({ "id": id, "error": error.to_string(), "hint": error.hint() }));
+                watch.failed(id, &error);
+            }
+        }
+    }
+    file.sync_all().map_err(|e| Error::io(&path, e))?;
+    list_failures(&options.shard.file(out, &format!("failed_{task}")), &failures)?;
+    Ok(ran)
+}
+
+/// The record of a prediction: the prediction's scores, and those of its other masks.
+pub fn record(samples: &dyn Samples, index: usize, predicted: Predicted) -> Result<Record> {
+    let Predicted { prediction, rows } = predicted;
+    let scores = samples.score(index, &prediction)?;
+    let mut others = std::collections::BTreeMap::new();
+    for (name, segmentations) in rows {
+        let phrases = prediction.phrases.iter().zip(&segmentations);
+        let phrases = phrases
+            .map(|(phrase, mask)| crate::Phrase { segmentation: Some(mask.clone()), ..phrase.clone() });
+        let other = Prediction { phrases: phrases.collect(), ..prediction.clone() };
+        let scores = samples.score(index, &other)?;
+        others.insert(name.to_owned(), Row { segmentations, scores });
+    }
+    Ok(Record { prediction, scores, rows: others })
+}
+
+/// The task's settings, and the rows if any.
+fn settings(samples: &dyn Samples, rows: Rows) -> Value {
+    let mut settings = samples.settings();
+    let names: Vec<&str> = [("coarse", rows.coarse), ("kmeans", rows.kmeans)]
+        .into_iter()
+        .filter_map(|(name, wanted)| wanted.then_some(name))
+        .collect();
+    if !names.is_empty() {
+        if settings.is_null() {
+            settings = json!({});
+        }
+        settings["rows"] = json!(names);
+    }
+    settings
+}
+
+/// Writes the header of a task, or checks it against the one that is there.
+pub(crate) fn claim(out: &Path, header: &Header) -> Result<()> {
+    if let Some(found) = read_header(out, &header.task)? {
+        if found == *header {
+            return Ok(());
+        }
+        let differs = |name: &str, old: &Value, new: &Value| {
+            (old != new).then(|| format!("{name} was {old}, now {new}"))
+        };
+        let differences: Vec<String> = [
+            differs("the model", &json!(found.model), &json!(header.model)),
+            differs("the settings", &found.settings, &header.settings),
+            differs("the number of samples", &json!(found.of), &json!(header.of)),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        return Err(Error::request(
+            format!("{} holds other samples of {}: {}", out.display(), header.task, differences.join("; ")),
+            "choose another --out folder, or repeat the first command",
+        ));
+    }
+    let json = serde_json::to_vec_pretty(header).map_err(not_json)?;
+    atomic::write(header_file(out, &header.task), |file| file.write_all(&json))
+}
+
+/// Opens a samples file for appending and cuts a torn last line off. An error if another process has it open.
+fn open_to_append(path: &Path) -> Result<File> {
+    let io = |error| Error::io(path, error);
+    let mut file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+    if file.try_lock().is_err() {
+        return Err(Error::request(
+            format!("{} is being written by another process", path.display()),
+            "wait for it, or give every process a --shard of its own",
+        ));
+    }
+    let length = file.seek(SeekFrom::End(0)).map_err(io)?;
+    let mut end = length;
+    let mut block = vec![0; 1 << 16];
+    // Backwards, block by block, to the last line end.
+    while end > 0 {
+        let start = end.saturating_sub(block.len() as u64);
+        let size = (end - start) as usize;
+        file.seek(SeekFrom::Start(start)).map_err(io)?;
+        file.read_exact(&mut block[..size]).map_err(io)?;
+        if let Some(at) = block[..size].iter().rposition(|&byte| byte == b'\n') {
+            end = start + at as u64 + 1;
+            break;
+        }
+        end = start;
+    }
+    if end != length {
+        file.set_len(end).map_err(io)?;
+    }
+    file.seek(SeekFrom::Start(end)).map_err(io)?;
+    Ok(file)
+}
+
+fn list_failures(path: &Path, failures: &[Value]) -> Result<()> {
+    if failures.is_empty() {
+        return match std::fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, error)),
+            _ => Ok(()),
+        };
+    }
+    atomic::write(path, |file| failures.iter().try_for_each(|failure| writeln!(file, "{failure}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_share_out_all_samples() {
+        assert!(
+            ["", "1", "0/3", "4/3", "a/b", "1/0", "-1/2"].iter().all(|text| text.parse::<Shard>().is_err())
+        );
+        let mut all: Vec<usize> =
+            (1..=3).flat_map(|i| format!("{i}/3").parse::<Shard>().unwrap().samples(8)).collect();
+        all.sort_unstable();
+        assert_eq!(all, (0..8).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_torn_line_is_cut_off() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jsonl");
+        for (before, after) in [("", ""), ("abc", ""), ("a\nb", "a\n"), ("a\nb\n", "a\nb\n")] {
+            std::fs::write(&path, before).unwrap();
+            let mut file = open_to_append(&path).unwrap();
+            assert!(open_to_append(&path).unwrap_err().to_string().contains("another process"));
+            file.write_all(b"c\n").unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{after}c\n"));
+        }
+        let long = format!("a\n{}", "b".repeat(200_000));
+        std::fs::write(&path, &long).unwrap();
+        drop(open_to_append(&path).unwrap());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "a\n");
+    }
+}

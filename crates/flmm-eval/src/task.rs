@@ -1,0 +1,118 @@
+//! What a task is.
+
+use std::path::{Path, PathBuf};
+
+use flmm::{Grounder, Result};
+use flmm_data::coco::RunLengths;
+use serde_json::Value;
+
+use crate::record::{Metrics, Prediction};
+
+/// A benchmark: which data it needs, and how scores of its samples become metrics.
+///
+/// To add one: implement this trait and [`Samples`] in a module of its own, and add it to
+/// [`crate::registry::registry`]. Running, resuming, sharding, scoring of others' predictions, results and tables
+/// then work as for all tasks.
+pub trait Task: Send + Sync {
+    /// Its name on the command line and in file names, for example `refcoco_val`.
+    fn name(&self) -> &str;
+
+    /// One line for the list of tasks.
+    fn about(&self) -> String;
+
+    /// The files it needs below the data root.
+    fn needs(&self) -> Vec<Need>;
+
+    /// Opens its data. An error names the file that is missing or malformed.
+    fn open(&self, settings: &Settings) -> Result<Box<dyn Samples>>;
+
+    /// Metrics from the scores of all samples ([`Samples::score`]), which come in the order of their ids, each id once.
+    /// An error if a score is not what this task writes.
+    fn aggregate(&self, scores: &[Value]) -> Result<Aggregate>;
+}
+
+/// The opened data of a task.
+pub trait Samples: Send + Sync {
+    /// Ids of the samples, in the order of the data; each once.
+    fn ids(&self) -> &[String];
+
+    /// What the numbers depend on besides model and data, for example the protocol: kept with the results; a run cannot
+    /// be resumed under other settings.
+    fn settings(&self) -> Value {
+        Value::Null
+    }
+
+    /// What the model says and marks for sample `index`.
+    fn predict(&self, index: usize, grounder: &Grounder, rows: Rows) -> Result<Predicted>;
+
+    /// Small numbers (and short texts) from which [`Task::aggregate`] makes metrics. Bad predictions are errors that
+    /// say which phrase is wrong and how.
+    fn score(&self, index: usize, prediction: &Prediction) -> Result<Value>;
+}
+
+/// What everybody may set.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// The data root.
+    pub data: PathBuf,
+}
+
+/// Masks to be scored besides the refined ones.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rows {
+    /// The mask head's, before the refiner.
+    pub coarse: bool,
+    /// The better of the two K-means clusters of the attention: no training at all.
+    pub kmeans: bool,
+}
+
+/// A prediction, and other masks for the same phrases.
+#[derive(Debug, Clone)]
+pub struct Predicted {
+    /// The prediction proper.
+    pub prediction: Prediction,
+    /// Name of a row of the table (`coarse`, `kmeans`) and its mask of every phrase.
+    pub rows: Vec<(&'static str, Vec<RunLengths>)>,
+}
+
+impl From<Prediction> for Predicted {
+    fn from(prediction: Prediction) -> Self {
+        Self { prediction, rows: Vec::new() }
+    }
+}
+
+/// What comes out of a task.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Aggregate {
+    /// The numbers, in the units of the paper's tables (percent unless said otherwise).
+    pub metrics: Metrics,
+    /// Anything else worth keeping, for example a curve; null if there is nothing.
+    pub details: Value,
+}
+
+impl From<Metrics> for Aggregate {
+    fn from(metrics: Metrics) -> Self {
+        Self { metrics, details: Value::Null }
+    }
+}
+
+/// Files that a task needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Need {
+    /// Path of a file or folder relative to the data root.
+    pub path: String,
+    /// What it is and where it comes from.
+    pub source: &'static str,
+}
+
+impl Need {
+    /// A need.
+    pub fn new(path: impl Into<String>, source: &'static str) -> Self {
+        Self { path: path.into(), source }
+    }
+
+    /// Whether it is there.
+    pub fn is_present(&self, data: &Path) -> bool {
+        crate::pictures::is_present(data, &self.path)
+    }
+}
