@@ -195,7 +195,7 @@ fn the_hubs_tables_are_read() {
     );
     put(
         root,
-        "qa/llava_bench/data/train-00000-of-00001.parquet",
+        "qa/llavabench/data/train-00000-of-00001.parquet",
         &table(&[
             ("question_id", Column::Numbers(vec![0, 1, 2])),
             ("question", texts(&three)),

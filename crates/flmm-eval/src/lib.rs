@@ -7,6 +7,7 @@
 //! samples were computed nor on the number of shards.
 
 pub mod pictures;
+pub mod qa;
 pub mod record;
 pub mod registry;
 pub mod results;

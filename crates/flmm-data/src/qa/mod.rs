@@ -54,7 +54,7 @@ impl Benchmark {
             Self::Mme => "mme",
             Self::MmBench => "mmbench",
             Self::MmVet => "mmvet",
-            Self::LlavaBench => "llava_bench",
+            Self::LlavaBench => "llavabench",
             Self::Pope => "pope",
             Self::Gqa => "gqa",
             Self::VqaV2 => "vqav2",

@@ -19,7 +19,7 @@ const YES_NO: &str = " Please answer yes or no.";
 /// Writes `OUT/qa/*` for `records`; pictures that the formats refer to by name must be in `OUT/coco/val2014`.
 pub(super) fn write(root: &Path, level: Level, records: &[Record]) -> Result<()> {
     let folder = root.join("qa");
-    for name in ["pope", "mme/data", "gqa/images", "vqav2", "ai2d/data", "mmbench", "mmvet/images", "llava_bench/images"] {
+    for name in ["pope", "mme/data", "gqa/images", "vqav2", "ai2d/data", "mmbench", "mmvet/images", "llavabench/images"] {
         make_folder(&folder.join(name))?;
     }
     pope(&folder.join("pope"), records)?;
@@ -29,7 +29,7 @@ pub(super) fn write(root: &Path, level: Level, records: &[Record]) -> Result<()>
     ai2d(&folder.join("ai2d"), level, records)?;
     mmbench(&folder.join("mmbench"), level, records)?;
     mm_vet(&folder.join("mmvet"), records)?;
-    llava_bench(&folder.join("llava_bench"), records)
+    llava_bench(&folder.join("llavabench"), records)
 }
 
 /// All questions of some kinds with the record they are about.

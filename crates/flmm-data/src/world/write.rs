@@ -8,7 +8,7 @@
 //! OUT/ReasonSeg/<S>/*.{jpg,json}
 //! OUT/GranDf/val_test/<S>_gcg_coco_{caption,mask}_gt.json, GranDf/images/*.jpg
 //! OUT/viscot/world.json, viscot/cot/world/*.jpg
-//! OUT/qa/{mme,mmbench,mmvet,llava_bench,pope,gqa,vqav2,ai2d}/, coco/val2014/*.jpg   not of the training split
+//! OUT/qa/{mme,mmbench,mmvet,llavabench,pope,gqa,vqav2,ai2d}/, coco/val2014/*.jpg   not of the training split
 //! ```
 
 use super::files::Records;

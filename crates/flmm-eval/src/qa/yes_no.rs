@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What a reply to a yes-no question says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// Yes.
@@ -64,12 +64,12 @@ pub struct PopeScores {
     pub f1: f64,
 }
 
-/// POPE's measures of pairs (reply, gold answer). What would be 0/0 is 0.
-pub fn pope<'a>(rows: impl IntoIterator<Item = (&'a str, &'a str)>) -> PopeScores {
+/// POPE's measures of pairs (reply, gold answer), both read by [`Verdict::strict`]. What would be 0/0 is 0.
+pub fn pope(rows: impl IntoIterator<Item = (Verdict, Verdict)>) -> PopeScores {
     let mut counts: HashMap<(Verdict, Verdict), usize> = HashMap::new();
     let mut total = 0;
-    for (reply, gold) in rows {
-        *counts.entry((Verdict::strict(reply), Verdict::strict(gold))).or_default() += 1;
+    for row in rows {
+        *counts.entry(row).or_default() += 1;
         total += 1;
     }
     let count = |reply, gold| *counts.get(&(reply, gold)).unwrap_or(&0);
@@ -100,16 +100,20 @@ pub const MME_COGNITION: [&str; 4] =
     ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"];
 
 /// One reply of MME.
-#[derive(Debug, Clone, Copy)]
-pub struct MmeRow<'a> {
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MmeScore {
     /// The picture that the question belongs to; there are two questions about each.
-    pub question_id: &'a str,
+    pub question_id: String,
     /// The sub-task.
-    pub category: &'a str,
-    /// The gold answer.
-    pub answer: &'a str,
-    /// The model's.
-    pub reply: &'a str,
+    pub category: String,
+    /// Whether the reply is right.
+    pub right: bool,
+}
+
+/// Whether MME counts `reply` as right. One that is neither yes nor no never is.
+pub fn mme_right(reply: &str, gold: &str) -> bool {
+    let verdict = Verdict::lenient(reply);
+    verdict != Verdict::Other && verdict == Verdict::lenient(gold)
 }
 
 /// MME's points.
@@ -125,14 +129,12 @@ pub struct MmeScores {
 
 /// MME's points: per picture 100 × the share of right replies, and 100 more if both are right; averaged over the
 /// pictures of a sub-task, then summed. A sub-task of an unknown name counts in neither sum.
-pub fn mme<'a>(rows: impl IntoIterator<Item = MmeRow<'a>>) -> MmeScores {
+pub fn mme(scores: &[MmeScore]) -> MmeScores {
     // Per category and picture: right replies, replies.
     let mut pictures: BTreeMap<&str, BTreeMap<&str, (usize, usize)>> = BTreeMap::new();
-    for row in rows {
-        let verdict = Verdict::lenient(row.reply);
-        let right = verdict != Verdict::Other && verdict == Verdict::lenient(row.answer);
-        let picture = pictures.entry(row.category).or_default().entry(row.question_id).or_default();
-        picture.0 += usize::from(right);
+    for score in scores {
+        let picture = pictures.entry(&score.category).or_default().entry(&score.question_id).or_default();
+        picture.0 += usize::from(score.right);
         picture.1 += 1;
     }
     let points = |&(right, asked): &(usize, usize)| {
@@ -153,16 +155,16 @@ mod tests {
 
     #[test]
     fn replies_that_are_neither_are_always_wrong() {
-        let row = |reply| MmeRow { question_id: "a", category: "count", answer: "maybe", reply };
-        assert_eq!(mme([row("maybe"), row("perhaps")]).perception, 0.0);
-        assert_eq!(pope([("maybe", "yes")]).accuracy, 0.0);
+        assert!(!mme_right("maybe", "maybe"));
+        let read = |(reply, gold)| (Verdict::strict(reply), Verdict::strict(gold));
+        assert_eq!(pope([("maybe", "yes")].map(read)).accuracy, 0.0);
         assert_eq!(pope([]), PopeScores { accuracy: 0.0, precision: 0.0, recall: 0.0, f1: 0.0 });
     }
 
     #[test]
     fn both_questions_right_count_twice() {
-        let row = |answer, reply| MmeRow { question_id: "a", category: "OCR", answer, reply };
-        assert_eq!(mme([row("Yes", "yes."), row("No", "N")]).perception, 200.0);
-        assert_eq!(mme([row("Yes", "yes."), row("No", "yes")]).perception, 50.0);
+        let score = |right| MmeScore { question_id: "a".into(), category: "OCR".into(), right };
+        assert_eq!(mme(&[score(true), score(true)]).perception, 200.0);
+        assert_eq!(mme(&[score(true), score(false)]).perception, 50.0);
     }
 }
