@@ -62,11 +62,13 @@ pub(crate) struct ModelArgs {
     /// Hugging Face hub as org/name or org/name@revision [default: the embedded flmm-tiny].
     #[arg(long, value_name = "DIR|REPO")]
     pub(crate) model: Option<PathBuf>,
-    /// SAM checkpoint (.pth or .safetensors), for a model that is not a bundle.
-    #[arg(long, value_name = "FILE", requires = "model")]
+    /// SAM checkpoint (.pth or .safetensors), for a model that is not a bundle: a file, or one of the Hugging Face hub as
+    /// org/name:file.
+    #[arg(long, value_name = "FILE|REPO", requires = "model")]
     pub(crate) sam: Option<PathBuf>,
-    /// Grounding head: a folder, or a .pth or .safetensors file, for a model that is not a bundle.
-    #[arg(long, value_name = "DIR", requires = "model")]
+    /// Grounding head: a folder, or a .pth or .safetensors file, for a model that is not a bundle; of the hub: org/name or
+    /// org/name:path.
+    #[arg(long, value_name = "DIR|REPO", requires = "model")]
     pub(crate) head: Option<PathBuf>,
     /// Vision tower of a Mini-Gemini [default: looked for inside and beside the model's folder].
     #[arg(long, value_name = "DIR", requires = "model")]
@@ -126,8 +128,15 @@ pub(crate) struct GenerateArgs {
 pub(crate) struct ChatArgs {
     /// The picture.
     pub(crate) image: PathBuf,
-    /// The question; without it, questions are read line by line until an empty one or the end of input.
+    /// The question; without it, questions are read line by line until an empty one or the end of input. With
+    /// several pictures, the first question may say where each is shown: `<image>`, once for each.
     pub(crate) prompt: Option<String>,
+    /// Another picture of the conversation, may be repeated, for models that take several (see `flmm inspect lmms`).
+    #[arg(long = "image", value_name = "FILE")]
+    pub(crate) more: Vec<PathBuf>,
+    /// Number of the picture to mark: 1 is IMAGE, 2 the first --image.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count, conflicts_with = "no_ground")]
+    pub(crate) ground_image: usize,
     /// Answer only; the text is the same with and without masks.
     #[arg(long, conflicts_with = "overlay")]
     pub(crate) no_ground: bool,

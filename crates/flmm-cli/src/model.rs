@@ -1,6 +1,6 @@
 //! Which model to open.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
@@ -12,7 +12,7 @@ use flmm::lmm::{LoadProgress, OpenOptions};
 use crate::args::{ModelArgs, Precision};
 use crate::embedded;
 use crate::failure::{Failure, Result};
-use crate::fetch::{self, Named, named};
+use crate::fetch::{self, Named, Part, named};
 use crate::talk::Talk;
 
 /// An opened model and what to call it.
@@ -65,22 +65,24 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
         return Ok((embedded::NAME.to_owned(), ModelPaths::bundle(&bundle)));
     };
     // Before anything is downloaded.
-    let given = [
-        (&args.sam, format!("check the path; public SAM checkpoints: {SAM_SOURCE}")),
-        (&args.head, "check the path; `flmm convert head` makes a folder of a released head".to_owned()),
-    ];
-    for (path, hint) in given {
-        if let Some(path) = path
-            && !path.exists()
-        {
-            return Err(Failure::usage(format!("`{}`: no such file or folder", path.display()), hint));
-        }
-    }
+    let part =
+        |path: &Option<PathBuf>, hint: &str| path.as_deref().map(|path| Part::new(path, hint)).transpose();
+    let sam = part(&args.sam, &format!("check the path; public SAM checkpoints: {SAM_SOURCE}"))?;
+    let head = part(&args.head, "check the path; `flmm convert head` makes a folder of a released head")?;
+    let check = |is_bundle: bool| match is_bundle || (sam.is_some() && head.is_some()) {
+        true => Ok(()),
+        false => Err(Failure::usage(
+            format!("`{}` is not a bundle: its SAM and its grounding head are not known", model.display()),
+            format!("add --sam FILE (public checkpoints: {SAM_SOURCE}) and --head DIR, its grounding head"),
+        )),
+    };
+    let bring = |part: &Option<Part>| part.as_ref().map(|part| part.bring(talk)).transpose();
     match named(model)? {
         Named::Local(folder) => {
-            let bundle = ModelPaths::bundle(&folder);
-            let is_bundle = !folder.join("config.json").is_file() && bundle.model.is_dir();
-            let paths = parts(args, &folder, is_bundle)?;
+            let is_bundle =
+                !folder.join("config.json").is_file() && ModelPaths::bundle(&folder).model.is_dir();
+            check(is_bundle)?;
+            let paths = paths(&folder, is_bundle, bring(&sam)?, bring(&head)?);
             for path in [&paths.sam, &paths.head] {
                 if !path.exists() {
                     let what = format!("`{}`: no such file or folder", path.display());
@@ -96,7 +98,8 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
             let hub = Hub::from_env()?;
             let plan = hub.plan(&repo)?;
             // A model that cannot be used for want of its parts is not downloaded.
-            let paths = parts(args, plan.folder(), plan.is_bundle())?;
+            check(plan.is_bundle())?;
+            let paths = paths(plan.folder(), plan.is_bundle(), bring(&sam)?, bring(&head)?);
             fetch::download(&hub, &repo, &plan, talk)?;
             Ok((repo.to_string(), paths))
         }
@@ -104,29 +107,12 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
 }
 
 /// The three parts of the model in `folder`: its own, or those given.
-fn parts(args: &ModelArgs, folder: &Path, is_bundle: bool) -> Result<ModelPaths> {
+fn paths(folder: &Path, is_bundle: bool, sam: Option<PathBuf>, head: Option<PathBuf>) -> ModelPaths {
     let bundle = ModelPaths::bundle(folder);
-    match (is_bundle, &args.sam, &args.head) {
-        (true, sam, head) => Ok(ModelPaths {
-            model: bundle.model,
-            sam: sam.clone().unwrap_or(bundle.sam),
-            head: head.clone().unwrap_or(bundle.head),
-        }),
-        (false, Some(sam), Some(head)) => {
-            Ok(ModelPaths { model: folder.to_owned(), sam: sam.clone(), head: head.clone() })
-        }
-        (false, ..) => {
-            let model = args.model.as_deref().unwrap_or(folder);
-            Err(Failure::usage(
-                format!(
-                    "`{}` is not a bundle: its SAM and its grounding head are not known",
-                    model.display()
-                ),
-                format!(
-                    "add --sam FILE (public checkpoints: {SAM_SOURCE}) and --head DIR, its grounding head"
-                ),
-            ))
-        }
+    ModelPaths {
+        model: if is_bundle { bundle.model } else { folder.to_owned() },
+        sam: sam.unwrap_or(bundle.sam),
+        head: head.unwrap_or(bundle.head),
     }
 }
 

@@ -6,6 +6,8 @@
 //! scores stored with every sample, in the order of the samples' ids, so that they depend neither on the order in which
 //! samples were computed nor on the number of shards.
 
+pub mod identity;
+pub mod judge;
 pub mod pictures;
 pub mod qa;
 pub mod record;
@@ -16,6 +18,7 @@ pub mod runs;
 pub mod score;
 pub mod table;
 pub mod task;
+pub mod viscot;
 
 pub use record::{Metrics, Phrase, Prediction, Record};
 pub use registry::{find, registry};

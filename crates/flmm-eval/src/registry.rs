@@ -3,10 +3,14 @@
 use flmm::{Error, Result};
 
 use crate::task::Task;
+use crate::{qa, viscot};
 
 /// All tasks, in the order in which they are listed.
 pub fn registry() -> Vec<Box<dyn Task>> {
-    Vec::new()
+    let mut tasks = Vec::new();
+    tasks.extend(qa::tasks());
+    tasks.extend(viscot::tasks());
+    tasks
 }
 
 /// The task called `name`. An error suggests the nearest known name.

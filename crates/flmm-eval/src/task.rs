@@ -1,9 +1,11 @@
 //! What a task is.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use flmm::{Grounder, Result};
+use flmm::{Error, Grounder, Result};
 use flmm_data::coco::RunLengths;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::record::{Metrics, Prediction};
@@ -55,6 +57,26 @@ pub trait Samples: Send + Sync {
 pub struct Settings {
     /// The data root.
     pub data: PathBuf,
+    /// Who grades free answers, if anyone.
+    pub judge: Option<Arc<crate::judge::Judge>>,
+    /// Visual chain of thought.
+    pub cot: crate::viscot::Protocol,
+}
+
+/// Scores as the task that wrote them knows them.
+///
+/// # Errors
+/// If a score is of another form: the samples file was written by another task or version.
+pub fn parse_scores<T: DeserializeOwned>(scores: &[Value]) -> Result<Vec<T>> {
+    let parse = |score: &Value| {
+        T::deserialize(score).map_err(|error| {
+            Error::request(
+                format!("the scores `{score}` are not of this task: {error}"),
+                "make the samples anew in another --out folder",
+            )
+        })
+    };
+    scores.iter().map(parse).collect()
 }
 
 /// Masks to be scored besides the refined ones.

@@ -6,11 +6,12 @@
 
 mod answer;
 mod caption;
+mod given;
 mod head;
+mod reply;
 mod session;
 mod spans;
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -18,16 +19,12 @@ use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
 use crate::capture::Capture;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::layout::Merge;
 use crate::lmm::{self, GROUNDING_INSTRUCTION, Lmm, OpenOptions, Turn};
 use crate::masks::Mask;
 use crate::nn::bilinear;
-use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
 use crate::sam::{Sam, read_checkpoint};
-use crate::text::sampling::Sampler;
-use crate::text::stream::TextStream;
-use crate::text::{Limits, generate};
 use crate::weights::Params;
 
 use spans::Span;
@@ -116,7 +113,22 @@ impl Grounder {
 
     /// Begins a conversation about `picture`.
     pub fn start(&self, picture: &RgbImage) -> Result<Session> {
-        Session::new(self.lmm(), picture)
+        self.start_with([picture])
+    }
+
+    /// Begins a conversation about several pictures, which [`Turn::show`] and [`GroundOptions::image`] count from 0.
+    ///
+    /// Fails with [`Error::Request`] for a model that takes one picture ([`lmm::LmmSpec::several_images`]).
+    pub fn start_with<'a>(&self, pictures: impl IntoIterator<Item = &'a RgbImage>) -> Result<Session> {
+        Session::new(self.lmm(), pictures)
+    }
+
+    /// Adds a picture to a conversation; what is computed of the others is kept. Unless a question to come has a place
+    /// for it ([`Turn::show`]), it is shown before the first one, and all is read again.
+    ///
+    /// Fails as [`Grounder::start_with`].
+    pub fn add_picture(&self, session: &mut Session, picture: &RgbImage) -> Result<()> {
+        session.add(self.lmm(), picture)
     }
 
     /// Reads `caption` as if the model had said it about `picture`, and keeps what grounding needs.
@@ -127,18 +139,55 @@ impl Grounder {
         self.observe_in(&mut self.start(picture)?, &[Turn::user(GROUNDING_INSTRUCTION)], caption)
     }
 
-    /// As [`Grounder::observe`], behind the prompt of any conversation, and reusing what the session has read.
+    /// As [`Grounder::observe`], behind the prompt of any conversation, about the session's first picture, and reusing
+    /// what the session has read.
     pub fn observe_in(
         &self,
         session: &mut Session,
         turns: &[Turn],
         caption: &Caption,
     ) -> Result<Observation> {
+        self.observe_image_in(session, 0, turns, caption)
+    }
+
+    /// As [`Grounder::observe_in`], about picture number `image` of the session, counted from 0.
+    pub fn observe_image_in(
+        &self,
+        session: &mut Session,
+        image: usize,
+        turns: &[Turn],
+        caption: &Caption,
+    ) -> Result<Observation> {
+        let prompt = session.prompt(self.lmm(), turns)?;
+        self.observe_behind(session, image, prompt, caption)
+    }
+
+    /// As [`Grounder::observe_image_in`], behind any token ids that hold one image token for each picture, in the order of
+    /// the pictures: part of what [`Lmm::prompt`] gives, for example a question that is itself the text to ground.
+    pub fn observe_tokens(
+        &self,
+        session: &mut Session,
+        image: usize,
+        token_ids: &[u32],
+        caption: &Caption,
+    ) -> Result<Observation> {
+        let order: Vec<usize> = (0..session.images()).collect();
+        let prompt = session.place(self.lmm(), token_ids, &order)?;
+        self.observe_behind(session, image, prompt, caption)
+    }
+
+    fn observe_behind(
+        &self,
+        session: &mut Session,
+        image: usize,
+        prompt: Vec<u32>,
+        caption: &Caption,
+    ) -> Result<Observation> {
+        session.input(image)?;
         caption.phrases()?;
         let mut caption = caption.clone();
-        let capture = self.read_caption(session, turns, &mut caption)?;
-        self.encode(session)?;
-        self.observation(session, &capture, caption.phrases()?)
+        let capture = self.read_caption(session, prompt, &mut caption)?;
+        self.observation(session, image, &capture, caption.phrases()?)
     }
 
     /// Mask logits of every phrase observed; differentiable in the head.
@@ -155,211 +204,23 @@ impl Grounder {
         Ok(binary(&logits.refined)?.into_iter().zip(binary(&coarse)?).collect())
     }
 
-    /// Answers the last of `turns` about `picture`. See [`Grounder::ask`].
-    pub fn answer(
-        &self,
-        picture: &RgbImage,
-        turns: &[Turn],
-        options: &AnswerOptions,
-    ) -> Result<GroundedAnswer> {
-        let mut session = self.start(picture)?;
-        session.turns = turns.to_vec();
-        self.reply(&mut session, options, &mut |_| {})
-    }
-
-    /// Asks the next question of a conversation and adds question and answer to it. On an error the
-    /// conversation is as before.
-    pub fn ask(
-        &self,
-        session: &mut Session,
-        question: &str,
-        options: &AnswerOptions,
-    ) -> Result<GroundedAnswer> {
-        let before = session.turns.len();
-        session.turns.push(Turn::user(question));
-        let answer = self.reply(session, options, &mut |_| {});
-        match &answer {
-            Ok(answer) => session.turns.push(Turn::assistant(&answer.answer)),
-            Err(_) => session.turns.truncate(before),
-        }
-        answer
-    }
-
-    /// Generates the answer to the session's last turn and grounds its phrases; the turns stay as they are.
-    ///
-    /// Attention rows are kept while generating, no second pass is made. The last token, normally the stop word,
-    /// is dropped from the text: it is never fed back, so it has no row (`spec/models.md` §12). `on_text`
-    /// receives the text as it grows, piece by piece.
-    pub fn reply(
-        &self,
-        session: &mut Session,
-        options: &AnswerOptions,
-        on_text: &mut dyn FnMut(&str),
-    ) -> Result<GroundedAnswer> {
-        let mut timings = Timings::default();
-        let clock = Instant::now();
-        let turns = session.turns.clone();
-        let prompt = session.prompt(self.lmm(), &turns)?;
-        let mut capture = options.phrases.is_some().then(|| Capture::from_position(prompt.len()));
-        let hidden = session.read(self.lmm(), &prompt, capture.as_mut())?;
-        timings.read = clock.elapsed();
-
-        let clock = Instant::now();
-        let mut sampler = match options.sampling {
-            Sampling::Greedy => Sampler::greedy(),
-            Sampling::Seeded { temperature, top_p, seed } => Sampler::seeded(temperature, top_p, seed),
-        };
-        let limits = Limits { max_new_tokens: options.max_new_tokens, stop_ids: self.lmm.stop_ids() };
-        let tokenizer = self.lmm.tokenizer();
-        // Told one token late: the last token is not part of the answer.
-        let mut stream = TextStream::new(tokenizer, false);
-        let mut late = None;
-        let mut ids = generate(
-            self.lmm.decoder(),
-            &hidden,
-            &mut session.cache,
-            capture.as_mut(),
-            limits,
-            &mut sampler,
-            |id, _| {
-                if let Some(id) = late.replace(id) {
-                    tell(&stream.push(id), on_text);
-                }
-                ControlFlow::Continue(())
-            },
-        )?;
-        tell(&stream.finish(), on_text);
-        ids.pop();
-        session.continued(&ids);
-        timings.generate = clock.elapsed();
-
-        let (answer, offsets) = spans::token_offsets(tokenizer, &ids);
-        let mut result = GroundedAnswer { answer, token_ids: ids, phrases: Vec::new(), timings };
-        if let (Some(choice), Some(capture)) = (&options.phrases, &capture)
-            && !result.token_ids.is_empty()
-        {
-            let positions: Vec<usize> = capture.positions().collect();
-            let probs = self.head.keyword_probs(&capture.hidden_rows(&positions)?)?;
-            let lambda = options.ground.keyword_threshold;
-            let spans = spans::select(choice, &result.answer, &offsets, probs.as_deref(), lambda)?;
-            self.ground_spans(session, capture, &mut result, &spans, probs.as_deref(), &options.ground)?;
-        }
-        Ok(result)
-    }
-
-    /// Grounds phrases of a given `text`, read as if the model had said it about `picture`.
-    ///
-    /// Given phrases and noun phrases are encoded segment by segment, as in training; with the keyword selector
-    /// the text is encoded in one piece.
-    pub fn ground(
-        &self,
-        picture: &RgbImage,
-        text: &str,
-        choice: &PhraseChoice,
-        options: &GroundOptions,
-    ) -> Result<GroundedAnswer> {
-        self.ground_in(&mut self.start(picture)?, text, choice, options)
-    }
-
-    /// As [`Grounder::ground`], for a session: other texts about its picture reuse what is already computed.
-    pub fn ground_in(
-        &self,
-        session: &mut Session,
-        text: &str,
-        choice: &PhraseChoice,
-        options: &GroundOptions,
-    ) -> Result<GroundedAnswer> {
-        if text.trim().is_empty() {
-            return Err(Error::request(
-                "the text to ground is empty",
-                "give a text that describes the picture",
-            ));
-        }
-        let tokenizer = self.lmm.tokenizer();
-        let ranges = match choice {
-            PhraseChoice::Keywords if self.head.keyword_selector.is_some() => None,
-            PhraseChoice::Keywords | PhraseChoice::NounPhrases => Some(noun_phrases(text)),
-            PhraseChoice::Given(phrases) => Some(find_phrases(text, phrases)?),
-        };
-        let mut caption = match &ranges {
-            Some(ranges) if !spans::overlapping(ranges) => Caption::from_ranges(tokenizer, text, ranges)?,
-            _ => Caption::from_segments(tokenizer, [(text, None)])?,
-        };
-        let clock = Instant::now();
-        let capture = self.read_caption(session, &[Turn::user(GROUNDING_INSTRUCTION)], &mut caption)?;
-        let timings = Timings { read: clock.elapsed(), ..Timings::default() };
-
-        let positions: Vec<usize> = capture.positions().collect();
-        let probs = self.head.keyword_probs(&capture.hidden_rows(&positions)?)?;
-        let mut result = GroundedAnswer {
-            answer: text.to_owned(),
-            token_ids: caption.token_ids.clone(),
-            phrases: Vec::new(),
-            timings,
-        };
-        let spans = match &ranges {
-            Some(ranges) if !spans::overlapping(ranges) => {
-                let phrases = caption.phrases()?;
-                let spans = ranges.iter().zip(&phrases).map(|(chars, tokens)| Span {
-                    chars: chars.clone(),
-                    tokens: tokens[0]..tokens[0] + tokens.len(),
-                });
-                spans.collect()
-            }
-            _ => {
-                let (text, offsets) = spans::token_offsets(tokenizer, &caption.token_ids);
-                result.answer = text;
-                spans::select(choice, &result.answer, &offsets, probs.as_deref(), options.keyword_threshold)?
-            }
-        };
-        self.ground_spans(session, &capture, &mut result, &spans, probs.as_deref(), options)?;
-        Ok(result)
-    }
-
-    /// Reads prompt and caption; the capture holds the caption's rows. A caption that is too long for a model that
-    /// cuts sequences off is cut.
-    fn read_caption(&self, session: &mut Session, turns: &[Turn], caption: &mut Caption) -> Result<Capture> {
-        if caption.token_ids.is_empty() {
-            return Err(Error::request(
-                "the text to ground has no tokens",
-                "give a text that describes the picture",
-            ));
-        }
-        let mut ids = session.prompt(self.lmm(), turns)?;
-        if let Some(limit) = self.lmm.reads_at_most() {
-            caption.cut(limit.saturating_sub(ids.len()))?;
-        }
-        let mut capture = Capture::from_position(ids.len());
-        ids.extend_from_slice(&caption.token_ids);
-        session.read(self.lmm(), &ids, Some(&mut capture))?;
-        Ok(capture)
-    }
-
-    /// SAM's image embedding, once per session.
-    fn encode(&self, session: &mut Session) -> Result<()> {
-        if session.sam.is_none() {
-            session.sam = Some(self.sam.encode_image(&session.picture)?);
-        }
-        Ok(())
-    }
-
-    /// What the session has seen of the text whose rows are in `capture`; `phrases` are token numbers.
+    /// What the session has seen of picture number `image` and the text whose rows are in `capture`; `phrases` are
+    /// token numbers.
     fn observation(
         &self,
-        session: &Session,
+        session: &mut Session,
+        image: usize,
         capture: &Capture,
         phrases: Vec<Vec<usize>>,
     ) -> Result<Observation> {
+        let (sam_embedding, sam_geometry) = session.sam(&self.sam, image)?;
         let rows = capture.positions();
         let positions: Vec<Vec<usize>> =
             phrases.iter().map(|phrase| phrase.iter().map(|token| rows.start + token).collect()).collect();
-        let maps = capture.phrase_maps(&session.cache, session.layout(), &positions, Merge::Mean)?;
+        let input = session.input(image)?;
+        let maps = capture.phrase_maps(&session.cache, &input.layout, &positions, Merge::Mean)?;
         let hidden = capture.hidden_rows(&rows.collect::<Vec<_>>())?;
-        let Some((sam_embedding, sam_geometry)) = session.sam.clone() else {
-            return Err(candle_core::Error::Msg("the picture is not encoded yet".into()).into());
-        };
-        let geometry = session.image.geometry;
-        Ok(Observation { maps, hidden, phrases, geometry, sam_embedding, sam_geometry })
+        Ok(Observation { maps, hidden, phrases, geometry: input.geometry, sam_embedding, sam_geometry })
     }
 
     /// Grounds `spans` and adds them to `result`.
@@ -376,11 +237,11 @@ impl Grounder {
             return Ok(());
         }
         let clock = Instant::now();
-        self.encode(session)?;
+        session.sam(&self.sam, options.image)?;
         result.timings.encode = clock.elapsed();
         let clock = Instant::now();
         let phrases = spans.iter().map(|span| span.tokens.clone().collect()).collect();
-        let observation = self.observation(session, capture, phrases)?;
+        let observation = self.observation(session, options.image, capture, phrases)?;
         let chars: Vec<char> = result.answer.chars().collect();
         for (number, (span, (mask, coarse_mask))) in spans.iter().zip(self.segment(&observation)?).enumerate()
         {
@@ -398,12 +259,6 @@ impl Grounder {
         }
         result.timings.segment = clock.elapsed();
         Ok(())
-    }
-}
-
-fn tell(text: &str, on_text: &mut dyn FnMut(&str)) {
-    if !text.is_empty() {
-        on_text(text);
     }
 }
 

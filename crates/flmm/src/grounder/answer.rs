@@ -42,11 +42,13 @@ pub struct GroundOptions {
     pub keyword_threshold: f32,
     /// Whether to return the attention maps.
     pub keep_maps: bool,
+    /// Number of the picture that phrases are looked for in, counted from 0 in the order the pictures were given.
+    pub image: usize,
 }
 
 impl Default for GroundOptions {
     fn default() -> Self {
-        Self { keyword_threshold: 0.3, keep_maps: false }
+        Self { keyword_threshold: 0.3, keep_maps: false, image: 0 }
     }
 }
 
@@ -74,6 +76,8 @@ pub struct AnswerOptions {
     pub max_new_tokens: usize,
     /// How the next token is chosen.
     pub sampling: Sampling,
+    /// Texts that end the answer beside the model's own; like those, they are not part of it.
+    pub stop_words: Vec<String>,
     /// How phrases are found in the answer; `None` gives text only. The text is the same either way.
     pub phrases: Option<PhraseChoice>,
     /// How phrases are grounded.
@@ -85,6 +89,7 @@ impl Default for AnswerOptions {
         Self {
             max_new_tokens: 512,
             sampling: Sampling::Greedy,
+            stop_words: Vec::new(),
             phrases: Some(PhraseChoice::Keywords),
             ground: GroundOptions::default(),
         }

@@ -27,6 +27,7 @@ pub const LLAVA_1_5_7B: LmmSpec = LmmSpec {
     heads: 32,
     grid: (24, 24),
     channels: 1024,
+    several_images: true,
     tested: TESTED,
 };
 

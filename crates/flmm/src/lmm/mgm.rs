@@ -35,6 +35,7 @@ pub const MGM_2B: LmmSpec = LmmSpec {
     heads: 8,
     grid: (24, 24),
     channels: 144,
+    several_images: false,
     tested: TESTED,
 };
 
@@ -47,6 +48,7 @@ pub const MGM_7B: LmmSpec = LmmSpec {
     heads: 32,
     grid: (24, 24),
     channels: 1024,
+    several_images: false,
     tested: TESTED,
 };
 
