@@ -298,3 +298,32 @@ fn bad_files_are_named_with_row_and_column() {
     fails(path, line("a.jpg").as_bytes(), Benchmark::Pope, &["coco/val2014/a.jpg"]);
     fails("qa/gqa/notes.txt", b"", Benchmark::Gqa, &["holds no questions", "lmms-lab/GQA"]);
 }
+
+/// Whatever single byte is wrong: an error or another value, never a panic.
+#[test]
+fn damaged_tables_never_panic() {
+    let answers: Vec<Vec<String>> = (0..3).map(|n| vec![format!("a{n}"); n]).collect();
+    let columns = [
+        ("question_id", Column::Numbers(vec![1, 2, 3])),
+        ("question", texts(&["a", "b", "c"])),
+        ("answers", Column::Groups("answer", answers)),
+        ("image", Column::Pictures((0..3).map(picture).collect())),
+    ];
+    let whole = parquet(&columns, 2).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = "qa/vqav2/data/validation.parquet";
+    for at in 0..whole.len() {
+        for flip in [0x01, 0x80, 0xff] {
+            let mut damaged = whole.clone();
+            damaged[at] ^= flip;
+            put(folder.path(), path, &damaged);
+            if let Ok(data) = QaData::open(folder.path(), Benchmark::VqaV2) {
+                (0..data.questions.len()).for_each(|index| drop(data.picture(index)));
+            }
+        }
+    }
+    for length in 0..whole.len() {
+        put(folder.path(), path, &whole[..length]);
+        assert!(QaData::open(folder.path(), Benchmark::VqaV2).is_err(), "{length}");
+    }
+}

@@ -1,5 +1,7 @@
 //! `flmm eval`: the tables of the paper, for a model or for anyone's predictions.
 
+mod identity;
+mod judge;
 mod merge;
 mod run;
 mod score;
@@ -9,6 +11,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use flmm_eval::results::Results;
+use flmm_eval::viscot::Protocol;
 use flmm_eval::{Settings, Task};
 
 use crate::failure::{Failure, Result};
@@ -30,6 +33,8 @@ enum Eval {
     Score(score::ScoreArgs),
     /// Make results.json and results.md anew from the samples files of a run, all shards together.
     Merge(merge::MergeArgs),
+    /// Show that answers are the same with grounding on and off; the first that is not is printed, with exit status 1.
+    Identity(identity::IdentityArgs),
     /// List the tasks, the data each needs, and whether it is there.
     Tasks(tasks::TasksArgs),
 }
@@ -39,6 +44,7 @@ pub(crate) fn run(args: &EvalArgs, talk: &Talk) -> Result<()> {
         None => run::run(&args.run, talk),
         Some(Eval::Score(args)) => score::run(args, talk),
         Some(Eval::Merge(args)) => merge::run(args, talk),
+        Some(Eval::Identity(args)) => identity::run(args, talk),
         Some(Eval::Tasks(args)) => tasks::run(args, talk),
     }
 }
@@ -50,11 +56,30 @@ struct DataArgs {
     /// Data root, laid out as `flmm eval tasks` lists it.
     #[arg(long, value_name = "DIR", required = true)]
     data: Option<PathBuf>,
+    /// Visual chain of thought: refine masks with SAM before their boxes are taken.
+    #[arg(long)]
+    cot_sam: bool,
+    /// Visual chain of thought: size of the box looked at again, relative to the mask's.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = factor)]
+    cot_box_scale: f64,
+    #[command(flatten)]
+    judge: judge::JudgeArgs,
+}
+
+fn factor(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(factor) if factor > 0.0 && factor.is_finite() => Ok(factor),
+        _ => Err("must be above 0".into()),
+    }
 }
 
 impl DataArgs {
-    fn settings(&self) -> Settings {
-        Settings { data: self.data.clone().unwrap_or_default() }
+    fn settings(&self) -> Result<Settings> {
+        Ok(Settings {
+            data: self.data.clone().unwrap_or_default(),
+            judge: self.judge.open()?,
+            cot: Protocol { sam: self.cot_sam, box_scale: self.cot_box_scale },
+        })
     }
 }
 

@@ -4,6 +4,7 @@ mod answers;
 mod bad_input;
 mod bad_model;
 mod convert;
+mod eval_qa;
 #[path = "../../../flmm/tests/common/fake_hub.rs"]
 mod fake_hub;
 mod help;

@@ -130,8 +130,8 @@ fn read_question(grounder: &Grounder, picture: &RgbImage, question: &str) -> Res
     grounder.observe_tokens(&mut session, 0, prompt, &one_phrase(question.to_vec())).map(Some)
 }
 
-/// Ids of the instruction wrapper up to the end of `question`.
-fn wrapped(lmm: &dyn Lmm, question: &str) -> Result<Vec<u32>> {
+/// Ids of the published instruction wrapper (`spec/models.md` §2), with one image token, up to the end of `question`.
+pub fn wrapped(lmm: &dyn Lmm, question: &str) -> Result<Vec<u32>> {
     let format = lmm.base().format;
     let (image, between) = (format.image, format.image_end);
     let mut ids = lmm.tokenizer().encode(&format!("{}{image}{between}{question}{image}", format.before), true)?;
