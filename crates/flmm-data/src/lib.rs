@@ -2,14 +2,18 @@
 //!
 //! - [`narratives`]: Panoptic Narrative Grounding with COCO panoptic masks,
 //! - [`refcoco`]: RefCOCO, RefCOCO+, RefCOCOg,
+//! - [`grefcoco`]: gRefCOCO, whose expressions mean several objects or none,
 //! - [`qa`]: question answering: MME, MMBench, MM-Vet, LLaVA-Bench, POPE, GQA, VQAv2, AI2D,
 //! - [`reasonseg`], [`gcg`], [`viscot`]: reasoning segmentation, grounded conversation, visual chain of thought,
+//! - [`images`]: pictures from folders, zip and tar archives, WebDataset shards,
 //! - [`world`]: made-up scenes with exact masks and true sentences, in memory or written in all of these formats.
 //!
-//! The same types read the files and write them. Readers know no tokenizer and decode no picture but panoptic masks.
+//! The same types read the files and write them. Readers know no tokenizer and decode no picture but panoptic masks and those of [`images`].
 
 pub mod coco;
 pub mod gcg;
+pub mod grefcoco;
+pub mod images;
 mod mask;
 pub mod narratives;
 pub mod polygons;
@@ -19,4 +23,5 @@ pub mod refcoco;
 pub mod viscot;
 pub mod world;
 
+pub use images::ImageStore;
 pub use mask::Mask;

@@ -1,6 +1,7 @@
 //! A written world read back by the readers of the real data.
 
 use flmm_data::gcg::Gcg;
+use flmm_data::grefcoco::GrefCoco;
 use flmm_data::narratives::Narratives;
 use flmm_data::reasonseg::{self, Reasoning};
 use flmm_data::refcoco::{RefCoco, TextMode};
@@ -105,6 +106,25 @@ fn references_come_back() {
         }
     }
     assert!(objects > 50, "{objects}");
+}
+
+#[test]
+fn groups_come_back() {
+    let (_folder, out) = written(Split::Val, Level::Two, 3);
+    let data = GrefCoco::open_split(&out, "val").unwrap();
+    let mut kinds = [0; 3];
+    for sample in &data.samples {
+        let scene = scene(Level::Two, Split::Val, 3, sample.image_id);
+        let masks = data.masks(sample).unwrap();
+        kinds[masks.len()] += 1;
+        for (ann_id, mask) in sample.targets.iter().zip(&masks) {
+            let object = &scene.objects[(ann_id % 16) as usize];
+            assert_eq!(hotcoco::mask::area(mask), u64::from(object.mask.area()));
+            let referring = scene.texts.referring.iter().find(|r| r.target == (ann_id % 16) as usize).unwrap();
+            assert!(sample.text.contains(&referring.text), "{}", sample.text);
+        }
+    }
+    assert!(kinds.iter().all(|count| *count > 2), "{kinds:?}");
 }
 
 #[test]

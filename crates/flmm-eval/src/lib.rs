@@ -6,12 +6,18 @@
 //! scores stored with every sample, in the order of the samples' ids, so that they depend neither on the order in which
 //! samples were computed nor on the number of shards.
 
+pub mod grefcoco;
 pub mod identity;
 pub mod judge;
+pub mod keywords;
+pub mod marks;
 pub mod pictures;
+pub mod png;
 pub mod qa;
+pub mod reasonseg;
 pub mod record;
 pub mod registry;
+pub mod res;
 pub mod results;
 pub mod run;
 pub mod runs;

@@ -1,29 +1,26 @@
-//! The pictures of a data root.
+//! What tasks ask of pictures besides their pixels.
 
-use std::path::{Path, PathBuf};
+use std::io::Cursor;
+use std::path::Path;
 
-use flmm::Result;
-use image::RgbImage;
+use flmm::{Error, Result};
+use flmm_data::images::ImageStore;
 
-/// Pictures below a data root, by their path relative to it.
-#[derive(Debug, Clone)]
-pub struct Pictures {
-    root: PathBuf,
+/// Height and width of the picture `name`, from its header.
+pub fn size(pictures: &ImageStore, name: &str) -> Result<[u32; 2]> {
+    let bytes = pictures.bytes(name)?;
+    let damaged = |error: String| Error::image(format!("`{name}`: {error}"), "download the picture again");
+    let reader = image::ImageReader::new(Cursor::new(bytes)).with_guessed_format();
+    let reader = reader.map_err(|error| damaged(error.to_string()))?;
+    let (width, height) = reader.into_dimensions().map_err(|error| damaged(error.to_string()))?;
+    Ok([height, width])
 }
 
-impl Pictures {
-    /// The pictures below `root`.
-    pub fn open(root: &Path) -> Result<Self> {
-        Ok(Self { root: root.to_owned() })
-    }
-
-    /// Reads and decodes `path`, for example `coco/train2014/COCO_train2014_000000000009.jpg`.
-    pub fn read(&self, path: &str) -> Result<RgbImage> {
-        flmm::image_input::read_image(self.root.join(path))
-    }
-}
-
-/// Whether a file or folder is below `root`.
+/// Whether a file or a folder (or archives that stand for it) is below `root`.
 pub fn is_present(root: &Path, path: &str) -> bool {
-    root.join(path).exists()
+    if root.join(path).exists() {
+        return true;
+    }
+    let has_ending = Path::new(path).extension().is_some();
+    !has_ending && ImageStore::open(root).is_ok_and(|store| store.archives(path).iter().any(Result::is_ok))
 }

@@ -3,11 +3,16 @@
 use flmm::{Error, Result};
 
 use crate::task::Task;
-use crate::{qa, viscot};
+use crate::{grefcoco, keywords, png, qa, reasonseg, res, viscot};
 
 /// All tasks, in the order in which they are listed.
 pub fn registry() -> Vec<Box<dyn Task>> {
     let mut tasks = Vec::new();
+    tasks.extend(res::tasks());
+    tasks.extend(grefcoco::tasks());
+    tasks.extend(png::tasks());
+    tasks.extend(keywords::tasks());
+    tasks.extend(reasonseg::tasks());
     tasks.extend(qa::tasks());
     tasks.extend(viscot::tasks());
     tasks

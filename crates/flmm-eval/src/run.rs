@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -25,7 +26,7 @@ pub struct RunOptions {
     pub rows: Rows,
 }
 
-/// Part `index` (from 1) of `count`: every `count`-th sample.
+/// Part `index` (from 1) of `count` parts, each of samples that follow each other: they often share their picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shard {
     index: usize,
@@ -40,8 +41,8 @@ impl Default for Shard {
 
 impl Shard {
     /// The numbers of its samples among `total`.
-    pub fn samples(self, total: usize) -> impl Iterator<Item = usize> {
-        (self.index - 1..total).step_by(self.count)
+    pub fn samples(self, total: usize) -> Range<usize> {
+        (self.index - 1) * total / self.count..self.index * total / self.count
     }
 
     /// `<start>.jsonl`, with the shard in its name if there are several.
@@ -170,10 +171,7 @@ pub fn record(samples: &dyn Samples, index: usize, predicted: Predicted) -> Resu
 /// The task's settings, and the rows if any.
 fn settings(samples: &dyn Samples, rows: Rows) -> Value {
     let mut settings = samples.settings();
-    let names: Vec<&str> = [("coarse", rows.coarse), ("kmeans", rows.kmeans)]
-        .into_iter()
-        .filter_map(|(name, wanted)| wanted.then_some(name))
-        .collect();
+    let names: Vec<&str> = rows.names().collect();
     if !names.is_empty() {
         if settings.is_null() {
             settings = json!({});
@@ -190,12 +188,12 @@ pub(crate) fn claim(out: &Path, header: &Header) -> Result<()> {
             return Ok(());
         }
         let differs = |name: &str, old: &Value, new: &Value| {
-            (old != new).then(|| format!("{name} was {old}, now {new}"))
+            (old != new).then(|| format!("{name} {old} there, {new} now"))
         };
         let differences: Vec<String> = [
-            differs("the model", &json!(found.model), &json!(header.model)),
-            differs("the settings", &found.settings, &header.settings),
-            differs("the number of samples", &json!(found.of), &json!(header.of)),
+            differs("model", &json!(found.model), &json!(header.model)),
+            differs("settings", &found.settings, &header.settings),
+            differs("number of samples", &json!(found.of), &json!(header.of)),
         ]
         .into_iter()
         .flatten()

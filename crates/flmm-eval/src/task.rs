@@ -6,7 +6,7 @@ use std::sync::Arc;
 use flmm::{Error, Grounder, Result};
 use flmm_data::coco::RunLengths;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::record::{Metrics, Prediction};
 
@@ -44,6 +44,12 @@ pub trait Samples: Send + Sync {
         Value::Null
     }
 
+    /// What a system is given for sample `index`, as a line of a predictions file that only lacks what it predicts: id,
+    /// picture, phrases.
+    fn template(&self, index: usize) -> Result<Value> {
+        Ok(json!({ "id": self.ids()[index] }))
+    }
+
     /// What the model says and marks for sample `index`.
     fn predict(&self, index: usize, grounder: &Grounder, rows: Rows) -> Result<Predicted>;
 
@@ -61,6 +67,12 @@ pub struct Settings {
     pub judge: Option<Arc<crate::judge::Judge>>,
     /// Visual chain of thought.
     pub cot: crate::viscot::Protocol,
+    /// RefCOCO, RefCOCO+, RefCOCOg.
+    pub res: crate::res::Protocol,
+    /// gRefCOCO.
+    pub abstention: crate::grefcoco::Abstention,
+    /// Panoptic narratives.
+    pub png: crate::png::Protocol,
 }
 
 /// Scores as the task that wrote them knows them.
@@ -86,6 +98,14 @@ pub struct Rows {
     pub coarse: bool,
     /// The better of the two K-means clusters of the attention: no training at all.
     pub kmeans: bool,
+}
+
+impl Rows {
+    /// The names of the wanted rows.
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        let all = [("kmeans", self.kmeans), ("coarse", self.coarse)];
+        all.into_iter().filter_map(|(name, wanted)| wanted.then_some(name))
+    }
 }
 
 /// A prediction, and other masks for the same phrases.

@@ -198,7 +198,11 @@ impl Grounder {
     /// Binary masks `(refined, coarse)` of every phrase at the picture's own size: logits above 0
     /// (`spec/pipeline.md` §6).
     pub fn segment(&self, observation: &Observation) -> Result<Vec<(Mask, Mask)>> {
-        let logits = self.decode(observation)?;
+        self.binarise(&self.decode(observation)?, observation)
+    }
+
+    /// As [`Grounder::segment`], from logits that are at hand.
+    pub fn binarise(&self, logits: &MaskLogits, observation: &Observation) -> Result<Vec<(Mask, Mask)>> {
         let (height, width) = observation.sam_geometry.original;
         let coarse = bilinear(&logits.coarse.unsqueeze(0)?, height, width)?.squeeze(0)?;
         Ok(binary(&logits.refined)?.into_iter().zip(binary(&coarse)?).collect())

@@ -79,6 +79,7 @@ impl DataArgs {
             data: self.data.clone().unwrap_or_default(),
             judge: self.judge.open()?,
             cot: Protocol { sam: self.cot_sam, box_scale: self.cot_box_scale },
+            ..Settings::default()
         })
     }
 }

@@ -1,5 +1,6 @@
 //! The annotation files that cover all pictures of a world.
 
+use super::groups::group_references;
 use super::records::{FIRST_STUFF, Record};
 use super::write::{Paths, write_file, write_json};
 use super::{Class, Level, Split, classes, stuff_classes};
@@ -54,6 +55,10 @@ impl Records {
             let references = self.references(dataset, keep);
             write_file(&folder.join(format!("refs({author}).p")), &pickle_references(&references)?)?;
         }
+
+        let folder = paths.coco.join("grefcoco");
+        write_json(&folder.join("instances.json"), &instances)?;
+        write_json(&folder.join("grefs(unc).json"), &group_references(self.split, &self.records))?;
 
         let (captions, masks) = self.gcg();
         write_json(&paths.gcg.join(format!("{split}_gcg_coco_caption_gt.json")), &captions)?;

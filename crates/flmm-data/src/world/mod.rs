@@ -9,6 +9,7 @@ mod catalog;
 mod dice;
 mod facts;
 mod files;
+mod groups;
 mod narrate;
 mod paint;
 mod qa;

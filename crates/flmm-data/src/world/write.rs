@@ -4,6 +4,7 @@
 //! OUT/world.json                                       settings and attribution
 //! OUT/coco/annotations/{png_coco,panoptic}_<S>2017.json, panoptic_<S>2017/*.png
 //! OUT/coco/{refcoco,refcoco+,refcocog}/{instances.json, refs(unc|umd).p}
+//! OUT/coco/grefcoco/{instances.json, grefs(unc).json}
 //! OUT/coco/{<S>2017,train2014}/*.jpg                   the same pictures under both names
 //! OUT/ReasonSeg/<S>/*.{jpg,json}
 //! OUT/GranDf/val_test/<S>_gcg_coco_{caption,mask}_gt.json, GranDf/images/*.jpg
@@ -190,6 +191,7 @@ impl Paths {
             &paths.coco.join("refcoco"),
             &paths.coco.join("refcoco+"),
             &paths.coco.join("refcocog"),
+            &paths.coco.join("grefcoco"),
             &paths.reasonseg,
             &paths.gcg,
             &paths.gcg_pictures,

@@ -1,0 +1,10 @@
+//! The harness: recorded numbers, files with faults, order and shards, and whole runs.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod end_to_end;
+mod goldens_metrics;
+mod goldens_rle;
+mod order;
+mod scoring;
+mod support;
