@@ -11,13 +11,14 @@ mod tsv;
 pub mod write;
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use flmm::Result;
-use flmm::image_input::{decode_image, read_image};
+use flmm::image_input::decode_image;
 use image::RgbImage;
 
 use crate::coco::malformed;
+use crate::images::ImageStore;
 use parquet::ParquetFile;
 use tsv::TsvFile;
 
@@ -131,18 +132,18 @@ pub enum Picture {
     /// Nowhere.
     #[default]
     Missing,
-    /// A file.
-    File(PathBuf),
+    /// A picture below the data root, which may lie in an archive ([`crate::images`]).
+    File(String),
     /// A row of a table: number of the table and of the row, both from 0.
     Row(usize, u64),
 }
 
 /// The questions of a benchmark and the way to their pictures.
-#[derive(Debug)]
 pub struct QaData {
     /// The questions, in the order of the files.
     pub questions: Vec<Question>,
     tables: Vec<Table>,
+    pictures: ImageStore,
 }
 
 /// A file with pictures inside.
@@ -189,7 +190,7 @@ impl QaData {
     /// Decodes the picture of question `index`. An error names the file, and the row of a picture inside one.
     pub fn picture(&self, index: usize) -> Result<RgbImage> {
         match self.questions.get(index).map(|question| &question.picture) {
-            Some(Picture::File(path)) => read_image(path),
+            Some(Picture::File(path)) => self.pictures.read(path),
             Some(&Picture::Row(table, row)) if table < self.tables.len() => {
                 let table = &self.tables[table];
                 decode_image(&table.picture(row)?, &format!("{}, row {}", table.path().display(), row + 1))

@@ -12,6 +12,10 @@ use super::table::Row;
 use super::tsv::TsvFile;
 use super::{Benchmark, Picture, QaData, Question, Table};
 use crate::coco::{malformed, parse_json, read_json};
+use crate::images::ImageStore;
+
+/// Pictures of COCO's validation set of 2014.
+const COCO: &str = "coco/val2014";
 
 /// Reads the questions of `benchmark` below `root`.
 pub(super) fn read(root: &Path, benchmark: Benchmark) -> Result<QaData> {
@@ -22,7 +26,8 @@ pub(super) fn read(root: &Path, benchmark: Benchmark) -> Result<QaData> {
     }
     let mut files = Vec::new();
     list(&folder, 0, &mut files)?;
-    let mut reading = Reading { folder: &folder, files, data: QaData { questions: Vec::new(), tables: Vec::new() } };
+    let data = QaData { questions: Vec::new(), tables: Vec::new(), pictures: ImageStore::open(root)? };
+    let mut reading = Reading { root, folder: &folder, files, data };
     match benchmark {
         Benchmark::Mme => {
             reading.tables(&["test", ""], mme)?;
@@ -38,13 +43,13 @@ pub(super) fn read(root: &Path, benchmark: Benchmark) -> Result<QaData> {
             Some(path) => reading.llava_bench(&path)?,
             None => reading.tables(&["train", "test", ""], llava_bench)?,
         },
-        Benchmark::Pope => reading.pope(&root.join("coco/val2014"))?,
+        Benchmark::Pope => reading.pope()?,
         Benchmark::Gqa => match reading.file("testdev_balanced_questions.json") {
             Some(path) => reading.gqa(&path)?,
             None => reading.gqa_tables()?,
         },
         Benchmark::VqaV2 => match reading.file("v2_OpenEnded_mscoco_val2014_questions.json") {
-            Some(path) => reading.vqa(&path, &root.join("coco/val2014"))?,
+            Some(path) => reading.vqa(&path)?,
             None => reading.tables(&["validation", ""], vqa)?,
         },
     }
@@ -72,6 +77,7 @@ fn list(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
 }
 
 struct Reading<'a> {
+    root: &'a Path,
     folder: &'a Path,
     files: Vec<PathBuf>,
     data: QaData,
@@ -83,6 +89,12 @@ type Make = fn(&Row) -> Result<Question>;
 impl Reading<'_> {
     fn file(&self, name: &str) -> Option<PathBuf> {
         self.files.iter().find(|path| path.file_name().is_some_and(|found| found == name)).cloned()
+    }
+
+    /// The folder with pictures beside an annotation file, relative to the data root.
+    fn images(&self, file: &Path) -> String {
+        let folder = file.strip_prefix(self.root).unwrap_or(file).with_file_name("images");
+        folder.to_string_lossy().replace('\\', "/")
     }
 
     /// Reads the Parquet or TSV files whose name begins with the first of `prefixes` that any has.
@@ -141,7 +153,7 @@ impl Reading<'_> {
         Ok(())
     }
 
-    fn pope(&mut self, pictures: &Path) -> Result<()> {
+    fn pope(&mut self) -> Result<()> {
         let sets = ["random", "popular", "adversarial"];
         let files = sets.map(|set| (set, self.file(&format!("coco_pope_{set}.json"))));
         if files.iter().all(|(_, file)| file.is_none()) {
@@ -160,7 +172,7 @@ impl Reading<'_> {
                     answers: vec![row.text("label")?],
                     category: set.to_owned(),
                     group: row.text("image")?,
-                    picture: Picture::File(pictures.join(plain_name(row, "image")?)),
+                    picture: Picture::File(format!("{COCO}/{}", plain_name(row, "image")?)),
                     ..Question::default()
                 });
                 Ok(())
@@ -171,7 +183,7 @@ impl Reading<'_> {
 
     fn gqa(&mut self, path: &Path) -> Result<()> {
         let entries: Map<String, Value> = read_json(path)?;
-        let images = path.with_file_name("images");
+        let images = self.images(path);
         for (number, (id, value)) in entries.into_iter().enumerate() {
             let row = json_row(path, number, value)?;
             let image = plain_name(&row, "imageId")?;
@@ -179,7 +191,7 @@ impl Reading<'_> {
                 id,
                 question: row.text("question")?,
                 answers: vec![row.text("answer")?],
-                picture: Picture::File(images.join(format!("{image}.jpg"))),
+                picture: Picture::File(format!("{images}/{image}.jpg")),
                 group: image,
                 ..Question::default()
             });
@@ -223,7 +235,7 @@ impl Reading<'_> {
         Ok(())
     }
 
-    fn vqa(&mut self, path: &Path, pictures: &Path) -> Result<()> {
+    fn vqa(&mut self, path: &Path) -> Result<()> {
         #[derive(Deserialize)]
         struct Questions {
             questions: Vec<Value>,
@@ -250,7 +262,7 @@ impl Reading<'_> {
                 question: row.text("question")?,
                 answers,
                 group: image.to_string(),
-                picture: Picture::File(pictures.join(format!("COCO_val2014_{image:012}.jpg"))),
+                picture: Picture::File(format!("{COCO}/COCO_val2014_{image:012}.jpg")),
                 ..Question::default()
             });
         }
@@ -258,7 +270,7 @@ impl Reading<'_> {
     }
 
     fn mm_vet(&mut self, path: &Path) -> Result<()> {
-        let images = path.with_file_name("images");
+        let images = self.images(path);
         for (number, (id, value)) in read_json::<Map<String, Value>>(path)?.into_iter().enumerate() {
             let row = json_row(path, number, value)?;
             self.data.questions.push(Question {
@@ -266,7 +278,7 @@ impl Reading<'_> {
                 question: row.text("question")?,
                 answers: vec![row.text("answer")?],
                 capabilities: row.texts("capability", "")?,
-                picture: Picture::File(images.join(plain_name(&row, "imagename")?)),
+                picture: Picture::File(format!("{images}/{}", plain_name(&row, "imagename")?)),
                 ..Question::default()
             });
         }
@@ -274,7 +286,7 @@ impl Reading<'_> {
     }
 
     fn llava_bench(&mut self, path: &Path) -> Result<()> {
-        let (images, answers_path) = (path.with_file_name("images"), path.with_file_name("answers_gpt4.jsonl"));
+        let (images, answers_path) = (self.images(path), path.with_file_name("answers_gpt4.jsonl"));
         let (mut answers, mut contexts) = (HashMap::new(), HashMap::new());
         lines(&answers_path, |row| {
             answers.insert(row.text("question_id")?, row.text("text")?);
@@ -296,7 +308,7 @@ impl Reading<'_> {
                 answers: vec![answer],
                 category: row.text("category")?,
                 context: context.ok_or_else(|| row.error(format!("no context for `{image}`"), hint))?,
-                picture: Picture::File(images.join(&image)),
+                picture: Picture::File(format!("{images}/{image}")),
                 group: image,
                 ..Question::default()
             });

@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use flmm::image_input::read_image;
 use flmm::masks::Mask;
 use flmm::{Error, Grounder, Result};
+use flmm_data::images::ImageStore;
 use flmm_data::qa::Benchmark;
 use flmm_data::viscot::{self, VisCotQuestion};
 use image::RgbImage;
@@ -127,8 +127,9 @@ impl Task for VisCot {
             let what = format!("{} holds no benchmark files", folder.display());
             return Err(Error::request(what, "put docvqa.json, textvqa.json and the others there"));
         }
+        let pictures = ImageStore::open(&settings.data)?;
         let (variant, protocol, judge) = (self.variant, settings.cot, settings.judge.clone());
-        Ok(Box::new(VisCotSamples { folder, questions, ids, variant, protocol, judge }))
+        Ok(Box::new(VisCotSamples { pictures, questions, ids, variant, protocol, judge }))
     }
 
     fn aggregate(&self, scores: &[Value]) -> Result<Aggregate> {
@@ -192,7 +193,7 @@ fn metrics(scores: &[Score]) -> Aggregate {
 }
 
 struct VisCotSamples {
-    folder: PathBuf,
+    pictures: ImageStore,
     /// With the name of their dataset.
     questions: Vec<(String, VisCotQuestion)>,
     ids: Vec<String>,
@@ -203,7 +204,7 @@ struct VisCotSamples {
 
 impl VisCotSamples {
     fn picture(&self, question: &VisCotQuestion) -> Result<RgbImage> {
-        read_image(self.folder.join(question.image.trim_start_matches('/')))
+        self.pictures.read(&format!("{FOLDER}/{}", question.image.trim_start_matches('/')))
     }
 }
 
