@@ -120,7 +120,8 @@ fn groups_come_back() {
         for (ann_id, mask) in sample.targets.iter().zip(&masks) {
             let object = &scene.objects[(ann_id % 16) as usize];
             assert_eq!(hotcoco::mask::area(mask), u64::from(object.mask.area()));
-            let referring = scene.texts.referring.iter().find(|r| r.target == (ann_id % 16) as usize).unwrap();
+            let referring =
+                scene.texts.referring.iter().find(|r| r.target == (ann_id % 16) as usize).unwrap();
             assert!(sample.text.contains(&referring.text), "{}", sample.text);
         }
     }

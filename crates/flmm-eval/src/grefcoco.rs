@@ -12,9 +12,9 @@ use flmm::grounder::Caption;
 use flmm::lmm::{GROUNDING_INSTRUCTION, Turn};
 use flmm::masks::Mask;
 use flmm::{Grounder, Result};
-use flmm_data::images::ImageStore;
 use flmm_data::coco::Segmentation;
 use flmm_data::grefcoco::{GrefCoco, GroupSample};
+use flmm_data::images::ImageStore;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 

@@ -47,8 +47,12 @@ pub fn compare(
     let (prompt, most_tokens) = samples.prompt(index);
     for &sampling in sampling {
         let answer = |phrases: Option<PhraseChoice>| -> Result<(GroundedAnswer, String)> {
-            let options =
-                AnswerOptions { max_new_tokens: most_tokens + 1, sampling, phrases, ..AnswerOptions::default() };
+            let options = AnswerOptions {
+                max_new_tokens: most_tokens + 1,
+                sampling,
+                phrases,
+                ..AnswerOptions::default()
+            };
             let mut session = grounder.start(&picture)?;
             session.turns = vec![Turn::user(&prompt)];
             let mut streamed = String::new();

@@ -1,11 +1,12 @@
 //! Predictions of any system, scored as our own are.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use flmm::{Error, Result, atomic};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::record::{Prediction, Record};
@@ -68,27 +69,28 @@ pub fn score(
     };
     let mut lines = Lines::new(samples, file)?;
     match out {
-        None => while lines.next(progress)?.is_some() {},
+        None => while lines.next(progress, &mut |_| Ok(()))? {},
         Some(out) => {
             std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
             claim(out, &header)?;
             let mut stopped = None;
-            atomic::write(out.join(format!("samples_{}.jsonl", task.name())), |target| {
+            let written = atomic::write(out.join(format!("samples_{}.jsonl", task.name())), |target| {
+                let mut keep = |record: Record| {
+                    serde_json::to_writer(&mut *target, &record)?;
+                    target.write_all(b"\n")
+                };
                 loop {
-                    match lines.next(progress) {
-                        Ok(Some(record)) => {
-                            serde_json::to_writer(&mut *target, &record)?;
-                            target.write_all(b"\n")?;
-                        }
-                        Ok(None) => return Ok(()),
+                    match lines.next(progress, &mut keep) {
+                        Ok(true) => {}
+                        Ok(false) => return Ok(()),
                         Err(error) => {
                             stopped = Some(error);
                             return Err(std::io::Error::other("stopped"));
                         }
                     }
                 }
-            })
-            .map_err(|error| stopped.take().unwrap_or(error))?;
+            });
+            written.map_err(|error| stopped.take().unwrap_or(error))?;
         }
     }
     let Lines { scores, faults, .. } = lines;
@@ -113,7 +115,10 @@ fn write_faults(path: &Path, faults: &[Fault]) -> Result<()> {
     atomic::write(path, |file| lines.iter().try_for_each(|line| writeln!(file, "{line}")))
 }
 
-/// Reads a predictions file line by line.
+/// Lines that are scored at the same time.
+const BATCH: usize = 256;
+
+/// Reads a predictions file, a batch of lines at a time.
 struct Lines<'a> {
     samples: &'a dyn Samples,
     file: &'a Path,
@@ -121,12 +126,17 @@ struct Lines<'a> {
     size: u64,
     read: u64,
     number: usize,
-    text: Vec<u8>,
     index: HashMap<&'a str, usize>,
-    /// Line on which a sample came first.
+    /// Line on which a sample was counted.
     seen: HashMap<usize, usize>,
     scores: Scores,
     faults: Vec<Fault>,
+}
+
+/// A line that is not blank.
+struct Line {
+    number: usize,
+    text: Vec<u8>,
 }
 
 impl<'a> Lines<'a> {
@@ -140,7 +150,6 @@ impl<'a> Lines<'a> {
             size,
             read: 0,
             number: 0,
-            text: Vec::new(),
             index: samples.ids().iter().enumerate().map(|(index, id)| (id.as_str(), index)).collect(),
             seen: HashMap::new(),
             scores: Scores::default(),
@@ -148,73 +157,89 @@ impl<'a> Lines<'a> {
         })
     }
 
-    /// The next line that counts; `None` at the end of the file.
-    fn next(&mut self, progress: &mut dyn FnMut(u64, u64)) -> Result<Option<Record>> {
-        loop {
-            self.text.clear();
-            let read = self.reader.read_until(b'\n', &mut self.text).map_err(|e| Error::io(self.file, e))?;
-            if read == 0 {
-                return Ok(None);
-            }
-            self.number += 1;
-            self.read += read as u64;
-            progress(self.read, self.size);
-            if self.text.iter().all(u8::is_ascii_whitespace) {
-                continue;
-            }
-            match self.record() {
-                Ok(record) => return Ok(Some(record)),
+    /// Scores the next batch of lines and gives those that count to `keep`; `false` at the end of the file.
+    fn next(
+        &mut self,
+        progress: &mut dyn FnMut(u64, u64),
+        keep: &mut dyn FnMut(Record) -> std::io::Result<()>,
+    ) -> Result<bool> {
+        let batch = self.batch()?;
+        progress(self.read, self.size);
+        let scored: Vec<_> = batch.par_iter().map(|line| self.record(line)).collect();
+        for (Line { number, .. }, scored) in batch.iter().zip(scored) {
+            let counted = scored.and_then(|(index, record)| match self.seen.insert(index, *number) {
+                None => Ok(record),
+                Some(first) => {
+                    self.seen.insert(index, first);
+                    let what = format!("the sample was already on line {first}, which counts");
+                    Err((Some(record.prediction.id), Error::request(what, "give one line per sample")))
+                }
+            });
+            match counted {
+                Ok(record) => {
+                    self.scores.add("", &record.prediction.id, record.scores.clone());
+                    keep(record).map_err(|e| Error::io(self.file, e))?;
+                }
                 Err((id, error)) => self.faults.push(Fault {
-                    line: self.number,
+                    line: *number,
                     id,
                     what: error.to_string(),
                     hint: error.hint().unwrap_or("check the line").to_owned(),
                 }),
             }
         }
+        Ok(!batch.is_empty())
     }
 
-    fn record(&mut self) -> Result<Record, (Option<String>, Error)> {
-        let prediction: Prediction = serde_json::from_slice(&self.text)
-            .map_err(|error| (id_in(&self.text), self.not_a_line(&error)))?;
-        let id = prediction.id.clone();
-        self.counted(prediction).map_err(|error| (Some(id), error))
+    fn batch(&mut self) -> Result<Vec<Line>> {
+        let mut batch = Vec::new();
+        while batch.len() < BATCH {
+            let mut text = Vec::new();
+            let read = self.reader.read_until(b'\n', &mut text).map_err(|e| Error::io(self.file, e))?;
+            if read == 0 {
+                break;
+            }
+            self.number += 1;
+            self.read += read as u64;
+            if !text.iter().all(u8::is_ascii_whitespace) {
+                batch.push(Line { number: self.number, text });
+            }
+        }
+        Ok(batch)
     }
 
-    fn counted(&mut self, prediction: Prediction) -> Result<Record> {
-        let Some(&index) = self.index.get(prediction.id.as_str()) else {
+    /// The sample of a line, and the line with its scores; else the id as far as it can be told.
+    fn record(&self, line: &Line) -> Result<(usize, Record), (Option<String>, Error)> {
+        let prediction: Prediction = serde_json::from_slice(&line.text)
+            .map_err(|error| (id_in(&line.text), not_a_line(&line.text, &error)))?;
+        let scored = self.index.get(prediction.id.as_str()).copied().ok_or_else(|| {
             let example = self.samples.ids().first().map_or("", String::as_str);
-            return Err(Error::request(
+            Error::request(
                 format!("the data has no sample `{}`", prediction.id),
                 format!("ids look like `{example}`: see docs/evaluation.md, and check task and --data"),
-            ));
-        };
-        if let Some(first) = self.seen.get(&index) {
-            return Err(Error::request(
-                format!("the sample was already on line {first}, which counts"),
-                "give one line per sample",
-            ));
+            )
+        });
+        let scored = scored.and_then(|index| Ok((index, self.samples.score(index, &prediction)?)));
+        match scored {
+            Ok((index, scores)) => Ok((index, Record { prediction, scores, rows: BTreeMap::new() })),
+            Err(error) => Err((Some(prediction.id), error)),
         }
-        let scores = self.samples.score(index, &prediction)?;
-        self.seen.insert(index, self.number);
-        self.scores.add("", &prediction.id, scores.clone());
-        Ok(Record { prediction, scores, rows: Default::default() })
     }
+}
 
-    fn not_a_line(&self, error: &serde_json::Error) -> Error {
-        let has = |word: &[u8]| self.text.windows(word.len()).any(|window| window == word);
-        let torn = self.read == self.size && self.text.last() != Some(&b'\n') && error.is_eof();
-        let (what, hint) = if torn {
-            ("the line is torn off".to_owned(), "the file was not written to its end")
-        } else if error.is_syntax() && (has(b"NaN") || has(b"Infinity")) {
-            (format!("not JSON: {error}"), "NaN and Infinity are not JSON numbers: leave the field out")
-        } else if error.is_data() {
-            (format!("not a prediction: {error}"), "docs/evaluation.md has the format")
-        } else {
-            (format!("not JSON: {error}"), "expected one JSON object per line")
-        };
-        Error::request(what.replace(" at line 1 column", ", column"), hint)
-    }
+/// Why a line cannot be read.
+fn not_a_line(text: &[u8], error: &serde_json::Error) -> Error {
+    let has = |word: &[u8]| text.windows(word.len()).any(|window| window == word);
+    let (what, hint) = if text.last() != Some(&b'\n') && error.is_eof() {
+        ("the line is torn off".to_owned(), "the file was not written to its end")
+    } else if error.is_syntax() && (has(b"NaN") || has(b"Infinity")) {
+        (format!("not JSON: {error}"), "NaN and Infinity are not JSON numbers: leave the field out")
+    } else if error.is_data() {
+        (format!("not a prediction: {error}"), "docs/evaluation.md has the format")
+    } else {
+        (format!("not JSON: {error}"), "expected one JSON object per line")
+    };
+    Error::request(what.replace(" at line 1 column", ", column"), hint)
 }
 
 /// The value of `"id"` in a line that is not valid as a whole.

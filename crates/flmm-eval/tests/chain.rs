@@ -83,7 +83,11 @@ fn every_variant_runs_on_every_model() {
                 let chain = ask(&grounder, variant, protocol);
                 let [x0, y0, x1, y1] = chain.box_in_image;
                 assert!(x0 <= x1 && x1 <= whole[2] && y0 <= y1 && y1 <= whole[3], "{name}: {chain:?}");
-                assert_eq!(chain.thought.is_empty(), variant == Variant::V2 || chain.mask.is_none(), "{name}");
+                assert_eq!(
+                    chain.thought.is_empty(),
+                    variant == Variant::V2 || chain.mask.is_none(),
+                    "{name}"
+                );
                 if let Some(mask) = &chain.mask {
                     assert_eq!([mask.width() as u32, mask.height() as u32], whole[2..], "{name}");
                 }
@@ -100,7 +104,8 @@ fn the_question_is_grounded_behind_the_wrapper() {
         let grounder = grounder(&model).unwrap();
         let lmm: &dyn Lmm = grounder.lmm();
         let ids = flmm_eval::viscot::chain::wrapped(lmm, "What is on the left?").unwrap();
-        let full = lmm.prompt(&[flmm::lmm::Turn::user("What is on the left?"), flmm::lmm::Turn::opening("")], 1);
+        let full =
+            lmm.prompt(&[flmm::lmm::Turn::user("What is on the left?"), flmm::lmm::Turn::opening("")], 1);
         let full = full.unwrap();
         assert_eq!(ids.iter().filter(|&&id| id == lmm.image_token()).count(), 1, "{}", model.display());
         assert_eq!(full[..ids.len()], ids, "{}", model.display());

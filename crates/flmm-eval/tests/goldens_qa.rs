@@ -248,9 +248,8 @@ fn goldens_mmbench() -> TestResult {
     let mut copies = Vec::new();
     assert_eq!(case.rows.len(), case.rule_extraction.len());
     for (row, extracted) in case.rows.iter().zip(&case.rule_extraction) {
-        let options = ('A'..='E').filter_map(|letter| {
-            Some((letter, row.others.get(&letter.to_string())?.as_str()?.to_owned()))
-        });
+        let options = ('A'..='E')
+            .filter_map(|letter| Some((letter, row.others.get(&letter.to_string())?.as_str()?.to_owned())));
         let options: Vec<(char, String)> = options.collect();
         let read = choice::infer(&row.prediction, &options);
         assert_eq!(read, *extracted, "{:?}", row.prediction);
@@ -340,7 +339,10 @@ fn goldens_viscot_entries() -> TestResult {
     assert_eq!(questions.len(), cases.len());
     for (found, case) in questions.iter().zip(&cases) {
         assert_eq!(found.question, case.question);
-        assert_eq!((found.box_in_image, &found.image, &found.answer), (case.gt_box, &case.image, &case.answer));
+        assert_eq!(
+            (found.box_in_image, &found.image, &found.answer),
+            (case.gt_box, &case.image, &case.answer)
+        );
     }
     Ok(())
 }

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use fake::{Act, FakeJudge};
 use flmm_eval::judge::{Judge, JudgeSettings, Role};
 
-const VALUES: [(&str, &str); 3] = [("question", "What {answer}?"), ("reference", "a dog"), ("answer", "a cat")];
+const VALUES: [(&str, &str); 3] =
+    [("question", "What {answer}?"), ("reference", "a dog"), ("answer", "a cat")];
 
 fn settings(server: &FakeJudge) -> JudgeSettings {
     JudgeSettings {

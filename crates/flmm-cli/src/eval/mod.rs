@@ -4,6 +4,7 @@ mod identity;
 mod judge;
 mod merge;
 mod run;
+mod samples;
 mod score;
 mod tasks;
 
@@ -11,8 +12,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use flmm_eval::results::Results;
-use flmm_eval::viscot::Protocol;
-use flmm_eval::{Settings, Task};
+use flmm_eval::{Settings, Task, grefcoco, png, res, viscot};
 
 use crate::failure::{Failure, Result};
 use crate::talk::Talk;
@@ -31,6 +31,8 @@ pub(crate) struct EvalArgs {
 enum Eval {
     /// Score predictions of any system; no model is needed.
     Score(score::ScoreArgs),
+    /// Print the samples of a task as lines that only lack what a system predicts.
+    Samples(samples::SamplesArgs),
     /// Make results.json and results.md anew from the samples files of a run, all shards together.
     Merge(merge::MergeArgs),
     /// Show that answers are the same with grounding on and off; the first that is not is printed, with exit status 1.
@@ -43,6 +45,7 @@ pub(crate) fn run(args: &EvalArgs, talk: &Talk) -> Result<()> {
     match &args.what {
         None => run::run(&args.run, talk),
         Some(Eval::Score(args)) => score::run(args, talk),
+        Some(Eval::Samples(args)) => samples::run(args, talk),
         Some(Eval::Merge(args)) => merge::run(args, talk),
         Some(Eval::Identity(args)) => identity::run(args, talk),
         Some(Eval::Tasks(args)) => tasks::run(args, talk),
@@ -56,6 +59,18 @@ struct DataArgs {
     /// Data root, laid out as `flmm eval tasks` lists it.
     #[arg(long, value_name = "DIR", required = true)]
     data: Option<PathBuf>,
+    /// RefCOCO, RefCOCO+, RefCOCOg: one pass per object instead of one per picture.
+    #[arg(long)]
+    split_objects: bool,
+    /// RefCOCO, RefCOCO+, RefCOCOg: score every expression of an object, not only its first one.
+    #[arg(long)]
+    all_sentences: bool,
+    /// gRefCOCO: masks whose score is below S count as "not in the picture" [default: only empty masks do].
+    #[arg(long, value_name = "S")]
+    abstain_below: Option<f64>,
+    /// PNG: as the reference, put a random other narrative in the place of each without a grounded phrase.
+    #[arg(long, value_name = "SEED")]
+    replace_empty: Option<u64>,
     /// Visual chain of thought: refine masks with SAM before their boxes are taken.
     #[arg(long)]
     cot_sam: bool,
@@ -77,9 +92,11 @@ impl DataArgs {
     fn settings(&self) -> Result<Settings> {
         Ok(Settings {
             data: self.data.clone().unwrap_or_default(),
+            res: res::Protocol { split: self.split_objects, all_sentences: self.all_sentences },
+            abstention: grefcoco::Abstention { below: self.abstain_below },
+            png: png::Protocol { replace_empty: self.replace_empty },
             judge: self.judge.open()?,
-            cot: Protocol { sam: self.cot_sam, box_scale: self.cot_box_scale },
-            ..Settings::default()
+            cot: viscot::Protocol { sam: self.cot_sam, box_scale: self.cot_box_scale },
         })
     }
 }

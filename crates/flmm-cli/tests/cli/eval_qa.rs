@@ -40,7 +40,8 @@ fn judge() -> String {
                 () => "score: 0.5",
             };
             let text = format!(r#"{{"choices":[{{"message":{{"content":"{said}"}}}}]}}"#);
-            let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", text.len());
+            let head =
+                format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", text.len());
             let _ = reader.into_inner().write_all((head + &text).as_bytes());
         }
     });
@@ -70,10 +71,12 @@ fn every_benchmark_runs_on_a_world() {
 
     // The answers are judged without the model.
     let url = judge();
-    for (task, metric, score) in [("viscot", "world", 50.0), ("mmvet", "score", 25.0), ("llavabench", "score", 75.0)]
+    for (task, metric, score) in
+        [("viscot", "world", 50.0), ("mmvet", "score", 25.0), ("llavabench", "score", 75.0)]
     {
         let samples = format!("run/samples_{task}.jsonl");
-        let args = ["eval", "score", "--task", task, "--predictions", &samples, "--data", "w", "--out", "judged"];
+        let args =
+            ["eval", "score", "--task", task, "--predictions", &samples, "--data", "w", "--out", "judged"];
         let more = ["--judge-url", &url, "--judge-model", "wise", "--judge-cache", "cache"];
         place.run(&[&args[..], &more].concat()).ok();
         assert_eq!(results(&place, "judged")["tasks"][task]["metrics"][metric], score, "{task}");

@@ -14,6 +14,10 @@ fn help_texts() {
     for what in ["lmms", "model", "attention"] {
         assert_snapshot!(format!("help_inspect_{what}"), place.run(&["inspect", what, "--help"]).ok());
     }
+    assert_snapshot!("help_eval", place.run(&["eval", "--help"]).ok());
+    for what in ["score", "samples", "merge", "tasks", "identity"] {
+        assert_snapshot!(format!("help_eval_{what}"), place.run(&["eval", what, "--help"]).ok());
+    }
     for what in ["head", "sam"] {
         assert_snapshot!(format!("help_convert_{what}"), place.run(&["convert", what, "--help"]).ok());
     }

@@ -146,6 +146,15 @@ pub struct QaData {
     pictures: ImageStore,
 }
 
+impl std::fmt::Debug for QaData {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("QaData")
+            .field("questions", &self.questions.len())
+            .field("tables", &self.tables)
+            .finish()
+    }
+}
+
 /// A file with pictures inside.
 #[derive(Debug)]
 enum Table {
@@ -184,6 +193,19 @@ impl QaData {
         match data.questions.is_empty() {
             false => Ok(data),
             true => Err(malformed(&root.join(benchmark.folder()), "holds no questions", benchmark.source())),
+        }
+    }
+
+    /// The picture of question `index` by name: its path below the data root, or its table and row, counted from 1.
+    pub fn picture_name(&self, index: usize) -> String {
+        match self.questions.get(index).map(|question| &question.picture) {
+            Some(Picture::File(path)) => path.clone(),
+            Some(&Picture::Row(table, row)) => {
+                let path = self.tables.get(table).map_or(Path::new(""), Table::path);
+                let path = path.strip_prefix(self.pictures.root()).unwrap_or(path);
+                format!("{}#{}", path.display(), row + 1)
+            }
+            Some(Picture::Missing) | None => String::new(),
         }
     }
 

@@ -48,11 +48,7 @@ impl std::fmt::Debug for ParquetFile {
 impl ParquetFile {
     /// Opens `path` and hands every row to `visit`, with pictures as rows of table number `table`. Columns with
     /// pictures, and those of kinds that no benchmark uses, are not read.
-    pub(super) fn read(
-        path: &Path,
-        table: usize,
-        visit: &mut dyn FnMut(&Row) -> Result<()>,
-    ) -> Result<Self> {
+    pub(super) fn read(path: &Path, table: usize, visit: &mut dyn FnMut(&Row) -> Result<()>) -> Result<Self> {
         let file = File::open(path).map_err(|error| Error::io(path, error))?;
         let reader = SerializedFileReader::new(file).map_err(|error| broken(path, &error))?;
         let root = reader.metadata().file_metadata().schema_descr().root_schema();
@@ -60,9 +56,11 @@ impl ParquetFile {
         let pictures = columns.iter().find(|column| is_picture(column));
         let select = |columns: Vec<TypePtr>| {
             let root = Type::group_type_builder(root.name()).with_fields(columns).build();
-            root.map(|root| Arc::new(SchemaDescriptor::new(Arc::new(root)))).map_err(|error| broken(path, &error))
+            root.map(|root| Arc::new(SchemaDescriptor::new(Arc::new(root))))
+                .map_err(|error| broken(path, &error))
         };
-        let texts = columns.iter().filter(|column| !is_picture(column) && is_plain(column)).cloned().collect();
+        let texts =
+            columns.iter().filter(|column| !is_picture(column) && is_plain(column)).cloned().collect();
         let texts = select(texts)?;
         let pictures = pictures.map(|column| select(vec![column.clone()])).transpose()?;
         let file = Self { path: path.to_owned(), reader, pictures, cursor: Mutex::default() };
@@ -114,7 +112,11 @@ impl ParquetFile {
                 *cursor = Some(at);
                 let bytes = fields.into_columns().into_iter().find_map(|(_, field)| bytes_of(field));
                 return bytes.ok_or_else(|| {
-                    malformed(&self.path, format!("row {}: the picture is empty", row + 1), "download the file again")
+                    malformed(
+                        &self.path,
+                        format!("row {}: the picture is empty", row + 1),
+                        "download the file again",
+                    )
                 });
             }
         }
@@ -136,7 +138,11 @@ impl ParquetFile {
     }
 
     fn no_row(&self, row: u64) -> Error {
-        malformed(&self.path, format!("has no picture in row {}", row + 1), "the file changed while it was read")
+        malformed(
+            &self.path,
+            format!("has no picture in row {}", row + 1),
+            "the file changed while it was read",
+        )
     }
 }
 
@@ -152,7 +158,9 @@ fn broken(path: &Path, error: &ParquetError) -> Error {
 fn is_picture(column: &Type) -> bool {
     match column.is_group() {
         true => column.get_fields().iter().any(|field| field.name() == BYTES && !field.is_group()),
-        false => column.get_physical_type() == Physical::BYTE_ARRAY && !is_text(column) && column.name() == "image",
+        false => {
+            column.get_physical_type() == Physical::BYTE_ARRAY && !is_text(column) && column.name() == "image"
+        }
     }
 }
 
@@ -188,7 +196,9 @@ fn is_plain(column: &Type) -> bool {
 fn bytes_of(field: Field) -> Option<Vec<u8>> {
     match field {
         Field::Bytes(bytes) => Some(bytes.data().to_vec()),
-        Field::Group(row) => row.into_columns().into_iter().find(|(name, _)| name == BYTES).and_then(|(_, f)| bytes_of(f)),
+        Field::Group(row) => {
+            row.into_columns().into_iter().find(|(name, _)| name == BYTES).and_then(|(_, f)| bytes_of(f))
+        }
         _ => None,
     }
     .filter(|bytes| !bytes.is_empty())

@@ -102,7 +102,8 @@ impl Reading<'_> {
         // The data set of MMBench holds other languages beside English.
         let foreign = |path: &Path| path.iter().any(|part| part == "cn" || part == "cc");
         let table = |path: &&PathBuf| extension(path, "parquet") || extension(path, "tsv");
-        let tables: Vec<PathBuf> = self.files.iter().filter(table).filter(|path| !foreign(path)).cloned().collect();
+        let tables: Vec<PathBuf> =
+            self.files.iter().filter(table).filter(|path| !foreign(path)).cloned().collect();
         let begins = |path: &Path, prefix: &str| {
             path.file_name().is_some_and(|name| name.to_string_lossy().to_lowercase().starts_with(prefix))
         };
@@ -205,7 +206,8 @@ impl Reading<'_> {
             let parquet = self.files.iter().filter(|path| extension(path, "parquet"));
             parquet.filter(|path| path.iter().any(|p| p == part)).cloned().collect()
         };
-        let (texts, images) = (in_folder("testdev_balanced_instructions"), in_folder("testdev_balanced_images"));
+        let (texts, images) =
+            (in_folder("testdev_balanced_instructions"), in_folder("testdev_balanced_images"));
         let mut pictures = HashMap::new();
         for path in images {
             self.rows(&path, &mut |row| {
@@ -218,7 +220,10 @@ impl Reading<'_> {
             self.rows(&path, &mut |row| {
                 let image = row.text("imageId")?;
                 let picture = pictures.get(&image).cloned().ok_or_else(|| {
-                    row.error(format!("no picture `{image}`"), "put testdev_balanced_images/ beside the questions")
+                    row.error(
+                        format!("no picture `{image}`"),
+                        "put testdev_balanced_images/ beside the questions",
+                    )
                 })?;
                 made.push(Question {
                     id: row.text("id")?,
@@ -246,7 +251,9 @@ impl Reading<'_> {
         }
         let annotations_path = path.with_file_name("v2_mscoco_val2014_annotations.json");
         let mut answers = HashMap::new();
-        for (number, value) in read_json::<Annotations>(&annotations_path)?.annotations.into_iter().enumerate() {
+        for (number, value) in
+            read_json::<Annotations>(&annotations_path)?.annotations.into_iter().enumerate()
+        {
             let row = json_row(&annotations_path, number, value)?;
             answers.insert(row.number("question_id")?, row.texts("answers", "answer")?);
         }
@@ -300,7 +307,8 @@ impl Reading<'_> {
             let (id, image) = (row.text("question_id")?, plain_name(row, "image")?);
             let hint = "all three files must be of the same release";
             let answer = answers.remove(&id);
-            let answer = answer.ok_or_else(|| row.error(format!("question {id} has no reference answer"), hint))?;
+            let answer =
+                answer.ok_or_else(|| row.error(format!("question {id} has no reference answer"), hint))?;
             let context = contexts.get(&image).cloned();
             self.data.questions.push(Question {
                 id,
@@ -337,7 +345,9 @@ fn mmbench(row: &Row) -> Result<Question> {
     })?;
     let answer = answer.trim().to_owned();
     if !options.iter().any(|(letter, _)| answer == letter.to_string()) {
-        return Err(row.error(format!("answer {answer:?} is none of the options"), "compare with the published file"));
+        return Err(
+            row.error(format!("answer {answer:?} is none of the options"), "compare with the published file")
+        );
     }
     let l2 = row.optional_text("l2-category")?;
     Ok(Question {
@@ -347,7 +357,9 @@ fn mmbench(row: &Row) -> Result<Question> {
         options,
         answers: vec![answer],
         category: row.optional_text("category")?.unwrap_or_default(),
-        l2_category: l2.map_or_else(|| row.optional_text("L2-category"), |l2| Ok(Some(l2)))?.unwrap_or_default(),
+        l2_category: l2
+            .map_or_else(|| row.optional_text("L2-category"), |l2| Ok(Some(l2)))?
+            .unwrap_or_default(),
         group: (index % 1_000_000).to_string(),
         picture: row.picture()?,
         ..Question::default()
@@ -416,7 +428,7 @@ fn llava_bench(row: &Row) -> Result<Question> {
         question: row.text("question")?,
         answers: vec![row.text("gpt_answer")?],
         category: row.text("category")?,
-        context: row.text("caption")?,
+        context: row.texts_or_text("caption")?,
         picture: row.picture()?,
         ..Question::default()
     })
@@ -431,16 +443,18 @@ fn plain_name(row: &Row, cell: &str) -> Result<String> {
     let name = row.text(cell)?;
     match name.contains(['/', '\\']) || name == ".." {
         false => Ok(name),
-        true => Err(row.error(format!("`{cell}` is {name:?}, expected a file name"), "compare with the published file")),
+        true => Err(row
+            .error(format!("`{cell}` is {name:?}, expected a file name"), "compare with the published file")),
     }
 }
 
 fn json_row(file: &Path, number: usize, value: Value) -> Result<Row<'_>> {
-    let mut row =
-        Row { file, number: number as u64 + 1, cells: Map::new(), picture: Picture::Missing };
+    let mut row = Row { file, number: number as u64 + 1, cells: Map::new(), picture: Picture::Missing };
     match value {
         Value::Object(cells) => row.cells = cells,
-        other => return Err(row.error(format!("{other} is not an object"), "compare with the published file")),
+        other => {
+            return Err(row.error(format!("{other} is not an object"), "compare with the published file"));
+        }
     }
     Ok(row)
 }

@@ -51,7 +51,8 @@ impl Row<'_> {
             Some(Value::String(text)) => Ok(Some(text.clone())),
             Some(Value::Number(number)) => Ok(Some(number.to_string())),
             Some(other) => {
-                Err(self.error(format!("`{name}` is {other}, expected text"), "compare with the published file"))
+                Err(self
+                    .error(format!("`{name}` is {other}, expected text"), "compare with the published file"))
             }
         }
     }
@@ -61,16 +62,21 @@ impl Row<'_> {
         let text = self.text(name)?;
         // Tables that went through floating point write 12 as 12.0.
         text.trim().trim_end_matches(".0").parse().map_err(|_| {
-            self.error(format!("`{name}` is {text:?}, expected a whole number"), "compare with the published file")
+            self.error(
+                format!("`{name}` is {text:?}, expected a whole number"),
+                "compare with the published file",
+            )
         })
     }
 
     /// A cell as a list of texts: of text, of objects with the text under `key`, or one text with commas between.
     pub(super) fn texts(&self, name: &str, key: &str) -> Result<Vec<String>> {
-        let wrong = || self.error(format!("`{name}` is not a list of texts"), "compare with the published file");
+        let wrong =
+            || self.error(format!("`{name}` is not a list of texts"), "compare with the published file");
         match self.cell(name).ok_or_else(|| self.missing(name))? {
             Value::Array(items) => {
-                let text = |item: &Value| item.as_str().or_else(|| item.get(key)?.as_str()).map(str::to_owned);
+                let text =
+                    |item: &Value| item.as_str().or_else(|| item.get(key)?.as_str()).map(str::to_owned);
                 items.iter().map(|item| text(item).ok_or_else(wrong)).collect()
             }
             Value::String(text) => Ok(text.split(',').map(|part| part.trim().to_owned()).collect()),
@@ -78,10 +84,20 @@ impl Row<'_> {
         }
     }
 
+    /// A cell as text; of a list of texts, one per line.
+    pub(super) fn texts_or_text(&self, name: &str) -> Result<String> {
+        match self.cell(name) {
+            Some(Value::Array(_)) => Ok(self.texts(name, "")?.join("\n")),
+            _ => self.text(name),
+        }
+    }
+
     /// The picture inside the row. An error if there is none.
     pub(super) fn picture(&self) -> Result<Picture> {
         match &self.picture {
-            Picture::Missing => Err(self.error("no picture", "this reader needs a file with a column `image`")),
+            Picture::Missing => {
+                Err(self.error("no picture", "this reader needs a file with a column `image`"))
+            }
             picture => Ok(picture.clone()),
         }
     }

@@ -32,17 +32,17 @@ pub(super) struct TsvFile {
 
 impl TsvFile {
     /// Opens `path` and hands every row to `visit`, with pictures as rows of table number `table`.
-    pub(super) fn read(
-        path: &Path,
-        table: usize,
-        visit: &mut dyn FnMut(&Row) -> Result<()>,
-    ) -> Result<Self> {
+    pub(super) fn read(path: &Path, table: usize, visit: &mut dyn FnMut(&Row) -> Result<()>) -> Result<Self> {
         let file = File::open(path).map_err(|error| Error::io(path, error))?;
         let mut reader = ReaderBuilder::new().delimiter(b'\t').from_reader(file);
         let names: Vec<String> =
             reader.headers().map_err(|error| broken(path, &error))?.iter().map(str::to_owned).collect();
         let column = names.iter().position(|name| name == COLUMN).ok_or_else(|| {
-            malformed(path, format!("no column `{COLUMN}`; there are {}", names.join(", ")), "a TSV file with a header")
+            malformed(
+                path,
+                format!("no column `{COLUMN}`; there are {}", names.join(", ")),
+                "a TSV file with a header",
+            )
         })?;
         let mut places: Vec<Position> = Vec::new();
         let mut by_index: HashMap<String, Position> = HashMap::new();
@@ -59,7 +59,9 @@ impl TsvFile {
             let row = Row { file: path, number, cells, picture: Picture::Row(table, number - 1) };
             let place = match picture.len() {
                 0..=LONGEST_REFERENCE => by_index.get(picture.trim()).cloned().ok_or_else(|| {
-                    let what = format!("`{COLUMN}` is {picture:?}: neither a picture in base64 nor an earlier index");
+                    let what = format!(
+                        "`{COLUMN}` is {picture:?}: neither a picture in base64 nor an earlier index"
+                    );
                     row.error(what, "download the file again")
                 })?,
                 _ => place,
@@ -79,9 +81,10 @@ impl TsvFile {
 
     /// The bytes of the picture in `row`, counted from 0.
     pub(super) fn picture(&self, row: u64) -> Result<Vec<u8>> {
-        let place = usize::try_from(row).ok().and_then(|row| self.places.get(row)).cloned().ok_or_else(|| {
-            malformed(&self.path, format!("has no row {}", row + 1), "the file changed while it was read")
-        })?;
+        let place =
+            usize::try_from(row).ok().and_then(|row| self.places.get(row)).cloned().ok_or_else(|| {
+                malformed(&self.path, format!("has no row {}", row + 1), "the file changed while it was read")
+            })?;
         let mut record = StringRecord::new();
         {
             let mut reader = self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -70,7 +70,9 @@ impl Column {
         &self,
         from: usize,
         to: usize,
-        next: &mut dyn FnMut(&mut dyn FnMut(&mut SerializedColumnWriter) -> Result<(), ParquetError>) -> Result<(), ParquetError>,
+        next: &mut dyn FnMut(
+            &mut dyn FnMut(&mut SerializedColumnWriter) -> Result<(), ParquetError>,
+        ) -> Result<(), ParquetError>,
     ) -> Result<(), ParquetError> {
         let mut bytes = |values: &[ByteArray], definition: &[i16], repetition: Option<&[i16]>| {
             next(&mut |leaf| {
@@ -116,7 +118,8 @@ impl Column {
 /// A Parquet table, snappy-compressed, in groups of `rows_per_group` rows. All columns must have the same length.
 pub fn parquet(columns: &[(&str, Column)], rows_per_group: usize) -> Result<Vec<u8>> {
     let write = || -> Result<Vec<u8>, ParquetError> {
-        let fields = columns.iter().map(|(name, column)| column.schema(name)).collect::<Result<Vec<_>, _>>()?;
+        let fields =
+            columns.iter().map(|(name, column)| column.schema(name)).collect::<Result<Vec<_>, _>>()?;
         let schema = Arc::new(Type::group_type_builder("schema").with_fields(fields).build()?);
         let properties = WriterProperties::builder()
             .set_compression(Compression::SNAPPY)

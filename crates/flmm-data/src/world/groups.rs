@@ -16,7 +16,9 @@ pub(super) fn group_references(split: Split, records: &[Record]) -> Vec<GroupRef
             other => other.name(),
         };
         let id = |object: usize| record.instances[object].id as i64;
-        let first = |at: usize| record.references.get(at).and_then(|(object, texts)| Some((id(*object), texts.first()?)));
+        let first = |at: usize| {
+            record.references.get(at).and_then(|(object, texts)| Some((id(*object), texts.first()?)))
+        };
         let mut add = |text: String, ids: Vec<i64>| {
             all.push(GroupReference {
                 ref_id: all.len() as u64,
@@ -44,7 +46,8 @@ pub(super) fn group_references(split: Split, records: &[Record]) -> Vec<GroupRef
 fn absent(number: usize, records: &[Record]) -> Option<String> {
     let shown = |category: u64| records[number].instances.iter().any(|shown| shown.category_id == category);
     records.iter().cycle().skip(number + 1).take(LOOK_AHEAD.min(records.len())).find_map(|other| {
-        let reference = other.references.iter().find(|(object, _)| !shown(other.instances[*object].category_id));
+        let reference =
+            other.references.iter().find(|(object, _)| !shown(other.instances[*object].category_id));
         reference?.1.first().cloned()
     })
 }

@@ -19,7 +19,16 @@ const YES_NO: &str = " Please answer yes or no.";
 /// Writes `OUT/qa/*` for `records`; pictures that the formats refer to by name must be in `OUT/coco/val2014`.
 pub(super) fn write(root: &Path, level: Level, records: &[Record]) -> Result<()> {
     let folder = root.join("qa");
-    for name in ["pope", "mme/data", "gqa/images", "vqav2", "ai2d/data", "mmbench", "mmvet/images", "llavabench/images"] {
+    for name in [
+        "pope",
+        "mme/data",
+        "gqa/images",
+        "vqav2",
+        "ai2d/data",
+        "mmbench",
+        "mmvet/images",
+        "llavabench/images",
+    ] {
         make_folder(&folder.join(name))?;
     }
     pope(&folder.join("pope"), records)?;
@@ -136,7 +145,8 @@ fn vqa(folder: &Path, records: &[Record]) -> Result<()> {
     for (record, question) in of_kinds(records, &[Kind::Exist, Kind::Count, Kind::Colour]) {
         let Some(answer) = short(question) else { continue };
         let id = record.image_id * 1000 + questions.len() as u64;
-        questions.push(json!({ "image_id": record.image_id, "question": question.question, "question_id": id }));
+        questions
+            .push(json!({ "image_id": record.image_id, "question": question.question, "question_id": id }));
         let answers: Vec<Value> = (1..=10)
             .map(|n| json!({ "answer": answer, "answer_confidence": "yes", "answer_id": n }))
             .collect();
@@ -147,18 +157,27 @@ fn vqa(folder: &Path, records: &[Record]) -> Result<()> {
             "answers": answers,
         }));
     }
-    write_json(&folder.join("v2_OpenEnded_mscoco_val2014_questions.json"), &json!({ "questions": questions }))?;
+    write_json(
+        &folder.join("v2_OpenEnded_mscoco_val2014_questions.json"),
+        &json!({ "questions": questions }),
+    )?;
     write_json(&folder.join("v2_mscoco_val2014_annotations.json"), &json!({ "annotations": annotations }))
 }
 
 /// The right option and others from classes that are not in the picture; which place the right one has.
-fn options(level: Level, record: &Record, question: &Question, number: usize) -> Option<(Vec<String>, usize)> {
+fn options(
+    level: Level,
+    record: &Record,
+    question: &Question,
+    number: usize,
+) -> Option<(Vec<String>, usize)> {
     let right = short(question)?;
     let present = |class: usize| record.instances.iter().any(|object| object.category_id == class as u64 + 1);
     let count = classes(level).len();
     // Another run of classes for every question.
     let others = (0..count).map(|step| (number * 7 + step) % count).filter(|&class| !present(class));
-    let mut options: Vec<String> = others.take(OPTIONS - 1).map(|class| classes(level)[class].name.to_owned()).collect();
+    let mut options: Vec<String> =
+        others.take(OPTIONS - 1).map(|class| classes(level)[class].name.to_owned()).collect();
     let place = number % (options.len() + 1);
     options.insert(place, right);
     Some((options, place))
@@ -185,16 +204,32 @@ fn ai2d(folder: &Path, level: Level, records: &[Record]) -> Result<()> {
 
 /// A TSV with every item in all rotations of its options.
 fn mmbench(folder: &Path, level: Level, records: &[Record]) -> Result<()> {
-    let header =
-        ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "l2-category", "split"];
+    let header = [
+        "index",
+        "question",
+        "hint",
+        "A",
+        "B",
+        "C",
+        "D",
+        "answer",
+        "category",
+        "image",
+        "l2-category",
+        "split",
+    ];
     let mut rows = Vec::new();
     for (number, (record, question)) in of_kinds(records, &[Kind::WhatIn]).enumerate() {
         let Some((options, place)) = options(level, record, question, number) else { continue };
         for rotation in 0..options.len() {
             let at = |slot: usize| options.get((slot + rotation) % options.len());
             let slot = (place + options.len() - rotation) % options.len();
-            let mut row = vec![(rotation * 1_000_000 + number).to_string(), question.question.clone(), String::new()];
-            row.extend((0..OPTIONS).map(|slot| at(slot).filter(|_| slot < options.len()).cloned().unwrap_or_default()));
+            let mut row =
+                vec![(rotation * 1_000_000 + number).to_string(), question.question.clone(), String::new()];
+            row.extend(
+                (0..OPTIONS)
+                    .map(|slot| at(slot).filter(|_| slot < options.len()).cloned().unwrap_or_default()),
+            );
             row.push(char::from(b'A' + slot as u8).to_string());
             // Copies name the item whose picture they share.
             let image = if rotation == 0 { base64(&record.jpeg) } else { number.to_string() };
@@ -209,7 +244,8 @@ fn mm_vet(folder: &Path, records: &[Record]) -> Result<()> {
     let mut entries = Map::new();
     for (record, question) in of_kinds(records, &[Kind::Reason, Kind::Where]) {
         write_file(&folder.join("images").join(record.picture_name()), &record.jpeg)?;
-        let capability: &[&str] = if question.kind == Kind::Reason { &["rec", "know"] } else { &["rec", "spat"] };
+        let capability: &[&str] =
+            if question.kind == Kind::Reason { &["rec", "know"] } else { &["rec", "spat"] };
         let entry = json!({
             "imagename": record.picture_name(),
             "question": question.question,

@@ -75,7 +75,10 @@ pub struct Judge {
 impl std::fmt::Debug for Judge {
     /// Without the key.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Judge").field("endpoint", &self.endpoint).field("model", &self.settings.model).finish()
+        f.debug_struct("Judge")
+            .field("endpoint", &self.endpoint)
+            .field("model", &self.settings.model)
+            .finish()
     }
 }
 
@@ -120,7 +123,8 @@ impl Judge {
 
     /// Asks something trivial, so that a wrong address, key or model is known before anything is computed.
     pub fn check(&self) -> Result<()> {
-        let question = Question { temperature: 0.0, max_tokens: 8, system: String::new(), user: CHECK.into() };
+        let question =
+            Question { temperature: 0.0, max_tokens: 8, system: String::new(), user: CHECK.into() };
         self.ask(&question, 0)?.map(|_| ()).map_err(|reason| {
             let what = format!("the judge at {} gives no reply: {reason}", self.endpoint);
             Error::request(what, "check --judge-url and whether the server is up")
@@ -195,7 +199,8 @@ impl Judge {
         }
         let mut answer = request.send(body.to_string()).map_err(passing)?;
         let status = answer.status();
-        let wait = answer.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        let wait =
+            answer.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         let text = answer.body_mut().with_config().limit(LONGEST_REPLY).read_to_string().map_err(passing)?;
         if !status.is_success() {
             return Err(self.refused(status, &text, wait.map(Duration::from_secs)));
@@ -219,12 +224,17 @@ impl Judge {
             404 => "check --judge-url and --judge-model",
             _ => "check --judge-url and --judge-model, and the prompt files if you have your own",
         };
-        let what = format!("the judge at {} answers with status {status}{}", self.endpoint, said.unwrap_or_default());
+        let what = format!(
+            "the judge at {} answers with status {status}{}",
+            self.endpoint,
+            said.unwrap_or_default()
+        );
         Fault::Final(Error::request(what, hint))
     }
 }
 
 /// A short name for a text (FNV-1a).
 fn fingerprint(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    text.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }

@@ -116,8 +116,12 @@ impl Prompt {
                 (setting, None) => {
                     let value = setting.split_once(':').map(|(name, value)| (name.trim(), value.trim()));
                     let known = match value {
-                        Some(("temperature", value)) => value.parse().map(|t: f64| prompt.temperature = t).is_ok(),
-                        Some(("max_tokens", value)) => value.parse().map(|n: u64| prompt.max_tokens = n).is_ok(),
+                        Some(("temperature", value)) => {
+                            value.parse().map(|t: f64| prompt.temperature = t).is_ok()
+                        }
+                        Some(("max_tokens", value)) => {
+                            value.parse().map(|n: u64| prompt.max_tokens = n).is_ok()
+                        }
                         _ => false,
                     };
                     if !known || !prompt.temperature.is_finite() {
@@ -192,7 +196,8 @@ mod tests {
 
     #[test]
     fn wrong_prompts_say_what_is_missing() {
-        let parse = |text: &str| Prompt::parse(Role::VisCot, Path::new("p.txt"), text).unwrap_err().to_string();
+        let parse =
+            |text: &str| Prompt::parse(Role::VisCot, Path::new("p.txt"), text).unwrap_err().to_string();
         assert_eq!(parse("[user]\n{question} {answer}"), "p.txt: the prompt has no place `{reference}`");
         assert_eq!(parse("temprature: 1"), "p.txt: line 1: \"temprature: 1\" is no setting");
         assert!(parse("temperature: nan").contains("is no setting"));

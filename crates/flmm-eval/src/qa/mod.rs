@@ -49,9 +49,13 @@ impl Task for QaTask {
     fn about(&self) -> String {
         match self.0 {
             Benchmark::Mme => "MME: points for yes-no questions, perception and cognition",
-            Benchmark::MmBench => "MMBench (EN dev): accuracy, circular; a judge reads unclear replies (--judge-url)",
+            Benchmark::MmBench => {
+                "MMBench (EN dev): accuracy, circular; a judge reads unclear replies (--judge-url)"
+            }
             Benchmark::MmVet => "MM-Vet: open questions, scored by a judge (--judge-url)",
-            Benchmark::LlavaBench => "LLaVA-Bench in the wild: open questions, scored by a judge (--judge-url)",
+            Benchmark::LlavaBench => {
+                "LLaVA-Bench in the wild: open questions, scored by a judge (--judge-url)"
+            }
             Benchmark::Pope => "POPE: F1 and accuracy of yes-no questions about objects, all three sets",
             Benchmark::Gqa => "GQA, testdev balanced: exact match",
             Benchmark::VqaV2 => "VQAv2, val: agreement with ten annotators",
@@ -115,6 +119,11 @@ impl Samples for QaSamples {
         }
     }
 
+    fn template(&self, index: usize) -> Result<Value> {
+        let image = self.data.picture_name(index);
+        Ok(json!({ "id": self.ids[index], "image": image, "prompt": self.prompt(index).0 }))
+    }
+
     fn predict(&self, index: usize, grounder: &Grounder, _rows: Rows) -> Result<Predicted> {
         let (prompt, most_tokens) = self.prompt(index);
         let answer = reply(grounder, &self.picture(index)?, &Turn::user(&prompt), most_tokens)?;
@@ -133,7 +142,12 @@ impl Samples for QaSamples {
 /// around it, as the models of the public harness give it.
 ///
 /// Every question has a session of its own: numbers must not depend on what was asked before.
-pub(crate) fn reply(grounder: &Grounder, picture: &RgbImage, turn: &Turn, most_tokens: usize) -> Result<String> {
+pub(crate) fn reply(
+    grounder: &Grounder,
+    picture: &RgbImage,
+    turn: &Turn,
+    most_tokens: usize,
+) -> Result<String> {
     let mut session = grounder.start(picture)?;
     session.turns = vec![turn.clone()];
     reply_in(grounder, session, most_tokens)
@@ -146,7 +160,8 @@ pub(crate) fn reply_in(
     most_tokens: usize,
 ) -> Result<String> {
     // One more, because the last token generated never belongs to the answer.
-    let options = AnswerOptions { max_new_tokens: most_tokens + 1, phrases: None, ..AnswerOptions::default() };
+    let options =
+        AnswerOptions { max_new_tokens: most_tokens + 1, phrases: None, ..AnswerOptions::default() };
     let answer = grounder.reply(&mut session, &options, &mut |_| {})?;
     Ok(grounder.lmm().tokenizer().decode(&answer.token_ids, true).trim().to_owned())
 }

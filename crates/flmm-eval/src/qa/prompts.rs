@@ -16,7 +16,9 @@ pub fn prompt(benchmark: Benchmark, question: &Question) -> String {
         Benchmark::Mme => text.trim().replace(MME_ENDING, "") + SHORT,
         Benchmark::Pope | Benchmark::Gqa | Benchmark::VqaV2 => format!("{text}{SHORT}"),
         Benchmark::Ai2d => format!("{text}{}{LETTER}", listed(&question.options)),
-        Benchmark::MmBench if question.hint.is_empty() => format!("{text}{}{LETTER}", listed(&question.options)),
+        Benchmark::MmBench if question.hint.is_empty() => {
+            format!("{text}{}{LETTER}", listed(&question.options))
+        }
         Benchmark::MmBench => format!("{}\n{text}{}{LETTER}", question.hint, listed(&question.options)),
         Benchmark::MmVet | Benchmark::LlavaBench => text.clone(),
     }

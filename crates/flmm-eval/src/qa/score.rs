@@ -131,7 +131,8 @@ pub(super) fn score(
         Benchmark::MmVet => {
             let mut graded = Graded::offline(reply, gold);
             if let Some(judge) = judge {
-                let values = [("question", question.question.as_str()), ("reference", gold), ("answer", reply)];
+                let values =
+                    [("question", question.question.as_str()), ("reference", gold), ("answer", reply)];
                 let read = |reply: &str| Some((None, parse::mmvet_score(reply)?));
                 graded = graded.ask(judge, Role::MmVet, &values, JUDGE_ATTEMPTS, read)?;
             }
@@ -226,8 +227,10 @@ pub(crate) fn aggregate(benchmark: Benchmark, scores: &[Value]) -> Result<Aggreg
 fn open(benchmark: Benchmark, scores: &[OpenScore]) -> Result<Aggregate> {
     // 100 · mean of the answers' scores, of LLaVA-Bench relative to the references'.
     let judged = |group: Option<&str>| {
-        let chosen = scores.iter().filter(|score| group.is_none_or(|group| score.groups.iter().any(|g| g == group)));
-        let graded: Vec<&Graded> = chosen.map(|score| &score.graded).filter(|graded| graded.judge.is_some()).collect();
+        let chosen =
+            scores.iter().filter(|score| group.is_none_or(|group| score.groups.iter().any(|g| g == group)));
+        let graded: Vec<&Graded> =
+            chosen.map(|score| &score.graded).filter(|graded| graded.judge.is_some()).collect();
         let sum: f64 = graded.iter().filter_map(|graded| graded.judge).sum();
         let whole = match benchmark {
             Benchmark::LlavaBench => graded.iter().filter_map(|graded| graded.reference).sum(),

@@ -92,7 +92,16 @@ fn share(part: usize, whole: usize) -> f64 {
 
 /// The sub-tasks of MME that are about seeing.
 pub const MME_PERCEPTION: [&str; 10] = [
-    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
 ];
 
 /// The sub-tasks of MME that are about reasoning.
@@ -137,9 +146,8 @@ pub fn mme(scores: &[MmeScore]) -> MmeScores {
         picture.0 += usize::from(score.right);
         picture.1 += 1;
     }
-    let points = |&(right, asked): &(usize, usize)| {
-        100.0 * share(right, asked) + if right == 2 { 100.0 } else { 0.0 }
-    };
+    let points =
+        |&(right, asked): &(usize, usize)| 100.0 * share(right, asked) + if right == 2 { 100.0 } else { 0.0 };
     let mean = |pictures: &BTreeMap<&str, (usize, usize)>| {
         pictures.values().map(points).sum::<f64>() / pictures.len() as f64
     };

@@ -134,7 +134,8 @@ fn read_question(grounder: &Grounder, picture: &RgbImage, question: &str) -> Res
 pub fn wrapped(lmm: &dyn Lmm, question: &str) -> Result<Vec<u32>> {
     let format = lmm.base().format;
     let (image, between) = (format.image, format.image_end);
-    let mut ids = lmm.tokenizer().encode(&format!("{}{image}{between}{question}{image}", format.before), true)?;
+    let mut ids =
+        lmm.tokenizer().encode(&format!("{}{image}{between}{question}{image}", format.before), true)?;
     if let Some(end) = ids.iter().rposition(|&id| id == lmm.image_token()) {
         ids.truncate(end);
     }

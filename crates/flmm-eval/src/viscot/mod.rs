@@ -217,6 +217,12 @@ impl Samples for VisCotSamples {
         settings(self.variant, &self.protocol, self.judge.as_deref())
     }
 
+    fn template(&self, index: usize) -> Result<Value> {
+        let (_, question) = &self.questions[index];
+        let image = format!("{FOLDER}/{}", question.image);
+        Ok(json!({ "id": self.ids[index], "image": image, "prompt": question.question }))
+    }
+
     fn predict(&self, index: usize, grounder: &Grounder, _rows: Rows) -> Result<Predicted> {
         let (_, question) = &self.questions[index];
         let picture = self.picture(question)?;
@@ -284,6 +290,10 @@ impl Samples for PopeCotSamples {
 
     fn settings(&self) -> Value {
         settings(self.variant, &self.protocol, None)
+    }
+
+    fn template(&self, index: usize) -> Result<Value> {
+        self.pope.template(index)
     }
 
     /// The benchmark's own prompt is the question; nothing is added to it.

@@ -78,7 +78,8 @@ fn serve(stream: TcpStream, acts: &Mutex<VecDeque<Act>>, log: &Log) -> Option<()
     log.lock().unwrap().push((head, serde_json::from_slice(&body).ok()?));
     let act = acts.lock().unwrap().pop_front().unwrap_or(Act::Say("score: 1"));
     let mut stream = reader.into_inner();
-    let completion = |text: &str| json!({ "choices": [{ "message": { "role": "assistant", "content": text } }] });
+    let completion =
+        |text: &str| json!({ "choices": [{ "message": { "role": "assistant", "content": text } }] });
     let (status, headers, text) = match act {
         Act::Say(text) => (200, "", completion(text).to_string()),
         Act::Status(status, headers, text) => (status, headers, text.to_owned()),
@@ -93,7 +94,8 @@ fn serve(stream: TcpStream, acts: &Mutex<VecDeque<Act>>, log: &Log) -> Option<()
         }
     };
     let length = text.len();
-    let answer =
-        format!("HTTP/1.1 {status} Status\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{text}");
+    let answer = format!(
+        "HTTP/1.1 {status} Status\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{text}"
+    );
     stream.write_all(answer.as_bytes()).ok()
 }

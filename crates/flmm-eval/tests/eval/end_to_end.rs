@@ -5,21 +5,15 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use flmm::Grounder;
 use flmm::grounder::ModelPaths;
+use flmm_data::world::Level;
 use flmm_eval::run::{Ran, RunOptions, run};
 use flmm_eval::score::score;
 use flmm_eval::{Rows, Settings, find, registry, results};
 
-use crate::support::{Count, options, repository, tiny, world};
+use crate::support::{Count, options, repository, tiny, world_of};
 
-const TASKS: [&str; 7] = [
-    "refcoco_val",
-    "refcoco+_val",
-    "refcocog_val",
-    "grefcoco_val",
-    "png",
-    "png_keywords",
-    "reasonseg_val",
-];
+const TASKS: [&str; 7] =
+    ["refcoco_val", "refcoco+_val", "refcocog_val", "grefcoco_val", "png", "png_keywords", "reasonseg_val"];
 const BOTH: Rows = Rows { coarse: true, kmeans: true };
 
 fn run_task(name: &str, settings: &Settings, grounder: &Grounder, options: &RunOptions) -> (Ran, usize) {
@@ -35,7 +29,7 @@ fn text(path: &Path) -> String {
 
 #[test]
 fn the_world_runs_end_to_end() {
-    let (_folder, settings) = world(3);
+    let (_folder, settings) = world_of(Level::One, 3);
     let grounder = tiny();
     let out = tempfile::tempdir().unwrap();
     let out = out.path();
@@ -45,7 +39,7 @@ fn the_world_runs_end_to_end() {
     }
     let whole = results::build(out).unwrap();
     let table = text(&out.join("results.md"));
-    assert!(table.contains("| **tiny** |") && table.contains("| tiny (kmeans) |"), "{table}");
+    assert!(table.contains("| **tiny** |") && table.contains("| tiny (K-means) |"), "{table}");
     for name in TASKS {
         let task = &whole.tasks[name];
         let rows: Vec<&String> = task.rows.keys().collect();
@@ -95,7 +89,8 @@ fn resumes_after_a_kill(settings: &Settings, grounder: &Grounder, whole: &Path) 
     let mut watch = Count::default();
     let error = run(name, samples.as_ref(), ("other", grounder), &options(out, 2, BOTH), &mut watch);
     assert!(error.unwrap_err().to_string().contains(r#"model "tiny" there, "other" now"#));
-    let error = run(name, samples.as_ref(), ("tiny", grounder), &options(out, 2, Rows::default()), &mut watch);
+    let error =
+        run(name, samples.as_ref(), ("tiny", grounder), &options(out, 2, Rows::default()), &mut watch);
     assert!(error.unwrap_err().to_string().contains("settings {"));
 }
 
@@ -116,7 +111,8 @@ fn the_real_formats_run_end_to_end() {
         let name = task.name();
         let ours = ["refcoco", "png", "reasonseg"].iter().any(|start| name.starts_with(start));
         // The random head has no keyword selector; not every split is in the trees.
-        if !ours || name == "png_keywords" || task.needs().iter().any(|need| !need.is_present(&settings.data)) {
+        if !ours || name == "png_keywords" || task.needs().iter().any(|need| !need.is_present(&settings.data))
+        {
             continue;
         }
         let Ok(samples) = task.open(&settings) else { continue };

@@ -1,7 +1,5 @@
 //! Mask metrics against the `metrics` goldens: masks and counts exact, values within the tolerances of their README.
 
-
-
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};

@@ -1,7 +1,5 @@
 //! Run lengths of the harness against the `rle` goldens: counts and areas exact, IoU to 1e-12.
 
-
-
 use flmm_data::coco::RunLengths;
 use flmm_eval::runs::Runs;
 use serde_json::Value;

@@ -122,7 +122,8 @@ fn faults_are_named_and_the_rest_counts() {
         change(&mut line);
         line.to_string()
     };
-    let first_mask = |line: &mut Value, key: &str, value: Value| line["phrases"][0]["segmentation"][key] = value;
+    let first_mask =
+        |line: &mut Value, key: &str, value: Value| line["phrases"][0]["segmentation"][key] = value;
     let bad = [
         (with(0, &|line| line["id"] = json!("no such")), "sample no such: the data has no sample"),
         (with(1, &|line| line["image_id"] = json!(99)), "picture 99 is given"),
