@@ -308,7 +308,7 @@ pub(crate) fn count(text: &str) -> Result<usize, String> {
     }
 }
 
-fn temperature(text: &str) -> Result<f64, String> {
+pub(crate) fn temperature(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(t) if t.is_finite() && t >= 0.0 => Ok(t),
         _ => Err("must be a number of at least 0".into()),

@@ -1,6 +1,7 @@
 //! What a task is.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use flmm::{Error, Grounder, Result};
 use flmm_data::coco::RunLengths;
@@ -77,6 +78,10 @@ pub struct Truth {
 pub struct Settings {
     /// The data root.
     pub data: PathBuf,
+    /// Who grades free answers, if anyone.
+    pub judge: Option<Arc<crate::judge::Judge>>,
+    /// Visual chain of thought.
+    pub cot: crate::viscot::Protocol,
     /// RefCOCO, RefCOCO+, RefCOCOg.
     pub res: crate::res::Protocol,
     /// gRefCOCO.

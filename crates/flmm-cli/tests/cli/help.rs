@@ -16,7 +16,7 @@ fn help_texts() {
     }
     assert_snapshot!("help_data_check", place.run(&["data", "check", "--help"]).ok());
     assert_snapshot!("help_eval", place.run(&["eval", "--help"]).ok());
-    for what in ["score", "samples", "merge", "tasks"] {
+    for what in ["score", "samples", "merge", "tasks", "identity"] {
         assert_snapshot!(format!("help_eval_{what}"), place.run(&["eval", what, "--help"]).ok());
     }
     for what in ["head", "sam"] {

@@ -5,6 +5,7 @@ mod answers;
 mod bad_input;
 mod bad_model;
 mod convert;
+mod eval_qa;
 mod evaluate;
 #[path = "../../../flmm/tests/common/fake_hub.rs"]
 mod fake_hub;
