@@ -98,12 +98,12 @@ pub(crate) fn gather<T: Serialize + DeserializeOwned>(
     let mut failed = None;
     for rank in 0..communicator.world() {
         let found = share(communicator, &told, rank)?;
-        match serde_json::from_value(found).map_err(|e| garbled(&e))? {
+        match serde_json::from_value::<std::result::Result<T, [String; 2]>>(found).map_err(|e| garbled(&e))? {
             Ok(value) => all.push(value),
             Err([what, hint]) if failed.is_none() => {
                 failed = Some(Error::request(format!("rank {rank}: {what}"), hint));
             }
-            Err::<T, [String; 2]>(_) => {}
+            Err(_) => {}
         }
     }
     match (value, failed) {
