@@ -18,7 +18,7 @@ const RENAMED: [(&str, &str); 17] = [
     ("mask_embed.conv2.", "mask_downscaling.3."),
     ("mask_embed.layer_norm2.", "mask_downscaling.4."),
     ("mask_embed.conv3.", "mask_downscaling.6."),
-    ("point_embed.", "point_embeddings."),
+    ("prompt_encoder.point_embed.", "prompt_encoder.point_embeddings."),
     (".shared_embedding.positional_embedding", ".pe_layer.positional_encoding_gaussian_matrix"),
     ("upscale_conv1.", "output_upscaling.0."),
     ("upscale_layer_norm.", "output_upscaling.1."),
@@ -78,6 +78,7 @@ mod tests {
             ("prompt_encoder.mask_embed.layer_norm2.bias", "prompt_encoder.mask_downscaling.4.bias"),
             ("prompt_encoder.mask_embed.conv3.bias", "prompt_encoder.mask_downscaling.6.bias"),
             ("prompt_encoder.no_mask_embed.weight", "prompt_encoder.no_mask_embed.weight"),
+            ("prompt_encoder.not_a_point_embed.weight", "prompt_encoder.not_a_point_embed.weight"),
             (
                 "mask_decoder.transformer.layers.0.layer_norm4.bias",
                 "mask_decoder.transformer.layers.0.norm4.bias",
