@@ -97,7 +97,7 @@ fn it_learns() {
         })
         .unwrap();
     let (first, last) = (losses[0], losses[losses.len() - 1]);
-    assert!(last < 0.5 * first, "loss {first:.3} -> {last:.3}");
+    assert!(last < 0.7 * first, "loss {first:.3} -> {last:.3}");
 }
 
 #[test]

@@ -109,3 +109,9 @@ pub(crate) fn tensors(trainer: &Trainer<'_, HeadTask>) -> BTreeMap<String, Vec<f
     let vars = trainer.optimizer().vars().iter();
     vars.map(|(name, var)| (name.clone(), var.flatten_all().unwrap().to_vec1().unwrap())).collect()
 }
+
+/// Whether a tensor's gradient is zero but for rounding, which AdamW makes large: a bias of keys adds the same to all
+/// scores of a row, and the softmax takes it out again.
+pub(crate) fn has_no_gradient(name: &str) -> bool {
+    name.ends_with("k_proj.bias")
+}
