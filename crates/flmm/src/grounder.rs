@@ -28,9 +28,9 @@ use crate::nn::bilinear;
 use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
 use crate::sam::{Sam, SamConfig, SamGeometry, read_checkpoint};
 use crate::text::sampling::Sampler;
-use crate::training_free::{TrainingFree, TrainingFreeOptions};
 use crate::text::stream::TextStream;
 use crate::text::{Limits, generate};
+use crate::training_free::{TrainingFree, TrainingFreeOptions};
 use crate::weights::Params;
 
 use spans::Span;

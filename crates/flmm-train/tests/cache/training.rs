@@ -31,7 +31,8 @@ fn a_cache_in_f32_changes_no_bit_and_others_only_rounding() {
         let difference = (expected[0].loss - steps[0].loss).abs() / expected[0].loss;
         assert!(difference <= tolerance, "{name}: {} and {}", expected[0].loss, steps[0].loss);
         // A head this small, learning this fast, amplifies rounding from step to step; the curve is the same.
-        let mean = |steps: &[flmm_train::Step]| steps.iter().map(|step| step.loss).sum::<f64>() / steps.len() as f64;
+        let mean =
+            |steps: &[flmm_train::Step]| steps.iter().map(|step| step.loss).sum::<f64>() / steps.len() as f64;
         let difference = (mean(&expected) - mean(&steps)).abs() / mean(&expected);
         assert!(difference <= 10.0 * tolerance, "{name}: curves differ by {difference}");
         assert_eq!(tensors == same, values == Values::F32, "{name}");
@@ -112,7 +113,12 @@ fn another_key_is_refused_by_what_differs() {
     };
     let error = FeatureCache::open(dir.path(), other, CacheOptions::default()).err().unwrap();
     let text = error.to_string();
-    for part in ["1-of-1.00000.features", "lmm_revision: \"0123\" in the cache, \"89ab\" wanted", "values", "sentences"] {
+    for part in [
+        "1-of-1.00000.features",
+        "lmm_revision: \"0123\" in the cache, \"89ab\" wanted",
+        "values",
+        "sentences",
+    ] {
         assert!(text.contains(part), "{text}");
     }
     assert!(!text.contains("prompt") && error.hint().unwrap().contains("another folder"), "{text}");
