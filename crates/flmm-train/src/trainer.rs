@@ -187,7 +187,11 @@ impl<'a, T: Task> Trainer<'a, T> {
                     }
                     Ok(())
                 })();
-                let all = gather(self.communicator, written.as_ref().map(|()| ()).map_err(retold));
+                let told = match &written {
+                    Ok(()) => Ok(()),
+                    Err(error) => Err(retold(error)),
+                };
+                let all = gather(self.communicator, told);
                 written.and(all)?;
             }
             Ok(())

@@ -58,15 +58,10 @@ fn a_run_on_cached_features_is_the_same_run() {
     assert!(notes.0.iter().any(|note| note.contains("samples to add")), "{:?}", notes.0);
     // Everything is there: the weights of the LMM are not even looked at.
     assert_eq!(train("read", Some(features.clone()), &models(), &mut notes).unwrap(), plain);
-    let built = build_features(
-        &config(&[]),
-        &models(),
-        &data,
-        &features,
-        Part::default(),
-        &mut notes,
-        |_, _| ControlFlow::Continue(()),
-    );
+    let built =
+        build_features(&config(&[]), &models(), &data, &features, Part::default(), &mut notes, |_, _| {
+            ControlFlow::Continue(())
+        });
     assert_eq!(built.unwrap().added, 0);
     // Other sentences are other samples.
     let other = config(&["train.seed=9"]);

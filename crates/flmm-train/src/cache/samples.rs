@@ -18,8 +18,11 @@ use crate::samples::Samples;
 pub struct CachedSamples<'a> {
     cache: &'a FeatureCache,
     inner: &'a dyn Samples<HeadSample>,
-    notice: Option<Box<dyn Fn(&str) + Send + Sync + 'a>>,
+    notice: Option<Notice<'a>>,
 }
+
+/// Is told what training can go on without.
+type Notice<'a> = Box<dyn Fn(&str) + Send + Sync + 'a>;
 
 /// What filling a cache has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
