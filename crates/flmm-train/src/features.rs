@@ -87,6 +87,7 @@ pub fn build_features(
     let (sam, _) = sam_of(models, refiner)?;
     let frozen = Frozen::new(models, sam, refiner)?;
     let cache = options.open(config, &frozen, &mixture, part)?;
+    let before = cache.contents().samples;
     let seen = Seen { frozen: &frozen, mixture: &mixture, images: &images };
     let samples = CachedSamples::new(&cache, &seen);
     watch.stage("measuring samples");
@@ -95,7 +96,9 @@ pub fn build_features(
     watch.stage("observing");
     let filled = samples.fill(part, is_about_the_sample, on_sample)?;
     cache.take_notices().iter().for_each(|notice| watch.note(notice));
-    Ok(Built { added: filled.added, broken: filled.broken, complete: filled.complete })
+    // Those that were measured are among them.
+    let added = cache.contents().samples - before;
+    Ok(Built { added, broken: filled.broken, complete: filled.complete })
 }
 
 /// What samples and cache have to tell.

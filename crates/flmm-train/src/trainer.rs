@@ -187,7 +187,11 @@ impl<'a, T: Task> Trainer<'a, T> {
                     }
                     Ok(())
                 })();
-                let all = gather(self.communicator, written.as_ref().map(|()| ()).map_err(retold));
+                let told = match &written {
+                    Ok(()) => Ok(()),
+                    Err(error) => Err(retold(error)),
+                };
+                let all = gather(self.communicator, told);
                 written.and(all)?;
             }
             Ok(())
@@ -332,7 +336,9 @@ impl<'a, T: Task> Trainer<'a, T> {
         let workers = self.options.workers.clamp(1, batch.len().max(1));
         let mut parts: Vec<Option<Result<Contribution>>> = Vec::new();
         if workers == 1 {
-            parts.extend(batch.iter().zip(shares).map(|(sample, share)| Some(self.contribution(sample, share))));
+            parts.extend(
+                batch.iter().zip(shares).map(|(sample, share)| Some(self.contribution(sample, share))),
+            );
         } else {
             parts.resize_with(batch.len(), || None);
             std::thread::scope(|scope| -> Result<()> {

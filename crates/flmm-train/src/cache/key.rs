@@ -77,7 +77,7 @@ impl CacheKey {
             _ => serde_json::Map::new(),
         };
         let (wanted, found) = (fields(self), fields(found));
-        let serves = |name: &str, found: &Value| name == "rows" && *found == Value::from("all");
+        let serves = |name: &str, found: &Value| name == "rows" && found.as_str() == Some("all");
         let differs = wanted.iter().filter_map(|(name, value)| {
             let other = found.get(name).unwrap_or(&Value::Null);
             (other != value && !serves(name, other))

@@ -38,11 +38,13 @@ pub struct FeatureCache {
     key: CacheKey,
     options: CacheOptions,
     shards: RwLock<Vec<Arc<Shard>>>,
-    /// The same record may be in several shards; the last is tried first.
-    places: RwLock<HashMap<(Kind, String), Vec<(usize, Entry)>>>,
+    places: RwLock<Places>,
     writing: Mutex<Writing>,
     notices: Mutex<Vec<String>>,
 }
+
+/// Shards and places of every record. The same one may be in several shards; the last is tried first.
+type Places = HashMap<(Kind, String), Vec<(usize, Entry)>>;
 
 enum Writing {
     /// Nothing was written yet; a complete cache may lie where nothing can be written.

@@ -78,6 +78,9 @@ pub(crate) fn share<T: Serialize + DeserializeOwned>(
     serde_json::from_slice(&bytes).map_err(|e| garbled(&e))
 }
 
+/// A value, or the text and the hint of an error.
+type Told<T> = std::result::Result<T, [String; 2]>;
+
 /// Every rank's value, in the order of ranks.
 ///
 /// # Errors
@@ -89,7 +92,7 @@ pub(crate) fn gather<T: Serialize + DeserializeOwned>(
     if communicator.world() == 1 {
         return Ok(vec![value?]);
     }
-    let told: std::result::Result<&T, [String; 2]> = match &value {
+    let told: Told<&T> = match &value {
         Ok(value) => Ok(value),
         Err(e) => Err([e.to_string(), e.hint().unwrap_or_default().to_owned()]),
     };
@@ -98,7 +101,8 @@ pub(crate) fn gather<T: Serialize + DeserializeOwned>(
     let mut failed = None;
     for rank in 0..communicator.world() {
         let found = share(communicator, &told, rank)?;
-        match serde_json::from_value::<std::result::Result<T, [String; 2]>>(found).map_err(|e| garbled(&e))? {
+        let found: Told<T> = serde_json::from_value(found).map_err(|e| garbled(&e))?;
+        match found {
             Ok(value) => all.push(value),
             Err([what, hint]) if failed.is_none() => {
                 failed = Some(Error::request(format!("rank {rank}: {what}"), hint));

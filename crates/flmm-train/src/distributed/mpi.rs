@@ -1,6 +1,7 @@
 //! Ranks that are processes started by mpirun or srun.
 
 use flmm::{Error, Result};
+use mpi::Threading;
 use mpi::collective::SystemOperation;
 use mpi::environment::Universe;
 use mpi::topology::SimpleCommunicator;
@@ -29,7 +30,8 @@ impl Mpi {
     /// [`Error::Request`] if MPI was started before in this process, or knows of another number of processes: then
     /// the launcher is not MPI's own.
     pub fn start(expected: usize) -> Result<Self> {
-        let universe = mpi::initialize().ok_or_else(|| {
+        // Other threads make samples; only the training loop calls MPI.
+        let (universe, _) = mpi::initialize_with_threading(Threading::Funneled).ok_or_else(|| {
             Error::request("MPI was already started in this process", "start it once per process")
         })?;
         let communicator = universe.world();

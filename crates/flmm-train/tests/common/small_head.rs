@@ -10,13 +10,15 @@ use flmm::grounder::{HeadSizes, Observation};
 use flmm::sam::{SamConfig, SamGeometry};
 use flmm::{Geometry, Result};
 use flmm_train::head::{init, trainable};
-use flmm_train::{HeadConfig, HeadSample, HeadTask, RunOptions, Samples, SelectorConfig, Step, TrainConfig, Trainer};
+use flmm_train::{
+    HeadConfig, HeadSample, HeadTask, RunOptions, Samples, SelectorConfig, Step, TrainConfig, Trainer,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 /// What the head must fit.
-pub fn sizes() -> HeadSizes {
+pub(crate) fn sizes() -> HeadSizes {
     let sam = SamConfig {
         image_size: 32,
         patch_size: 8,
@@ -38,7 +40,7 @@ pub fn sizes() -> HeadSizes {
 }
 
 /// Sample number `index`: one to three phrases in a picture of 24 × 32; neighbours share a picture.
-pub fn sample(index: usize) -> HeadSample {
+pub(crate) fn sample(index: usize) -> HeadSample {
     let mut rng = ChaCha8Rng::seed_from_u64(index as u64);
     let mut picture = ChaCha8Rng::seed_from_u64(1000 + index as u64 / 2);
     let random = |rng: &mut ChaCha8Rng, shape: &[usize], low: f32, high: f32| {
@@ -76,7 +78,7 @@ pub fn sample(index: usize) -> HeadSample {
 }
 
 /// A fresh task and what it trains.
-pub fn task(selector: bool) -> (HeadTask, flmm_train::optim::Vars) {
+pub(crate) fn task(selector: bool) -> (HeadTask, flmm_train::optim::Vars) {
     let tensors: BTreeMap<_, _> = init(&sizes(), 2, Some(&SelectorConfig::default()), None, 9).unwrap();
     let (head, vars) = trainable(&sizes(), &tensors).unwrap();
     let selector = selector.then(SelectorConfig::default);
@@ -84,12 +86,12 @@ pub fn task(selector: bool) -> (HeadTask, flmm_train::optim::Vars) {
 }
 
 /// How the small head is trained.
-pub fn train_config(epochs: u64, batch_size: usize) -> TrainConfig {
+pub(crate) fn train_config(epochs: u64, batch_size: usize) -> TrainConfig {
     TrainConfig { epochs, batch_size, learning_rate: 1e-2, ..TrainConfig::default() }
 }
 
 /// Trains a fresh head and returns every step and the tensors.
-pub fn train(
+pub(crate) fn train(
     samples: &dyn Samples<HeadSample>,
     config: TrainConfig,
     dir: &Path,
@@ -105,7 +107,13 @@ pub fn train(
 }
 
 /// What a trainer has made.
-pub fn tensors(trainer: &Trainer<'_, HeadTask>) -> BTreeMap<String, Vec<f32>> {
+pub(crate) fn tensors(trainer: &Trainer<'_, HeadTask>) -> BTreeMap<String, Vec<f32>> {
     let vars = trainer.optimizer().vars().iter();
     vars.map(|(name, var)| (name.clone(), var.flatten_all().unwrap().to_vec1().unwrap())).collect()
+}
+
+/// Whether a tensor's gradient is zero but for rounding, which AdamW makes large: a bias of keys adds the same to all
+/// scores of a row, and the softmax takes it out again.
+pub(crate) fn has_no_gradient(name: &str) -> bool {
+    name.ends_with("k_proj.bias")
 }
