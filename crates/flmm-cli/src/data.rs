@@ -45,6 +45,7 @@ enum Purpose {
     Train,
     /// Validation data only.
     Val,
+    /// Both.
     #[default]
     All,
 }
@@ -101,7 +102,7 @@ fn told(report: &Report) -> String {
         if more > 0 {
             let _ = writeln!(text, "          … and {more} more");
         }
-        if let Some(fetch) = part.fetch {
+        for fetch in &part.fetch {
             let _ = writeln!(text, "          fetch {}: {}", fetch.url, fetch.into);
         }
     }

@@ -59,8 +59,8 @@ pub struct Part {
     pub problems: Vec<String>,
     /// Number of all problems.
     pub problem_count: u64,
-    /// What to fetch, unless the part is complete.
-    pub fetch: Option<Fetch>,
+    /// What to fetch for what is missing or damaged.
+    pub fetch: Vec<Fetch>,
 }
 
 /// Where a part comes from.
@@ -95,26 +95,26 @@ const PANOPTIC: Fetch = Fetch {
     into: "unpack below coco/, then annotations/panoptic_train2017.zip and panoptic_val2017.zip beside themselves",
 };
 
-fn pictures(folder: &str) -> Option<Fetch> {
-    let into = "leave it as coco/NAME.zip, or unpack it below coco/";
+fn pictures(folder: &str) -> Vec<Fetch> {
+    let into = "put it below coco/ as it is, or unpacked";
     let url = match folder {
         "coco/train2017" => "http://images.cocodataset.org/zips/train2017.zip",
         "coco/val2017" => "http://images.cocodataset.org/zips/val2017.zip",
         "coco/train2014" => "http://images.cocodataset.org/zips/train2014.zip",
-        _ => return None,
+        _ => return Vec::new(),
     };
-    Some(Fetch { url, into })
+    vec![Fetch { url, into }]
 }
 
-fn referring(dataset: &str) -> Option<Fetch> {
+fn referring(dataset: &str) -> Vec<Fetch> {
     let into = "unpack it below coco/";
     let url = match dataset {
         "refcoco" => "https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcoco.zip",
         "refcoco+" => "https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcoco+.zip",
         "refcocog" => "https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcocog.zip",
-        _ => return None,
+        _ => return Vec::new(),
     };
-    Some(Fetch { url, into })
+    vec![Fetch { url, into }]
 }
 
 /// Pictures with referred objects in the published splits.
@@ -167,9 +167,16 @@ impl Checker<'_> {
         let narratives = match Narratives::open_split(self.root, &format!("{split}2017")) {
             Ok(narratives) => narratives,
             Err(error) => {
-                let panoptic = error.to_string().contains("/panoptic_");
-                let fetch = if panoptic { PANOPTIC } else { NARRATIVES };
-                return self.absent(name, "narratives", published, &error, Some(fetch));
+                let there = |file: String| self.root.join("coco/annotations").join(file).is_file();
+                let mut fetch = Vec::new();
+                if !there(format!("png_coco_{split}2017.json")) {
+                    fetch.push(NARRATIVES);
+                }
+                if !there(format!("panoptic_{split}2017.json")) || fetch.is_empty() {
+                    fetch.push(PANOPTIC);
+                }
+                self.wanted.entry(format!("coco/{split}2017")).or_default();
+                return self.absent(name, "narratives", published, &error, fetch);
             }
         };
         let total = narratives.len() as u64;
@@ -188,7 +195,7 @@ impl Checker<'_> {
         });
         problems.join(masks);
         self.wanted.entry(folder).or_default().extend(places);
-        self.finish(name, "narratives", total, published, problems, Some(PANOPTIC));
+        self.finish(name, "narratives", total, published, problems, vec![PANOPTIC]);
     }
 
     fn referring(&mut self, dataset: &str, split: &str) {
@@ -196,7 +203,10 @@ impl Checker<'_> {
         let published = published_images(dataset, split);
         let data = match RefCoco::open_split(self.root, dataset, split) {
             Ok(data) => data,
-            Err(error) => return self.absent(name, "pictures", published, &error, referring(dataset)),
+            Err(error) => {
+                self.wanted.entry("coco/train2014".into()).or_default();
+                return self.absent(name, "pictures", published, &error, referring(dataset));
+            }
         };
         let sizes = data.images.iter().map(|image| (image.file_name.clone(), image.size));
         self.wanted.entry("coco/train2014".into()).or_default().extend(sizes);
@@ -215,6 +225,10 @@ impl Checker<'_> {
         for (folder, files) in std::mem::take(&mut self.wanted) {
             let files: Vec<(String, [u32; 2])> = files.into_iter().collect();
             let name = format!("pictures {folder}");
+            if files.is_empty() {
+                self.unnamed(name, &folder);
+                continue;
+            }
             let problems = self.all(&name, files.len(), |index| {
                 let (file, [height, width]) = &files[index];
                 let path = format!("{folder}/{file}");
@@ -239,7 +253,7 @@ impl Checker<'_> {
                 (0, _) => Status::Missing,
                 _ => Status::Incomplete,
             };
-            let fetch = pictures(&folder).filter(|_| status != Status::Complete);
+            let fetch = if status == Status::Complete { Vec::new() } else { pictures(&folder) };
             let (problems, problem_count) = (problems.first, problems.count);
             let published = Some(files.len() as u64);
             self.parts.push(Part {
@@ -253,6 +267,20 @@ impl Checker<'_> {
                 fetch,
             });
         }
+    }
+
+    /// Pictures that no annotation names, because there is none: whether there are any at all.
+    fn unnamed(&mut self, name: String, folder: &str) {
+        let files = std::fs::read_dir(self.root.join(folder)).map_or(0, Iterator::count);
+        let packed = self.images.archives(folder).into_iter().flatten().map(|(_, entries)| entries);
+        let found = (files + packed.sum::<usize>()) as u64;
+        let (status, problems) = match found {
+            0 => (Status::Missing, vec![format!("neither {folder}/ nor an archive of it is there")]),
+            _ => (Status::Incomplete, vec!["not looked at: there are no annotations".to_owned()]),
+        };
+        let fetch = if found == 0 { pictures(folder) } else { Vec::new() };
+        let (unit, problem_count) = ("pictures", 1);
+        self.parts.push(Part { name, status, unit, found, published: None, problems, problem_count, fetch });
     }
 
     /// Looks at entries `0..count` on all threads.
@@ -278,12 +306,12 @@ impl Checker<'_> {
         unit: &'static str,
         published: Option<u64>,
         error: &Error,
-        fetch: Option<Fetch>,
+        fetch: Vec<Fetch>,
     ) {
         let missing =
             matches!(error, Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound);
         let status = if missing { Status::Missing } else { Status::Incomplete };
-        let problems = vec![error.to_string()];
+        let problems = vec![one_line(error)];
         self.parts.push(Part { name, status, unit, found: 0, published, problems, problem_count: 1, fetch });
     }
 
@@ -294,17 +322,22 @@ impl Checker<'_> {
         found: u64,
         published: Option<u64>,
         problems: Problems,
-        fetch: Option<Fetch>,
+        fetch: Vec<Fetch>,
     ) {
         let status = match (problems.count, published) {
             (1.., _) => Status::Incomplete,
             (0, Some(published)) if published != found => Status::Different,
             (0, _) => Status::Complete,
         };
-        let fetch = fetch.filter(|_| status == Status::Incomplete);
+        let fetch = if status == Status::Incomplete { fetch } else { Vec::new() };
         let (problems, problem_count) = (problems.first, problems.count);
         self.parts.push(Part { name, status, unit, found, published, problems, problem_count, fetch });
     }
+}
+
+/// The decoders' messages may have several lines.
+fn one_line(error: &Error) -> String {
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// The first problems and the number of all.
@@ -318,7 +351,7 @@ impl Problems {
     fn add(&mut self, error: Error) {
         self.count += 1;
         if self.first.len() < TOLD {
-            self.first.push(error.to_string());
+            self.first.push(one_line(&error));
         }
     }
 

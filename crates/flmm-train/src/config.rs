@@ -228,7 +228,7 @@ impl Config {
         share("train.warmup_ratio", train.warmup_ratio)?;
         share("train.optimizer.beta1", train.optimizer.beta1)?;
         share("train.optimizer.beta2", train.optimizer.beta2)?;
-        if !(train.optimizer.max_norm > 0.0) {
+        if train.optimizer.max_norm.is_nan() || train.optimizer.max_norm <= 0.0 {
             let value = train.optimizer.max_norm;
             return Err((
                 "train.optimizer.max_norm",

@@ -21,7 +21,8 @@ pub trait Samples<S>: Sync {
     /// Sample number `index`, `0 ≤ index < len()`, as seen in `epoch`.
     fn sample(&self, index: usize, epoch: u64) -> Result<S>;
 
-    /// A name for that sample, for messages and caches: equal names, equal samples.
+    /// A name for that sample, for messages and caches: equal names, equal samples. Where a sample differs between
+    /// epochs, what tells them apart follows a `#`.
     fn key(&self, index: usize, epoch: u64) -> String {
         format!("{index}#{epoch}")
     }

@@ -80,15 +80,17 @@ impl<'a, S> Tolerant<'a, S> {
     }
 
     /// Notes a broken sample; an error if there are too many, or if it cannot be written down.
-    fn skip(&self, key: String, error: &Error) -> Result<()> {
+    fn skip(&self, key: &str, error: &Error) -> Result<()> {
+        // What follows tells epochs apart: a picture that is missing in all of them is one.
+        let key = key.split('#').next().unwrap_or(key);
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if !state.skipped.contains(&key) {
+        if !state.skipped.contains(key) {
             let line = json!({ "key": key, "error": error.to_string() });
             let mut file = std::fs::OpenOptions::new().create(true).append(true).open(&state.file);
             let written = file.as_mut().map_err(|e| std::io::Error::new(e.kind(), e.to_string()));
             written.and_then(|file| writeln!(file, "{line}")).map_err(|e| Error::io(&state.file, e))?;
             state.news.push(format!("skipped {key}: {error}"));
-            state.skipped.insert(key.clone());
+            state.skipped.insert(key.to_owned());
         }
         let of = state.seen.min(self.inner.len()).max(self.inner.len().min(FIRST));
         let allowed = self.max_share * of as f64;
@@ -128,7 +130,7 @@ impl<S> Samples<S> for Tolerant<'_, S> {
             match self.inner.sample(at, epoch) {
                 Ok(sample) => return Ok(sample),
                 Err(error) if is_about_the_sample(&error) => {
-                    self.skip(self.inner.key(at, epoch), &error)?;
+                    self.skip(&self.inner.key(at, epoch), &error)?;
                     last = Some(error);
                 }
                 Err(error) => return Err(error),

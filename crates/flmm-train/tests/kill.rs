@@ -125,15 +125,14 @@ fn myself() -> Command {
     command
 }
 
-/// What a child told, as `(word, rest)`; a line cut off by the kill is left out.
-fn told(child: &mut Child) -> Vec<(String, String)> {
-    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(|line| line.ok());
-    lines
-        .filter_map(|line| {
-            let (word, rest) = line.strip_prefix("> ")?.split_once(' ')?;
-            Some((word.to_owned(), rest.to_owned()))
-        })
-        .collect()
+/// What a child told, as `(word, rest)`.
+fn parsed(lines: impl IntoIterator<Item = String>) -> Vec<(String, String)> {
+    let word = |line: String| {
+        // The test harness may have written something in front of it.
+        let (word, rest) = line.split_once("> ")?.1.split_once(' ')?;
+        Some((word.to_owned(), rest.to_owned()))
+    };
+    lines.into_iter().filter_map(word).collect()
 }
 
 fn last(told: &[(String, String)], word: &str) -> Option<u64> {
@@ -149,9 +148,16 @@ fn killed_sixty_times_it_ends_where_an_uninterrupted_run_does() {
     let (mut kills, mut saved, mut lives_with_steps, mut torn) = (0, 0, 0, 0);
     while kills < KILLS {
         let mut child = spawn(myself(), killed.path(), epochs, 0);
-        std::thread::sleep(Duration::from_micros(rng.random_range(1_000..80_000)));
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(|line| line.ok());
+        // Most are killed after the run began, some while it is still being resumed.
+        let mut told = Vec::new();
+        if kills % 5 > 0 {
+            told.extend(lines.by_ref().find(|line| line.contains("> begin")));
+        }
+        std::thread::sleep(Duration::from_micros(rng.random_range(500..150_000)));
         child.kill().unwrap();
-        let told = told(&mut child);
+        told.extend(lines);
+        let told = parsed(told);
         child.wait().unwrap();
         kills += 1;
         if let Some(begin) = last(&told, "begin") {
@@ -170,7 +176,7 @@ fn killed_sixty_times_it_ends_where_an_uninterrupted_run_does() {
     println!(
         "{kills} kills, {lives_with_steps} after a step, {torn} while a checkpoint was written, {saved} steps saved"
     );
-    assert!(lives_with_steps > KILLS / 4, "the machine is too slow for this test's delays");
+    assert!(lives_with_steps > KILLS / 3, "the machine is too slow for this test's delays");
     assert!(saved < epochs * 5, "the run ended before it was killed often enough");
     let resumed = run(killed.path(), epochs, hour, &mut Silent).unwrap();
     let expected = run(whole.path(), epochs, hour, &mut Silent).unwrap();
@@ -204,7 +210,8 @@ fn a_full_disk_ends_the_run_with_a_message_and_loses_nothing() {
     shell.args(["-c", script]).arg(std::env::current_exe().unwrap());
     shell.args(["child", "--exact", "--nocapture", "--test-threads=1"]);
     let mut child = spawn(shell, full.path(), epochs, 0);
-    let told = told(&mut child);
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let told = parsed(lines.map_while(|line| line.ok()));
     child.wait().unwrap();
     let error = told.iter().find(|(word, _)| word == "error").unwrap_or_else(|| panic!("{told:?}"));
     assert!(error.1.contains("head.safetensors") && error.1.contains("File too large"), "{error:?}");

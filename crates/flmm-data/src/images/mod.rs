@@ -165,7 +165,10 @@ impl ImageStore {
         }
         match damaged {
             Some(damaged) => Err(damaged.error()),
-            None => Err(Error::io(file, std::io::ErrorKind::NotFound.into())),
+            None => {
+                let reason = "no such picture, neither as a file nor in an archive";
+                Err(Error::io(file, std::io::Error::new(std::io::ErrorKind::NotFound, reason)))
+            }
         }
     }
 
