@@ -1,5 +1,8 @@
 //! Polygons on the pixel grid: filling as OpenCV's `polylines` + `fillPoly` do (`evaluation.md` §3), and the way back
 //! from a mask to such polygons.
+//!
+//! The rule is that of OpenCV 4.8 to 4.10, with which the recorded masks were made. Versions before and after give other
+//! pixels at slanted sides, one or two in a polygon.
 
 use crate::mask::Mask;
 
@@ -104,11 +107,20 @@ fn edge(mask: &Mask, a: Point, b: Point) -> Option<Edge> {
     if a.1 == b.1 {
         return None;
     }
-    // Where the side leaves the picture, the slope is that of the part inside.
-    let (from, to) = clip(mask, a, b).filter(|(from, to)| from.1 != to.1).unwrap_or((a, b));
+    let inside =
+        |p: Point| (0..i64::from(mask.width)).contains(&p.0) && (0..i64::from(mask.height)).contains(&p.1);
+    // A side inside the picture is moved by half a pixel, so that its x is rounded to the nearest pixel. One that leaves the
+    // picture is not; its slope is that of the part inside.
+    let (from, to, moved) = match inside(a) && inside(b) {
+        true => (a, b, 1 << (SHIFT - 1)),
+        false => {
+            let (from, to) = clip(mask, a, b).filter(|(from, to)| from.1 != to.1).unwrap_or((a, b));
+            (from, to, 0)
+        }
+    };
     let dx = ((to.0 - from.0) << SHIFT) / (to.1 - from.1);
-    let (upper, lower) = if a.1 < b.1 { (a, b) } else { (b, a) };
-    Some(Edge { y0: upper.1, y1: lower.1, x: (from.0 << SHIFT) + (upper.1 - from.1) * dx, dx })
+    let (upper, lower, start) = if a.1 < b.1 { (a, b, from) } else { (b, a, to) };
+    Some(Edge { y0: upper.1, y1: lower.1, x: (start.0 << SHIFT) + moved + (upper.1 - start.1) * dx, dx })
 }
 
 /// Fills between pairs of sides, row by row.
@@ -122,9 +134,7 @@ fn scan(mask: &mut Mask, edges: Vec<Edge>) {
             .collect();
         xs.sort_unstable();
         for pair in xs.chunks_exact(2) {
-            // Only pixels whose centre lies between the sides: rounded up on the left, down on the right.
-            let x0 = ((pair[0] + (1 << SHIFT) - 1) >> SHIFT).max(0);
-            let x1 = (pair[1] >> SHIFT).min(i64::from(mask.width) - 1);
+            let (x0, x1) = ((pair[0] >> SHIFT).max(0), (pair[1] >> SHIFT).min(i64::from(mask.width) - 1));
             if x0 <= x1 {
                 let row = y as usize * mask.width as usize;
                 mask.data[row + x0 as usize..=row + x1 as usize].fill(true);

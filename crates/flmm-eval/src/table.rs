@@ -84,25 +84,30 @@ pub fn markdown(results: &Results) -> Result<String> {
     Ok(text)
 }
 
-/// The prediction proper and the other masks, with what the table calls them.
+/// What the table calls the masks of `task`, least refined first: those of other rows, then the prediction proper.
 fn rows(task: &TaskResult) -> impl Iterator<Item = (String, &Metrics)> {
-    let proper = (format!("**{}**", task.model), &task.metrics);
-    let others = task.rows.iter().map(|(row, metrics)| (format!("{} ({row})", task.model), metrics));
-    std::iter::once(proper).chain(others)
+    let known = |name: &str| ["kmeans", "coarse"].iter().position(|known| *known == name).unwrap_or(2);
+    let mut others: Vec<(&String, &Metrics)> = task.rows.iter().collect();
+    others.sort_by_key(|(name, _)| known(name));
+    let label = |name: &str| match name {
+        "kmeans" => format!("{} (K-means)", task.model),
+        other => format!("{} ({other})", task.model),
+    };
+    let others: Vec<_> = others.into_iter().map(|(name, metrics)| (label(name), metrics)).collect();
+    others.into_iter().chain(std::iter::once((format!("**{}**", task.model), &task.metrics)))
 }
 
 /// One row per model and kind of mask; none if no column has a number.
 fn our_rows(table: &Table, results: &Results) -> Vec<Vec<String>> {
+    // The task with most rows first, so that every row finds its place.
+    let mut tasks: Vec<&TaskResult> = results.tasks.values().collect();
+    tasks.sort_by_key(|task| std::cmp::Reverse(task.rows.len()));
     let mut names: Vec<String> = Vec::new();
-    for task in results.tasks.values() {
-        for (name, _) in rows(task) {
-            if !names.contains(&name) {
-                names.push(name);
-            }
+    for (name, _) in tasks.into_iter().flat_map(rows) {
+        if !names.contains(&name) {
+            names.push(name);
         }
     }
-    // Least refined first, as the paper lists its stages.
-    names.sort_by_key(|name| (name.trim_matches('*').to_owned(), name.starts_with("**")));
     names
         .into_iter()
         .filter_map(|name| {

@@ -64,7 +64,10 @@ fn templates_filled_in_are_scored_and_faults_named() {
     let ran = place.run(&score);
     assert!(ran.ok().contains("cIoU") && ran.err.is_empty(), "{}", ran.all());
 
-    place.write("theirs.jsonl", format!("{text}{{\"id\": \"no such\"}}\n{{\"id\": 7, \"score\": NaN}}\n").as_bytes());
+    place.write(
+        "theirs.jsonl",
+        format!("{text}{{\"id\": \"no such\"}}\n{{\"id\": 7, \"score\": NaN}}\n").as_bytes(),
+    );
     let again = place.run(&[&score[..], &["--out", "o", "--json"]].concat());
     assert_eq!(again.status, 1, "{}", again.all());
     assert_snapshot!("eval_score_faults", again.err);

@@ -5,11 +5,12 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use flmm::Grounder;
 use flmm::grounder::ModelPaths;
+use flmm_data::world::Level;
 use flmm_eval::run::{Ran, RunOptions, run};
 use flmm_eval::score::score;
 use flmm_eval::{Rows, Settings, find, registry, results};
 
-use crate::support::{Count, options, repository, tiny, world};
+use crate::support::{Count, options, repository, tiny, world_of};
 
 const TASKS: [&str; 8] = [
     "refcoco_val",
@@ -36,7 +37,7 @@ fn text(path: &Path) -> String {
 
 #[test]
 fn the_world_runs_end_to_end() {
-    let (_folder, settings) = world(3);
+    let (_folder, settings) = world_of(Level::One, 3);
     let grounder = tiny();
     let out = tempfile::tempdir().unwrap();
     let out = out.path();
@@ -46,7 +47,7 @@ fn the_world_runs_end_to_end() {
     }
     let whole = results::build(out).unwrap();
     let table = text(&out.join("results.md"));
-    assert!(table.contains("| **tiny** |") && table.contains("| tiny (kmeans) |"), "{table}");
+    assert!(table.contains("| **tiny** |") && table.contains("| tiny (K-means) |"), "{table}");
     for name in TASKS {
         let task = &whole.tasks[name];
         let rows: Vec<&String> = task.rows.keys().collect();

@@ -15,9 +15,14 @@ pub(crate) fn repository() -> PathBuf {
 
 /// A world of `count` scenes, and the folder it lies in.
 pub(crate) fn world(count: u64) -> (tempfile::TempDir, Settings) {
+    world_of(Level::Two, count)
+}
+
+/// The same of a level.
+pub(crate) fn world_of(level: Level, count: u64) -> (tempfile::TempDir, Settings) {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("world");
-    write(&data, Split::Val, count, 7, Level::Two, &|_| {}).unwrap();
+    write(&data, Split::Val, count, 7, level, &|_| {}).unwrap();
     (folder, Settings { data, ..Settings::default() })
 }
 
