@@ -94,11 +94,19 @@ impl Statistics {
         }
     }
 
-    /// Adds the counts of another picture.
+    /// Adds the counts of another picture. As in METEOR 1.5, the one chunk of a caption that equals its reference is not
+    /// counted, so that perfect captions are not punished for being several.
     pub fn add(&mut self, other: &Self) {
         self.candidate.add(&other.candidate);
         self.reference.add(&other.reference);
-        self.chunks += other.chunks;
+        self.chunks += if other.is_whole() { 0 } else { other.chunks };
+    }
+
+    /// Whether every word is matched, in one chunk.
+    fn is_whole(&self) -> bool {
+        self.candidate.matches() == self.candidate.words
+            && self.reference.matches() == self.reference.words
+            && self.chunks == 1
     }
 
     /// The score, 0 to 1. Sentences without words or matches score 0.
@@ -106,8 +114,7 @@ impl Statistics {
         let (precision, recall) = (self.candidate.share(), self.reference.share());
         let mean = 1.0 / ((1.0 - ALPHA) / precision + ALPHA / recall);
         let (own, wanted) = (self.candidate.matches(), self.reference.matches());
-        let whole = own == self.candidate.words && wanted == self.reference.words && self.chunks == 1;
-        let pieces = if whole { 0.0 } else { self.chunks as f64 / ((own + wanted) as f64 / 2.0) };
+        let pieces = if self.is_whole() { 0.0 } else { self.chunks as f64 / ((own + wanted) as f64 / 2.0) };
         let score = mean * (1.0 - GAMMA * pieces.powf(BETA));
         if score.is_nan() { 0.0 } else { score.max(0.0) }
     }
