@@ -60,7 +60,7 @@ impl Task for Grefcoco {
         vec![
             Need::new("coco/grefcoco/instances.json", source),
             Need::new("coco/grefcoco/grefs(unc).json", source),
-            Need::new("coco/train2014", "COCO 2014 training pictures"),
+            Need::pictures("coco/train2014", "COCO 2014 training pictures"),
         ]
     }
 

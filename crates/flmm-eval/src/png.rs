@@ -44,7 +44,7 @@ pub(crate) fn needs() -> Vec<Need> {
         Need::new(format!("coco/annotations/png_coco_{SPLIT}.json"), png),
         Need::new(format!("coco/annotations/panoptic_{SPLIT}.json"), coco),
         Need::new(format!("coco/annotations/panoptic_{SPLIT}"), coco),
-        Need::new(format!("coco/{SPLIT}"), "COCO 2017 validation pictures"),
+        Need::pictures(format!("coco/{SPLIT}"), "COCO 2017 validation pictures"),
     ]
 }
 

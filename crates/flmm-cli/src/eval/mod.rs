@@ -79,8 +79,8 @@ impl DataArgs {
     }
 }
 
-/// The tasks of these names, whose data must all be there before anything is computed.
-fn tasks(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
+/// The tasks of these names, whose data must all be there before anything is computed: the pictures too `for_model`.
+fn tasks(names: &[String], settings: &Settings, for_model: bool) -> Result<Vec<Box<dyn Task>>> {
     let root = &settings.data;
     if !root.is_dir() {
         return Err(Failure::usage(format!("`{}`: no such folder", root.display()), "give the data root"));
@@ -92,7 +92,7 @@ fn tasks(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
         let missing: Vec<String> = task
             .needs()
             .iter()
-            .filter(|need| !need.is_present(root))
+            .filter(|need| (for_model || !need.for_model) && !need.is_present(root))
             .map(|need| format!("  {} ({})", need.path, need.source))
             .collect();
         if !missing.is_empty() {
