@@ -79,8 +79,17 @@ impl DataArgs {
     }
 }
 
-/// The tasks of these names, whose data must all be there before anything is computed: the pictures too `for_model`.
-fn tasks(names: &[String], settings: &Settings, for_model: bool) -> Result<Vec<Box<dyn Task>>> {
+/// The tasks of these names, whose data must all be there before anything is computed.
+fn tasks(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
+    checked(names, settings, true)
+}
+
+/// The same for predictions of other systems, which are scored without pictures.
+fn tasks_to_score(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
+    checked(names, settings, false)
+}
+
+fn checked(names: &[String], settings: &Settings, for_model: bool) -> Result<Vec<Box<dyn Task>>> {
     let root = &settings.data;
     if !root.is_dir() {
         return Err(Failure::usage(format!("`{}`: no such folder", root.display()), "give the data root"));

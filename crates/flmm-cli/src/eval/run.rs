@@ -55,7 +55,7 @@ pub(crate) fn run(args: &RunArgs, talk: &Talk) -> Result<()> {
     let settings = args.data.settings();
     let mut names = args.task.clone();
     names.dedup();
-    let tasks = tasks(&names, &settings, true)?;
+    let tasks = tasks(&names, &settings)?;
     let model = model::open(&args.model, talk)?;
     let out = args.out.clone().unwrap_or_default();
     let options = RunOptions {
