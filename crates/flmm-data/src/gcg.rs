@@ -3,6 +3,7 @@
 use crate::coco::{Segmentation, in_file, malformed, read_json};
 use crate::mask::Mask;
 use flmm::Result;
+use hotcoco::types::Rle;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -118,6 +119,13 @@ impl Gcg {
         let folder = root.join("GranDf").join("val_test");
         let file = |kind: &str| folder.join(format!("{split}_gcg_coco_{kind}_gt.json"));
         Self::open(&file("caption"), &file("mask"))
+    }
+
+    /// The masks of a sample's phrases as run lengths.
+    pub fn runs(&self, sample: &GcgSample) -> Result<Vec<Rle>> {
+        let [height, width] = sample.size;
+        let runs: Result<Vec<Rle>> = sample.masks.iter().map(|mask| mask.to_rle(height, width)).collect();
+        runs.map_err(|error| in_file(&self.mask_file, format!("picture {}", sample.image_id), error))
     }
 
     /// The masks of a sample's phrases.

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use crate::marks::{LastSession, Marks};
 use crate::record::{Metrics, Prediction};
 use crate::runs::{Overlap, Runs};
-use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, parse_scores};
+use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, Truth, parse_scores};
 
 /// When a prediction with a mask counts as "not in the picture".
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -129,7 +129,7 @@ struct GrefSamples {
 }
 
 impl GrefSamples {
-    fn truth(&self, sample: &GroupSample) -> Result<Runs> {
+    fn target(&self, sample: &GroupSample) -> Result<Runs> {
         let masks: Vec<Runs> = self.data.masks(sample)?.into_iter().map(Runs::from).collect();
         Runs::union_of(sample.size[0], sample.size[1], &masks)
     }
@@ -156,6 +156,11 @@ impl Samples for GrefSamples {
         }))
     }
 
+    fn truth(&self, index: usize) -> Result<Option<Truth>> {
+        let sample = &self.data.samples[index];
+        Ok(Some(Truth { phrases: vec![(sample.text.clone(), self.target(sample)?)], given: true }))
+    }
+
     fn predict(&self, index: usize, grounder: &Grounder, rows: Rows) -> Result<Predicted> {
         let sample = &self.data.samples[index];
         let caption = Caption::from_expressions(grounder.lmm().tokenizer(), [sample.text.as_str()])?;
@@ -163,7 +168,7 @@ impl Samples for GrefSamples {
         let picture = || self.pictures.read(&name);
         let observation = self.last.observe(grounder, &name, picture, &turns, &caption)?;
         let truth = |_| {
-            let truth = Segmentation::Runs(self.truth(sample)?.to_coco());
+            let truth = Segmentation::Runs(self.target(sample)?.to_coco());
             Ok(Some(Mask::from(&truth.to_mask(sample.size[0], sample.size[1])?)))
         };
         let marks = Marks::of(grounder, &observation, rows, &truth)?;
@@ -191,7 +196,7 @@ impl Samples for GrefSamples {
             }
         }
         let predicted = Runs::union_of(height, width, &masks)?;
-        let Overlap { intersection, union } = predicted.overlap(&self.truth(sample)?)?;
+        let Overlap { intersection, union } = predicted.overlap(&self.target(sample)?)?;
         let target = !sample.targets.is_empty();
         Ok(json!(Score { intersection, union, target, abstained: predicted.is_empty() }))
     }

@@ -6,14 +6,23 @@
 //! scores stored with every sample, in the order of the samples' ids, so that they depend neither on the order in which
 //! samples were computed nor on the number of shards.
 
+pub mod atlas;
+pub mod captions;
+pub mod gcg;
 pub mod grefcoco;
+pub mod identity;
+pub mod judge;
 pub mod keywords;
 pub mod marks;
+pub mod panels;
 pub mod pictures;
 pub mod png;
+pub mod ranks;
+pub mod qa;
 pub mod reasonseg;
 pub mod record;
 pub mod registry;
+pub mod report;
 pub mod res;
 pub mod results;
 pub mod run;
@@ -21,6 +30,7 @@ pub mod runs;
 pub mod score;
 pub mod table;
 pub mod task;
+pub mod viscot;
 
 pub use record::{Metrics, Phrase, Prediction, Record};
 pub use registry::{find, registry};

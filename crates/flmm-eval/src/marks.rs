@@ -2,13 +2,14 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use candle_core::Tensor;
 use flmm::clusters::{attention_partition, sides};
 use flmm::grounder::{Caption, Observation, Session};
 use flmm::layout::maps_in_picture;
 use flmm::lmm::Turn;
 use flmm::masks::Mask;
 use flmm::nn::sigmoid;
-use flmm::{Grounder, Result};
+use flmm::{Geometry, Grounder, Result};
 use flmm_data::coco::RunLengths;
 use image::RgbImage;
 
@@ -85,8 +86,12 @@ impl Marks {
 
 /// The better of the two K-means clusters of a phrase's attention, by soft IoU with `reference`.
 fn clusters(observation: &Observation, phrase: usize, reference: &Mask) -> Result<Runs> {
-    let maps = observation.maps.get(phrase)?.unsqueeze(0)?;
-    let maps = maps_in_picture(&maps, &observation.geometry, CLUSTER_SIDE, CLUSTER_SIDE)?.squeeze(0)?;
+    better_cluster(&observation.maps.get(phrase)?, &observation.geometry, reference)
+}
+
+/// The better of the two K-means clusters of attention maps `[C, gh, gw]`, by soft IoU with `reference`.
+pub fn better_cluster(maps: &Tensor, geometry: &Geometry, reference: &Mask) -> Result<Runs> {
+    let maps = maps_in_picture(&maps.unsqueeze(0)?, geometry, CLUSTER_SIDE, CLUSTER_SIDE)?.squeeze(0)?;
     let (_, height, width) = maps.dims3()?;
     let (partition, _) = attention_partition(&maps, CLUSTER_SEED)?;
     let [a, b] = sides(&partition, (height, width), reference)?;

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::marks::{LastSession, Marks};
 use crate::record::{Metrics, Prediction};
 use crate::runs::{Overlap, Runs};
-use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, parse_scores};
+use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, Truth, parse_scores};
 
 /// What of the reference's procedure may be chosen.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -266,6 +266,13 @@ impl Samples for PngSamples {
             "id": self.ids[index], "image_id": sample.image_id.to_string(), "image": picture(&sample),
             "size": sample.size, "answer": narrative(&sample), "phrases": phrases,
         }))
+    }
+
+    fn truth(&self, index: usize) -> Result<Option<Truth>> {
+        let sample = self.narratives.sample_rle(self.places[index])?;
+        let texts: Vec<String> = texts(&sample).map(str::to_owned).collect();
+        let masks = sample.phrases.into_iter().map(|phrase| Runs::from(phrase.mask));
+        Ok(Some(Truth { phrases: texts.into_iter().zip(masks).collect(), given: true }))
     }
 
     fn predict(&self, index: usize, grounder: &Grounder, rows: Rows) -> Result<Predicted> {

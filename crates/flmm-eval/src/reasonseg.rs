@@ -15,7 +15,7 @@ use crate::marks::{LastSession, Marks};
 use crate::pictures;
 use crate::record::{Metrics, Phrase, Prediction};
 use crate::runs::Runs;
-use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, parse_scores};
+use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, Truth, parse_scores};
 
 /// What the answer is made to begin with.
 const OPENING: &str = "It is";
@@ -164,7 +164,7 @@ impl ReasonSegSamples {
         format!("{}/{}.jpg", self.folder, self.ids[index])
     }
 
-    fn truth(&self, index: usize, reasoning: &Reasoning) -> Result<GroundTruth> {
+    fn ground_truth(&self, index: usize, reasoning: &Reasoning) -> Result<GroundTruth> {
         let [height, width] = pictures::size(&self.pictures, &self.picture(index))?;
         Ok(reasoning.ground_truth(height, width))
     }
@@ -182,6 +182,12 @@ impl Samples for ReasonSegSamples {
             "id": self.ids[index], "image": picture, "size": pictures::size(&self.pictures, &picture)?,
             "prompt": question(&reasoning), "phrases": [{}],
         }))
+    }
+
+    fn truth(&self, index: usize) -> Result<Option<Truth>> {
+        let reasoning = Reasoning::read(&self.files[index])?;
+        let mask = Runs::from(&self.ground_truth(index, &reasoning)?.foreground);
+        Ok(Some(Truth { phrases: vec![(question(&reasoning), mask)], given: true }))
     }
 
     /// All generated tokens that have an attention row are one phrase. An answer without any has an empty mask.
@@ -215,14 +221,14 @@ impl Samples for ReasonSegSamples {
             let phrase = Phrase { segmentation: Some(empty), ..Phrase::default() };
             return Ok(Predicted { prediction: Prediction { phrases: vec![phrase], ..prediction }, rows });
         };
-        let truth = |_| Ok(Some(Mask::from(&self.truth(index, &reasoning)?.foreground)));
+        let truth = |_| Ok(Some(Mask::from(&self.ground_truth(index, &reasoning)?.foreground)));
         let marks = Marks::of(grounder, &observation, rows, &truth)?;
         Ok(marks.predicted(prediction, [answer.trim()]))
     }
 
     fn score(&self, index: usize, prediction: &Prediction) -> Result<Value> {
         let reasoning = Reasoning::read(&self.files[index])?;
-        let truth = self.truth(index, &reasoning)?;
+        let truth = self.ground_truth(index, &reasoning)?;
         let size = [truth.foreground.height, truth.foreground.width];
         let predicted = prediction.masks(1, size)?.remove(0);
         let (foreground, ignore) = (Runs::from(&truth.foreground), Runs::from(&truth.ignore));

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::marks::{LastSession, Marks};
 use crate::record::{Metrics, Prediction};
 use crate::runs::Overlap;
-use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, parse_scores};
+use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, Truth, parse_scores};
 
 /// The splits, as the datasets' authors call them.
 const SPLITS: [(&str, &str); 8] = [
@@ -202,6 +202,13 @@ impl Samples for ResSamples {
             "id": self.ids[index], "image_id": image.image_id.to_string(), "image": Self::picture(image),
             "size": image.size, "phrases": phrases,
         }))
+    }
+
+    fn truth(&self, index: usize) -> Result<Option<Truth>> {
+        let (image, item) = self.item(index);
+        let phrase =
+            |(text, object): &(String, usize)| Ok((text.clone(), self.data.rle(image, *object)?.into()));
+        Ok(Some(Truth { phrases: item.expressions.iter().map(phrase).collect::<Result<_>>()?, given: true }))
     }
 
     fn predict(&self, index: usize, grounder: &Grounder, rows: Rows) -> Result<Predicted> {

@@ -84,6 +84,19 @@ impl Runs {
         }
     }
 
+    /// The pixels.
+    pub fn to_mask(&self) -> Mask {
+        let (height, width) = (self.height as usize, self.width as usize);
+        let mut ends = Vec::with_capacity(self.counts.len());
+        let mut end = 0usize;
+        for &run in &self.counts {
+            end += run as usize;
+            ends.push(end);
+        }
+        // Odd runs are foreground.
+        Mask::from_fn(width, height, |x, y| ends.partition_point(|&end| end <= x * height + y) % 2 == 1)
+    }
+
     /// Height and width, pixels.
     pub fn size(&self) -> [u32; 2] {
         [self.height, self.width]

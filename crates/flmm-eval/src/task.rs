@@ -1,6 +1,7 @@
 //! What a task is.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use flmm::{Error, Grounder, Result};
 use flmm_data::coco::RunLengths;
@@ -8,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::record::{Metrics, Prediction};
+use crate::runs::Runs;
 
 /// A benchmark: which data it needs, and how scores of its samples become metrics.
 ///
@@ -49,6 +51,11 @@ pub trait Samples: Send + Sync {
         Ok(json!({ "id": self.ids()[index] }))
     }
 
+    /// What should have been marked in sample `index`, for looking at failures. `None` for tasks without masks.
+    fn truth(&self, _index: usize) -> Result<Option<Truth>> {
+        Ok(None)
+    }
+
     /// What the model says and marks for sample `index`.
     fn predict(&self, index: usize, grounder: &Grounder, rows: Rows) -> Result<Predicted>;
 
@@ -57,17 +64,32 @@ pub trait Samples: Send + Sync {
     fn score(&self, index: usize, prediction: &Prediction) -> Result<Value>;
 }
 
+/// The true phrases and masks of a sample.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Truth {
+    /// Phrases and their masks.
+    pub phrases: Vec<(String, Runs)>,
+    /// Whether a prediction has these phrases, in this order; otherwise it has phrases of its own.
+    pub given: bool,
+}
+
 /// What everybody may set.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
     /// The data root.
     pub data: PathBuf,
+    /// Who grades free answers, if anyone.
+    pub judge: Option<Arc<crate::judge::Judge>>,
+    /// Visual chain of thought.
+    pub cot: crate::viscot::Protocol,
     /// RefCOCO, RefCOCO+, RefCOCOg.
     pub res: crate::res::Protocol,
     /// gRefCOCO.
     pub abstention: crate::grefcoco::Abstention,
     /// Panoptic narratives.
     pub png: crate::png::Protocol,
+    /// Grounded captions.
+    pub gcg: crate::gcg::Protocol,
 }
 
 /// Scores as the task that wrote them knows them.

@@ -162,6 +162,17 @@ impl ImageLayout {
         self.planes.len() * layers * heads
     }
 
+    /// Plane, layer and head that a channel of the folded maps comes from.
+    pub fn channel_origin(&self, layers: usize, heads: usize, channel: usize) -> (usize, usize, usize) {
+        let (outer, head) = (channel / heads.max(1), channel % heads.max(1));
+        match self.stacking {
+            Stacking::PlanesOutermost => (outer / layers.max(1), outer % layers.max(1), head),
+            Stacking::PlanesWithinLayers => {
+                (outer % self.planes.len().max(1), outer / self.planes.len().max(1), head)
+            }
+        }
+    }
+
     /// Folds attention rows into the mask head's input `[N, C, gh, gw]`, f32 (`spec/pipeline.md` §2.2, §2.3).
     ///
     /// `rows(ℓ)` gives, for every phrase, the probabilities of its tokens on the image's tokens

@@ -1,6 +1,13 @@
 //! `flmm eval`: the tables of the paper, for a model or for anyone's predictions.
 
+mod atlas;
+mod gcg;
+mod identity;
+mod judge;
 mod merge;
+mod panels;
+mod ranks;
+mod report;
 mod run;
 mod samples;
 mod score;
@@ -10,7 +17,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use flmm_eval::results::Results;
-use flmm_eval::{Settings, Task, grefcoco, png, res};
+use flmm_eval::{Settings, Task, grefcoco, png, res, viscot};
 
 use crate::failure::{Failure, Result};
 use crate::talk::Talk;
@@ -33,8 +40,18 @@ enum Eval {
     Samples(samples::SamplesArgs),
     /// Make results.json and results.md anew from the samples files of a run, all shards together.
     Merge(merge::MergeArgs),
+    /// Show that answers are the same with grounding on and off; the first that is not is printed, with exit status 1.
+    Identity(identity::IdentityArgs),
     /// List the tasks, the data each needs, and whether it is there.
     Tasks(tasks::TasksArgs),
+    /// Make one page of what went wrong in a run: phrase missed, mask empty, wrong object, low IoU.
+    Report(report::ReportArgs),
+    /// Draw attention clusters, coarse masks, refined masks and ground truth side by side.
+    Panels(panels::PanelsArgs),
+    /// Measure for every attention head how often it looks at what is spoken of.
+    Atlas(atlas::AtlasArgs),
+    /// Average ranks of models in chat and in grounding, and how the two go together.
+    Ranks(ranks::RanksArgs),
 }
 
 pub(crate) fn run(args: &EvalArgs, talk: &Talk) -> Result<()> {
@@ -43,7 +60,12 @@ pub(crate) fn run(args: &EvalArgs, talk: &Talk) -> Result<()> {
         Some(Eval::Score(args)) => score::run(args, talk),
         Some(Eval::Samples(args)) => samples::run(args, talk),
         Some(Eval::Merge(args)) => merge::run(args, talk),
+        Some(Eval::Identity(args)) => identity::run(args, talk),
         Some(Eval::Tasks(args)) => tasks::run(args, talk),
+        Some(Eval::Report(args)) => report::run(args, talk),
+        Some(Eval::Panels(args)) => panels::run(args, talk),
+        Some(Eval::Atlas(args)) => atlas::run(args, talk),
+        Some(Eval::Ranks(args)) => ranks::run(args, talk),
     }
 }
 
@@ -66,16 +88,36 @@ struct DataArgs {
     /// PNG: as the reference, put a random other narrative in the place of each without a grounded phrase.
     #[arg(long, value_name = "SEED")]
     replace_empty: Option<u64>,
+    #[command(flatten)]
+    gcg: gcg::GcgArgs,
+    /// Visual chain of thought: refine masks with SAM before their boxes are taken.
+    #[arg(long)]
+    cot_sam: bool,
+    /// Visual chain of thought: size of the box looked at again, relative to the mask's.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = factor)]
+    cot_box_scale: f64,
+    #[command(flatten)]
+    judge: judge::JudgeArgs,
+}
+
+fn factor(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(factor) if factor > 0.0 && factor.is_finite() => Ok(factor),
+        _ => Err("must be above 0".into()),
+    }
 }
 
 impl DataArgs {
-    fn settings(&self) -> Settings {
-        Settings {
+    fn settings(&self) -> Result<Settings> {
+        Ok(Settings {
             data: self.data.clone().unwrap_or_default(),
             res: res::Protocol { split: self.split_objects, all_sentences: self.all_sentences },
             abstention: grefcoco::Abstention { below: self.abstain_below },
             png: png::Protocol { replace_empty: self.replace_empty },
-        }
+            judge: self.judge.open()?,
+            cot: viscot::Protocol { sam: self.cot_sam, box_scale: self.cot_box_scale },
+            gcg: self.gcg.protocol(),
+        })
     }
 }
 

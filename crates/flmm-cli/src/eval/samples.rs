@@ -16,7 +16,7 @@ pub(crate) struct SamplesArgs {
 }
 
 pub(crate) fn run(args: &SamplesArgs, talk: &Talk) -> Result<()> {
-    let settings = args.data.settings();
+    let settings = args.data.settings()?;
     for task in tasks(std::slice::from_ref(&args.task), &settings)? {
         let samples = task.open(&settings)?;
         for index in 0..samples.ids().len() {

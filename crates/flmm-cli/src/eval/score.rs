@@ -34,7 +34,7 @@ pub(crate) struct ScoreArgs {
 }
 
 pub(crate) fn run(args: &ScoreArgs, talk: &Talk) -> Result<()> {
-    let settings = args.data.settings();
+    let settings = args.data.settings()?;
     let file = &args.predictions;
     if !file.is_file() {
         return Err(Failure::usage(format!("`{}`: no such file", file.display()), "check the path"));

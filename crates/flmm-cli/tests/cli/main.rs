@@ -1,9 +1,11 @@
 //! The program as users run it: arguments in, standard output, standard error, exit status and files out.
 
+mod analyses;
 mod answers;
 mod bad_input;
 mod bad_model;
 mod convert;
+mod eval_qa;
 mod evaluate;
 #[path = "../../../flmm/tests/common/fake_hub.rs"]
 mod fake_hub;
@@ -13,4 +15,5 @@ mod inspect_model;
 #[path = "../../../flmm/tests/common/pickles.rs"]
 mod pickles;
 mod support;
+mod train;
 mod worlds;

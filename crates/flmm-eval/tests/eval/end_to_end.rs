@@ -12,8 +12,16 @@ use flmm_eval::{Rows, Settings, find, registry, results};
 
 use crate::support::{Count, options, repository, tiny, world_of};
 
-const TASKS: [&str; 7] =
-    ["refcoco_val", "refcoco+_val", "refcocog_val", "grefcoco_val", "png", "png_keywords", "reasonseg_val"];
+const TASKS: [&str; 8] = [
+    "refcoco_val",
+    "refcoco+_val",
+    "refcocog_val",
+    "grefcoco_val",
+    "png",
+    "png_keywords",
+    "reasonseg_val",
+    "gcg_val",
+];
 const BOTH: Rows = Rows { coarse: true, kmeans: true };
 
 fn run_task(name: &str, settings: &Settings, grounder: &Grounder, options: &RunOptions) -> (Ran, usize) {
@@ -109,7 +117,7 @@ fn the_real_formats_run_end_to_end() {
     let mut ran = Vec::new();
     for task in registry() {
         let name = task.name();
-        let ours = ["refcoco", "png", "reasonseg"].iter().any(|start| name.starts_with(start));
+        let ours = ["refcoco", "png", "reasonseg", "gcg"].iter().any(|start| name.starts_with(start));
         // The random head has no keyword selector; not every split is in the trees.
         if !ours || name == "png_keywords" || task.needs().iter().any(|need| !need.is_present(&settings.data))
         {
@@ -123,7 +131,7 @@ fn the_real_formats_run_end_to_end() {
         assert_eq!(done, all.min(2), "{name}");
         ran.push(name.to_owned());
     }
-    for name in ["refcoco_val", "png", "reasonseg_val", "reasonseg_test"] {
+    for name in ["refcoco_val", "png", "reasonseg_val", "reasonseg_test", "gcg_val"] {
         assert!(ran.iter().any(|ran| ran == name), "{name} did not run: {ran:?}");
     }
     assert_eq!(results::build(out.path()).unwrap().tasks.len(), ran.len());

@@ -30,7 +30,8 @@ pub fn heat_map(image: &RgbImage, values: &[f32], size: (usize, usize)) -> Resul
     Ok(out)
 }
 
-fn ramp(level: f32) -> [u8; 3] {
+/// Colour of a level, 0 to 1.
+pub(super) fn ramp(level: f32) -> [u8; 3] {
     let place = level * (RAMP.len() - 1) as f32;
     let (low, share) = (place as usize, place.fract());
     let (a, b) = (RAMP[low.min(RAMP.len() - 1)], RAMP[(low + 1).min(RAMP.len() - 1)]);

@@ -4,6 +4,7 @@ mod canvas;
 mod caption;
 mod heat;
 mod shape;
+mod table;
 
 use std::ops::Range;
 use std::path::Path;
@@ -14,6 +15,7 @@ use crate::masks::Mask;
 use crate::{Error, Result};
 
 pub use heat::{heat_map, panels};
+pub use table::heat_table;
 
 /// Okabe and Ito's palette without black: told apart with every common kind of colour vision.
 pub const PALETTE: [[u8; 3]; 7] = [

@@ -1,0 +1,373 @@
+//! The tasks `gcg_val` and `gcg_test`: describe a picture, mark what is spoken of (`spec/evaluation.md` §4).
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use flmm::grounder::{AnswerOptions, GroundOptions, GroundedPhrase};
+use flmm::lmm::Turn;
+use flmm::masks::Mask;
+use flmm::phrases::PhraseChoice;
+use flmm::{Error, Geometry, Grounder, Result};
+use flmm_data::coco::RunLengths;
+use flmm_data::gcg::{Gcg, GcgSample};
+use flmm_data::images::ImageStore;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::ap::{Detections, coco_stats};
+use super::matching::{Variant, ious, matched_iou, recalled, transposed};
+use super::similarity::Similarity;
+use crate::captions::meteor::{Meteor, MeteorData, Statistics};
+use crate::captions::{CaptionPair, by_words};
+use crate::marks::better_cluster;
+use crate::record::{Metrics, Phrase, Prediction};
+use crate::runs::Runs;
+use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, Truth, parse_scores};
+
+/// What the model is asked.
+pub const INSTRUCTION: &str = "Briefly describe the objects that appear in this image.";
+/// Longest caption, in tokens.
+const MAX_NEW_TOKENS: usize = 100;
+
+/// What of the procedure may be chosen.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Protocol {
+    /// METEOR's tables ([`MeteorData::open`]); without them METEOR is approximated, under another name.
+    pub meteor: Option<PathBuf>,
+    /// Where text similarities come from; without any, no mask recall is reported.
+    pub similarity: Option<SimilaritySource>,
+    /// How phrases are found in a caption.
+    pub phrases: CaptionPhrases,
+}
+
+/// Where text similarities come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SimilaritySource {
+    /// A folder with a BERT encoder.
+    Model(PathBuf),
+    /// A file with matrices.
+    File(PathBuf),
+}
+
+/// How phrases are found in a caption.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum CaptionPhrases {
+    /// The head's keyword selector.
+    #[default]
+    Keywords,
+    /// Noun-phrase rules.
+    Nouns,
+}
+
+/// One split.
+pub struct GcgTask {
+    name: &'static str,
+    split: &'static str,
+}
+
+/// Validation and test split.
+pub fn tasks() -> impl Iterator<Item = Box<dyn Task>> {
+    [("gcg_val", "val"), ("gcg_test", "test")]
+        .into_iter()
+        .map(|(name, split)| Box::new(GcgTask { name, split }) as Box<dyn Task>)
+}
+
+impl Task for GcgTask {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn about(&self) -> String {
+        format!("grounded captions, {}: METEOR, CIDEr, AP50, mIoU, mask recall", self.split)
+    }
+
+    fn needs(&self) -> Vec<Need> {
+        let source = "GranD-f of GLaMM";
+        let file = |kind: &str| format!("GranDf/val_test/{}_gcg_coco_{kind}_gt.json", self.split);
+        vec![
+            Need::new(file("caption"), source),
+            Need::new(file("mask"), source),
+            Need::new("GranDf/images", "the pictures of GranD-f's val and test split, <id>.jpg"),
+        ]
+    }
+
+    fn open(&self, settings: &Settings) -> Result<Box<dyn Samples>> {
+        let data = Gcg::open_split(&settings.data, self.split)?;
+        let ids: Vec<String> = data.samples.iter().map(|sample| sample.image_id.to_string()).collect();
+        let mut seen = HashSet::new();
+        if let Some(twice) = ids.iter().find(|id| !seen.insert(id.as_str())) {
+            return Err(Error::config(
+                settings.data.join(&self.needs()[0].path),
+                format!("picture {twice} has two captions"),
+                "grounded captions have one caption per picture",
+            ));
+        }
+        let protocol = settings.gcg.clone();
+        let meteor_data = match &protocol.meteor {
+            Some(path) => MeteorData::open(path)?,
+            None => MeteorData::lite(),
+        };
+        let references: Vec<&str> = data.samples.iter().map(|sample| sample.caption.as_str()).collect();
+        let meteor = Meteor::new(meteor_data, references)?;
+        let similarity = match &protocol.similarity {
+            Some(SimilaritySource::Model(folder)) => Some(Similarity::model(folder)?),
+            Some(SimilaritySource::File(file)) => Some(Similarity::file(file)?),
+            None => None,
+        };
+        let pictures = ImageStore::open(&settings.data)?;
+        Ok(Box::new(GcgSamples { data, ids, pictures, meteor, similarity, protocol }))
+    }
+
+    fn aggregate(&self, scores: &[Value]) -> Result<Aggregate> {
+        metrics(parse_scores(scores)?)
+    }
+}
+
+/// What is kept of one picture.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    /// The picture's number, whose order average precision depends on.
+    pub image_id: u64,
+    /// The predicted caption.
+    pub caption: String,
+    /// The true one.
+    pub reference: String,
+    /// METEOR's statistics, and what METEOR may be called.
+    pub meteor: Statistics,
+    /// "METEOR", or a name that says what was missing.
+    pub meteor_label: String,
+    /// Mean IoU of the matched masks.
+    pub iou: f64,
+    /// For average precision.
+    pub detections: Detections,
+    /// Number of true phrases.
+    pub phrases: usize,
+    /// How many of them were recalled.
+    pub recalled: Recalled,
+}
+
+/// Recalled phrases of one picture.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recalled {
+    /// By masks alone.
+    pub masks: usize,
+    /// By masks and texts, as GLaMM's evaluator counts; absent without text similarities.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub glamm: Option<usize>,
+    /// As F-LMM's evaluator counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flmm: Option<usize>,
+}
+
+/// Metrics in percent, CIDEr times 100.
+pub fn metrics(mut scores: Vec<Score>) -> Result<Aggregate> {
+    scores.sort_by_key(|score| score.image_id);
+    let mut metrics = Metrics::default();
+    if scores.is_empty() {
+        return Ok(metrics.into());
+    }
+    let mut meteor = Statistics::default();
+    scores.iter().for_each(|score| meteor.add(&score.meteor));
+    let label = &scores[0].meteor_label;
+    if let Some(other) = scores.iter().find(|score| score.meteor_label != *label) {
+        return Err(Error::request(
+            format!("some captions were scored with {label}, others with {}", other.meteor_label),
+            "score all of them with the same --meteor-data",
+        ));
+    }
+    let pair = |score: &Score| CaptionPair {
+        candidate: score.caption.clone(),
+        references: vec![score.reference.clone()],
+    };
+    let words = by_words(&scores.iter().map(pair).collect::<Vec<_>>());
+    let phrases: usize = scores.iter().map(|score| score.phrases).sum();
+    let recall = |count: &dyn Fn(&Recalled) -> Option<usize>| -> Option<f64> {
+        let counts: Option<Vec<usize>> = scores.iter().map(|score| count(&score.recalled)).collect();
+        Some(100.0 * counts?.iter().sum::<usize>() as f64 / phrases.max(1) as f64)
+    };
+    metrics.push(label, 100.0 * meteor.score());
+    metrics.push("CIDEr", 100.0 * words.cider.all);
+    let detections: Vec<Detections> = scores.iter().map(|score| score.detections.clone()).collect();
+    metrics.push("AP50", 100.0 * coco_stats(&detections).ap50());
+    metrics.push("mIoU", 100.0 * scores.iter().map(|score| score.iou).sum::<f64>() / scores.len() as f64);
+    if let (Some(glamm), Some(flmm)) = (recall(&|r| r.glamm), recall(&|r| r.flmm)) {
+        metrics.push("recall", glamm);
+        metrics.push("recall, F-LMM", flmm);
+    }
+    metrics.push("recall of masks", recall(&|r| Some(r.masks)).unwrap_or_default());
+    words.bleu.iter().enumerate().for_each(|(n, bleu)| metrics.push(format!("BLEU-{}", n + 1), 100.0 * bleu));
+    metrics.push("ROUGE-L", 100.0 * words.rouge_l.all);
+    Ok(metrics.into())
+}
+
+struct GcgSamples {
+    data: Gcg,
+    ids: Vec<String>,
+    pictures: ImageStore,
+    meteor: Meteor,
+    similarity: Option<Similarity>,
+    protocol: Protocol,
+}
+
+fn picture(sample: &GcgSample) -> String {
+    format!("GranDf/images/{}.jpg", sample.image_id)
+}
+
+impl GcgSamples {
+    fn truth_masks(&self, sample: &GcgSample) -> Result<Vec<Runs>> {
+        Ok(self.data.runs(sample)?.into_iter().map(Runs::from).collect())
+    }
+
+    /// Other masks of the same phrases.
+    fn rows(
+        &self,
+        rows: Rows,
+        truth: &[Mask],
+        phrases: &[GroundedPhrase],
+        geometry: &Geometry,
+    ) -> Result<Vec<(&'static str, Vec<RunLengths>)>> {
+        let mut out = Vec::new();
+        if rows.kmeans {
+            let cluster = |phrase: &GroundedPhrase| {
+                // No true mask belongs to a phrase of the model's own; the one that fits its mask best chooses.
+                let overlap = |mask: &&Mask| mask.iou(&phrase.mask).unwrap_or(0.0);
+                let nearest = truth.iter().max_by(|a, b| overlap(a).total_cmp(&overlap(b)));
+                let reference = nearest.filter(|mask| overlap(mask) > 0.0).unwrap_or(&phrase.mask);
+                match &phrase.maps {
+                    Some(maps) => Ok(better_cluster(maps, geometry, reference)?.to_coco()),
+                    None => Ok(Runs::from(&phrase.mask).to_coco()),
+                }
+            };
+            out.push(("kmeans", phrases.iter().map(cluster).collect::<Result<_>>()?));
+        }
+        if rows.coarse {
+            let coarse = |phrase: &GroundedPhrase| Runs::from(&phrase.coarse_mask).to_coco();
+            out.push(("coarse", phrases.iter().map(coarse).collect()));
+        }
+        Ok(out)
+    }
+}
+
+impl Samples for GcgSamples {
+    fn ids(&self) -> &[String] {
+        &self.ids
+    }
+
+    fn settings(&self) -> Value {
+        let phrases = match self.protocol.phrases {
+            CaptionPhrases::Keywords => "keywords",
+            CaptionPhrases::Nouns => "nouns",
+        };
+        json!({ "phrases": phrases, "meteor": self.meteor.label(), "similarity": self.similarity.is_some() })
+    }
+
+    fn template(&self, index: usize) -> Result<Value> {
+        let sample = &self.data.samples[index];
+        Ok(json!({
+            "id": self.ids[index], "image_id": self.ids[index], "image": picture(sample), "size": sample.size,
+            "prompt": INSTRUCTION,
+        }))
+    }
+
+    fn truth(&self, index: usize) -> Result<Option<Truth>> {
+        let sample = &self.data.samples[index];
+        let phrases = sample.phrases.iter().cloned().zip(self.truth_masks(sample)?).collect();
+        Ok(Some(Truth { phrases, given: false }))
+    }
+
+    fn predict(&self, index: usize, grounder: &Grounder, rows: Rows) -> Result<Predicted> {
+        let sample = &self.data.samples[index];
+        let image = self.pictures.read(&picture(sample))?;
+        if [image.height(), image.width()] != sample.size {
+            return Err(Error::image(
+                format!(
+                    "{} is {}×{}, the caption file says {}×{}",
+                    picture(sample),
+                    image.width(),
+                    image.height(),
+                    sample.size[1],
+                    sample.size[0]
+                ),
+                "the pictures and the caption file must belong together",
+            ));
+        }
+        let phrases = match self.protocol.phrases {
+            CaptionPhrases::Keywords => PhraseChoice::Keywords,
+            CaptionPhrases::Nouns => PhraseChoice::NounPhrases,
+        };
+        let options = AnswerOptions {
+            max_new_tokens: MAX_NEW_TOKENS,
+            phrases: Some(phrases),
+            ground: GroundOptions { keep_maps: rows.kmeans, ..GroundOptions::default() },
+            ..AnswerOptions::default()
+        };
+        let answer = grounder.answer(&image, &[Turn::user(INSTRUCTION)], &options)?;
+        let truth = match rows.kmeans {
+            true => self.data.masks(sample)?.iter().map(Mask::from).collect(),
+            false => Vec::new(),
+        };
+        let geometry = grounder.lmm().prepare_image(&image)?.geometry;
+        let marked = answer.phrases.iter().map(|phrase| Phrase {
+            text: phrase.text.clone(),
+            segmentation: Some(Runs::from(&phrase.mask).to_coco()),
+            score: Some(f64::from(phrase.score)),
+        });
+        let prediction = Prediction {
+            id: self.ids[index].clone(),
+            image_id: Some(self.ids[index].clone()),
+            prompt: INSTRUCTION.to_owned(),
+            answer: answer.answer.trim().to_owned(),
+            phrases: marked.collect(),
+            ..Prediction::default()
+        };
+        Ok(Predicted { prediction, rows: self.rows(rows, &truth, &answer.phrases, &geometry)? })
+    }
+
+    /// A phrase without a mask, or a mask without a text, counts as missing in the one list only.
+    fn score(&self, index: usize, prediction: &Prediction) -> Result<Value> {
+        let sample = &self.data.samples[index];
+        prediction.check_picture(&self.ids[index])?;
+        let truth = self.truth_masks(sample)?;
+        let masked =
+            (0..prediction.phrases.len()).filter(|&at| prediction.phrases[at].segmentation.is_some());
+        let masks: Vec<Runs> = masked.map(|at| prediction.mask(at, sample.size)).collect::<Result<_>>()?;
+        let texts: Vec<String> = prediction
+            .phrases
+            .iter()
+            .filter(|phrase| !phrase.text.is_empty())
+            .map(|phrase| phrase.text.clone())
+            .collect();
+        let ious = ious(&masks, &truth)?;
+        let by_truth = transposed(&ious, truth.len());
+        let count = |similarity: &[Vec<f64>], variant| {
+            recalled(&by_truth, similarity, variant).map_or(0, |matches| matches.len())
+        };
+        let mut found = Recalled {
+            masks: count(&vec![vec![1.0; masks.len()]; truth.len()], Variant::Glamm),
+            ..Recalled::default()
+        };
+        if let Some(similarity) = &self.similarity {
+            let alike = similarity.between(&self.ids[index], &sample.phrases, &texts)?;
+            found.glamm = Some(count(&alike, Variant::Glamm));
+            found.flmm = Some(count(&alike, Variant::Flmm));
+        }
+        let areas = |masks: &[Runs]| masks.iter().map(|mask| mask.area() as f64).collect();
+        let score = Score {
+            image_id: sample.image_id,
+            caption: prediction.answer.clone(),
+            reference: sample.caption.clone(),
+            meteor: self.meteor.compare(&prediction.answer, &[&sample.caption]),
+            meteor_label: self.meteor.label().to_owned(),
+            iou: matched_iou(&ious),
+            detections: Detections {
+                predicted_areas: areas(&masks),
+                true_areas: areas(&truth),
+                ious,
+                scores: Vec::new(),
+            },
+            phrases: sample.phrases.len(),
+            recalled: found,
+        };
+        Ok(json!(score))
+    }
+}
