@@ -67,7 +67,8 @@ fn step(args: &TrainStepArgs, talk: &Talk) -> Result<()> {
     let median = StepTimes::median(&rounds);
     let speed = config.flops() / median.total() / 1e9;
     if args.json {
-        let json = json!({ "config": config, "gflop": config.flops() / 1e9, "rounds": rounds, "median": median });
+        let json =
+            json!({ "config": config, "gflop": config.flops() / 1e9, "rounds": rounds, "median": median });
         return talk.print(&json.to_string());
     }
     let line = |name: &str, seconds: f64| format!("{name:<10}{:>9.1} ms\n", seconds * 1e3);

@@ -94,8 +94,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{:?}", cache.contents());
     let scores = channel_scores(&samples, 0..scenes)?;
     let best = best_channels(&scores, 5);
-    println!("best attention maps: {best:?} of {}, correlations {:?}", scores.len(),
-        best.iter().map(|&map| (scores[map as usize] * 100.0).round() / 100.0).collect::<Vec<_>>());
+    println!(
+        "best attention maps: {best:?} of {}, correlations {:?}",
+        scores.len(),
+        best.iter().map(|&map| (scores[map as usize] * 100.0).round() / 100.0).collect::<Vec<_>>()
+    );
     Ok(())
 }
 

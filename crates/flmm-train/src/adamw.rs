@@ -49,15 +49,17 @@ impl Update {
         gradient: &Tensor,
     ) -> Result<(Tensor, Tensor, Tensor)> {
         let handles = [parameter, m, v, gradient].map(Elements::of);
-        let [p, m, v, g] =
-            [handles[0].get()?, handles[1].get()?, handles[2].get()?, handles[3].get()?];
-        let (mut new_p, mut new_m, mut new_v) = (vec![0f32; p.len()], vec![0f32; p.len()], vec![0f32; p.len()]);
+        let [p, m, v, g] = [handles[0].get()?, handles[1].get()?, handles[2].get()?, handles[3].get()?];
+        let (mut new_p, mut new_m, mut new_v) =
+            (vec![0f32; p.len()], vec![0f32; p.len()], vec![0f32; p.len()]);
         let (b1, b2, eps) = (self.beta1 as f32, self.beta2 as f32, self.eps as f32);
         let (a1, a2) = ((1.0 - self.beta1) as f32, (1.0 - self.beta2) as f32);
         let (clip, rate, keep) = (self.clip as f32, self.rate as f32, self.keep as f32);
         let per_correction = (1.0 / self.correction2) as f32;
-        let old = p.par_chunks(CHUNK).zip(m.par_chunks(CHUNK)).zip(v.par_chunks(CHUNK)).zip(g.par_chunks(CHUNK));
-        let new = new_p.par_chunks_mut(CHUNK).zip(new_m.par_chunks_mut(CHUNK)).zip(new_v.par_chunks_mut(CHUNK));
+        let old =
+            p.par_chunks(CHUNK).zip(m.par_chunks(CHUNK)).zip(v.par_chunks(CHUNK)).zip(g.par_chunks(CHUNK));
+        let new =
+            new_p.par_chunks_mut(CHUNK).zip(new_m.par_chunks_mut(CHUNK)).zip(new_v.par_chunks_mut(CHUNK));
         new.zip(old).for_each(|(((new_p, new_m), new_v), (((p, m), v), g))| {
             for i in 0..p.len() {
                 let g = g[i] * clip;

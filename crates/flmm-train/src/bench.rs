@@ -56,7 +56,11 @@ impl StepConfig {
         for (name, shape) in UNetConfig::new(self.channels).shapes() {
             let [outputs, inputs, kernel, _] = shape[..] else { continue };
             let outputs = outputs * self.base_channels / 64;
-            let inputs = if name.starts_with("encoder.0.0.convs.0") { inputs } else { inputs * self.base_channels / 64 };
+            let inputs = if name.starts_with("encoder.0.0.convs.0") {
+                inputs
+            } else {
+                inputs * self.base_channels / 64
+            };
             let stage = name.split('.').nth(1).and_then(|stage| stage.parse::<u32>().ok()).unwrap_or(0);
             let pixels = (side >> stage).pow(2);
             let forward = 2.0 * (outputs.max(1) * inputs * kernel * kernel * pixels) as f64;
@@ -78,15 +82,17 @@ impl StepConfig {
     fn sample(&self) -> Result<HeadSample> {
         let mut rng = ChaCha8Rng::seed_from_u64(7);
         let mut random = |shape: &[usize], low: f32, high: f32| {
-            let values: Vec<f32> =
-                (0..shape.iter().product()).map(|_| rng.random_range(low..high)).collect();
+            let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(low..high)).collect();
             Ok::<_, flmm::Error>(Tensor::from_vec(values, shape, &Device::Cpu)?)
         };
         let (height, width) = Self::PICTURE;
         let mut masks = vec![0u8; self.phrases * height * width];
         for (n, mask) in masks.chunks_mut(height * width).enumerate() {
             let rows = 60 + 20 * n..260 + 20 * n;
-            mask.chunks_mut(width).enumerate().filter(|(y, _)| rows.contains(y)).for_each(|(_, row)| row[100..400].fill(1));
+            mask.chunks_mut(width)
+                .enumerate()
+                .filter(|(y, _)| rows.contains(y))
+                .for_each(|(_, row)| row[100..400].fill(1));
         }
         let mut next = 0;
         let phrases = (0..self.phrases).map(|n| {

@@ -36,11 +36,7 @@ pub(crate) struct Frozen {
 impl Frozen {
     /// Reads configurations; no weight of the LMM is read. `sam` are the sizes of SAM, which is not opened either if
     /// there is no `refiner`.
-    pub(crate) fn new(
-        models: &Models,
-        sam: SamConfig,
-        refiner: RefinerKind,
-    ) -> Result<Self> {
+    pub(crate) fn new(models: &Models, sam: SamConfig, refiner: RefinerKind) -> Result<Self> {
         let (opened, _) = rehearse(|| lmm::open_with(&models.lmm, &models.options));
         let opened = opened?;
         let spec = *opened.spec();
@@ -95,7 +91,8 @@ impl Frozen {
             RefinerKind::None => "none".to_owned(),
         };
         let towers = [&options.vision_tower, &options.vision_tower_aux];
-        let towers = towers.into_iter().flatten().map(|tower| fingerprint(tower)).collect::<Result<Vec<_>>>()?;
+        let towers =
+            towers.into_iter().flatten().map(|tower| fingerprint(tower)).collect::<Result<Vec<_>>>()?;
         Ok(CacheKey {
             lmm: self.spec.name.to_owned(),
             lmm_revision: self.revision()?,
@@ -160,10 +157,7 @@ impl Samples<SelectorSample> for Seen<'_> {
 }
 
 /// Sizes and tensors of SAM; the published sizes and nothing where there is no refiner.
-pub(crate) fn sam_of(
-    models: &Models,
-    refiner: RefinerKind,
-) -> Result<(SamConfig, HashMap<String, Tensor>)> {
+pub(crate) fn sam_of(models: &Models, refiner: RefinerKind) -> Result<(SamConfig, HashMap<String, Tensor>)> {
     match refiner {
         RefinerKind::Sam => read_checkpoint(&models.sam, &models.options.device),
         RefinerKind::None => Ok((SamConfig::vit_l(), HashMap::new())),

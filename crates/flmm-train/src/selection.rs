@@ -109,7 +109,8 @@ fn add_scores(sample: &HeadSample, phrase: usize, sums: &mut [f64]) -> Result<()
     let observation = &sample.observation;
     let (_, _, grid_h, grid_w) = observation.maps.dims4()?;
     let rect = observation.geometry.picture_rect(grid_h, grid_w);
-    let maps = observation.maps.get(phrase)?.narrow(1, rect.y0, rect.height)?.narrow(2, rect.x0, rect.width)?;
+    let maps =
+        observation.maps.get(phrase)?.narrow(1, rect.y0, rect.height)?.narrow(2, rect.x0, rect.width)?;
     let maps = maps.flatten_from(1)?.to_vec2::<f32>()?;
     let mask = covered(&sample.masks.get(phrase)?.to_vec2::<u8>()?, rect.height, rect.width);
     for (sum, map) in sums.iter_mut().zip(&maps) {

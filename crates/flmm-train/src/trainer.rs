@@ -332,7 +332,9 @@ impl<'a, T: Task> Trainer<'a, T> {
         let workers = self.options.workers.clamp(1, batch.len().max(1));
         let mut parts: Vec<Option<Result<Contribution>>> = Vec::new();
         if workers == 1 {
-            parts.extend(batch.iter().zip(shares).map(|(sample, share)| Some(self.contribution(sample, share))));
+            parts.extend(
+                batch.iter().zip(shares).map(|(sample, share)| Some(self.contribution(sample, share))),
+            );
         } else {
             parts.resize_with(batch.len(), || None);
             std::thread::scope(|scope| -> Result<()> {

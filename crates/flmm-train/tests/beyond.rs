@@ -110,6 +110,7 @@ fn a_head_without_a_refiner_has_no_refined_losses() {
     let losses = LossWeights { refined_bce: 0.0, refined_dice: 0.0, ..LossWeights::default() };
     let task = HeadTask::new(head, HeadConfig { losses, ..HeadConfig::default() }).unwrap();
     let mut sample = telling(0);
-    sample.observation.sam_embedding = Tensor::zeros((1, 0, 0, 0), candle_core::DType::F32, &Device::Cpu).unwrap();
+    sample.observation.sam_embedding =
+        Tensor::zeros((1, 0, 0, 0), candle_core::DType::F32, &Device::Cpu).unwrap();
     assert!(task.losses(&sample).unwrap().terms[0].to_scalar::<f32>().unwrap().is_finite());
 }

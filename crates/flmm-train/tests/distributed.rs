@@ -64,7 +64,10 @@ fn assert_same(one: &Trained, other: &Trained, tolerance: f64) {
     }
     for (name, values) in &one.1 {
         for (a, b) in values.iter().zip(&other.1[name]) {
-            assert!(f64::from((a - b).abs()) <= tolerance * f64::from(a.abs()).max(0.1), "{name}: {a} and {b}");
+            assert!(
+                f64::from((a - b).abs()) <= tolerance * f64::from(a.abs()).max(0.1),
+                "{name}: {a} and {b}"
+            );
         }
     }
 }
@@ -81,7 +84,8 @@ fn ranks_make_the_head_that_one_makes_with_the_whole_batch() {
     let alone = together(1, &samples, &dir.path().join("1"), u64::MAX).remove(0).unwrap();
     for world in [2, 4] {
         let folder = dir.path().join(world.to_string());
-        let ranks: Vec<Trained> = together(world, &samples, &folder, u64::MAX).into_iter().map(Result::unwrap).collect();
+        let ranks: Vec<Trained> =
+            together(world, &samples, &folder, u64::MAX).into_iter().map(Result::unwrap).collect();
         assert_same(&alone, &ranks[0], 2e-4);
         for rank in &ranks[1..] {
             assert_eq!(rank, &ranks[0], "all ranks have the same tensors");
@@ -111,8 +115,10 @@ fn an_error_of_one_rank_ends_all_with_its_message() {
         (5, 1) => Err(Error::request("picture 5 has vanished", "look for it")),
         _ => Ok(small_head::sample(index)),
     });
-    let messages: Vec<String> =
-        together(2, &samples, dir.path(), u64::MAX).into_iter().map(|rank| rank.unwrap_err().to_string()).collect();
+    let messages: Vec<String> = together(2, &samples, dir.path(), u64::MAX)
+        .into_iter()
+        .map(|rank| rank.unwrap_err().to_string())
+        .collect();
     assert!(messages.iter().all(|message| message.contains("picture 5 has vanished")), "{messages:?}");
     assert!(messages.iter().any(|message| message.starts_with("rank ")), "{messages:?}");
 }

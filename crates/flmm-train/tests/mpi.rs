@@ -33,7 +33,8 @@ fn rank() {
     });
     let (task, vars) = small_head::task(true);
     let config = small_head::train_config(3, 4);
-    let mut trainer = Trainer::new(&task, vars, config, json!({}), RunOptions::new(Path::new(&folder))).unwrap();
+    let mut trainer =
+        Trainer::new(&task, vars, config, json!({}), RunOptions::new(Path::new(&folder))).unwrap();
     trainer = trainer.with_communicator(ranks.as_ref()).unwrap();
     if let Err(error) = trainer.run(&samples, |_| ControlFlow::Continue(())) {
         println!("rank ended: {error}");

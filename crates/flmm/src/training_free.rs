@@ -53,7 +53,8 @@ impl TrainingFree {
         let coarse = self.coarse(observation)?;
         let options = PromptOptions { text_prompt: false, ..PromptOptions::default() };
         // No words prompt SAM, but their number tells it the number of phrases.
-        let none = Tensor::zeros((1, self.refiner.config().prompt_embed_dim), coarse.dtype(), coarse.device())?;
+        let none =
+            Tensor::zeros((1, self.refiner.config().prompt_embed_dim), coarse.dtype(), coarse.device())?;
         let words = vec![none; coarse.dim(0)?];
         let (embedding, geometry) = (&observation.sam_embedding, &observation.sam_geometry);
         let refined = self.refiner.refine(embedding, &coarse, &words, geometry, &options)?;

@@ -39,7 +39,8 @@ fn a_world_is_looked_at() {
     let place = Place::new();
     place.run(&["world", "--out", "w", "--split", "val", "--count", "2", "--seed", "3"]).ok();
 
-    let panels = place.run(&["eval", "panels", "--data", "w", "--out", "p", "--limit", "1", "--strips", "--raw"]);
+    let panels =
+        place.run(&["eval", "panels", "--data", "w", "--out", "p", "--limit", "1", "--strips", "--raw"]);
     assert!(panels.ok().contains("mean IoU with the ground truth"), "{}", panels.err);
     let names: Vec<String> = std::fs::read_dir(place.path("p"))
         .unwrap()

@@ -89,8 +89,7 @@ impl<'a> CachedSamples<'a> {
     /// [`Error::Request`] if there is not enough room on the disk.
     pub fn estimate(&self, part: Part, probes: usize) -> Result<Estimate> {
         let range = part.range(self.inner.len());
-        let missing: Vec<usize> =
-            self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
+        let missing: Vec<usize> = self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
         let mut estimate = Estimate {
             missing: missing.len(),
             samples: range.len(),
@@ -114,8 +113,7 @@ impl<'a> CachedSamples<'a> {
             estimate.bytes_per_picture = picture.len() as u64;
         }
         estimate.bytes_per_sample /= measured.max(1);
-        estimate.bytes =
-            (estimate.bytes_per_sample + estimate.bytes_per_picture) * missing.len() as u64;
+        estimate.bytes = (estimate.bytes_per_sample + estimate.bytes_per_picture) * missing.len() as u64;
         if let Some(free) = estimate.free.filter(|free| *free < estimate.bytes) {
             return Err(Error::request(
                 format!(
@@ -144,8 +142,7 @@ impl<'a> CachedSamples<'a> {
         mut on_sample: impl FnMut(usize, usize) -> ControlFlow<()>,
     ) -> Result<Filled> {
         let range = part.range(self.inner.len());
-        let missing: Vec<usize> =
-            self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
+        let missing: Vec<usize> = self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
         let mut filled = Filled { added: 0, broken: 0, complete: true };
         for (done, &index) in missing.iter().enumerate() {
             match self.sample(index, 0) {

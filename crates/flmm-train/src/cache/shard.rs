@@ -175,7 +175,8 @@ impl Shard {
                 };
                 let records: Vec<Entry> = index.records.into_iter().filter(inside).collect();
                 let lost = total - records.len();
-                let damage = (lost > 0).then(|| format!("it is cut off; {lost} of its {total} records are lost"));
+                let damage =
+                    (lost > 0).then(|| format!("it is cut off; {lost} of its {total} records are lost"));
                 (records, index.bytes, true, damage)
             }
             Ok(None) => {
@@ -185,7 +186,12 @@ impl Shard {
             Err(reason) => {
                 let (records, end) = scan(&bytes, start);
                 let found = records.len();
-                (records, end, true, Some(format!("its index is damaged ({reason}); {found} records found without it")))
+                (
+                    records,
+                    end,
+                    true,
+                    Some(format!("its index is damaged ({reason}); {found} records found without it")),
+                )
             }
         };
         Ok(Opened { shard, records, end, complete, damage })

@@ -71,7 +71,10 @@ impl Writer {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => {
                 return Err(Error::request(
-                    format!("{}: another process is writing part {prefix} of this feature cache", dir.display()),
+                    format!(
+                        "{}: another process is writing part {prefix} of this feature cache",
+                        dir.display()
+                    ),
                     "wait for it to end, or give every process a part of its own (`--shard i/n`)",
                 ));
             }
@@ -135,8 +138,7 @@ impl Writer {
             let _ = open.file.set_len(open.end).and_then(|()| open.file.seek(SeekFrom::Start(open.end)));
             return Err(Error::io(&open.path, e));
         }
-        let entry =
-            Entry { kind, name: name.to_owned(), offset: open.end, length: payload.len() as u64 };
+        let entry = Entry { kind, name: name.to_owned(), offset: open.end, length: payload.len() as u64 };
         open.end += bytes.len() as u64;
         open.records.push(entry.clone());
         Ok((open.path.clone(), entry))

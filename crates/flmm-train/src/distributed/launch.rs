@@ -40,7 +40,9 @@ impl Launch {
             return Err(wrong(format!("RANK is {rank}, expected a number below WORLD_SIZE, {world}")));
         }
         let master = match (variable("MASTER_ADDR"), variable("MASTER_PORT")) {
-            (Some(address), Some(port)) => Some(format!("{address}:{}", number::<u16>("MASTER_PORT", &port)?)),
+            (Some(address), Some(port)) => {
+                Some(format!("{address}:{}", number::<u16>("MASTER_PORT", &port)?))
+            }
             _ => None,
         };
         Ok(Some(Self { rank, local_rank, world, master }))

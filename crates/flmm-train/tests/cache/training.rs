@@ -110,7 +110,12 @@ fn another_key_is_refused_by_what_differs() {
     };
     let error = FeatureCache::open(dir.path(), other, CacheOptions::default()).err().unwrap();
     let text = error.to_string();
-    for part in ["1-of-1.00000.features", "lmm_revision: \"0123\" in the cache, \"89ab\" wanted", "values", "sentences"] {
+    for part in [
+        "1-of-1.00000.features",
+        "lmm_revision: \"0123\" in the cache, \"89ab\" wanted",
+        "values",
+        "sentences",
+    ] {
         assert!(text.contains(part), "{text}");
     }
     assert!(!text.contains("prompt") && error.hint().unwrap().contains("another folder"), "{text}");

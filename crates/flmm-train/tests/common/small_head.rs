@@ -10,7 +10,9 @@ use flmm::grounder::{HeadSizes, Observation};
 use flmm::sam::{SamConfig, SamGeometry};
 use flmm::{Geometry, Result};
 use flmm_train::head::{init, trainable};
-use flmm_train::{HeadConfig, HeadSample, HeadTask, RunOptions, Samples, SelectorConfig, Step, TrainConfig, Trainer};
+use flmm_train::{
+    HeadConfig, HeadSample, HeadTask, RunOptions, Samples, SelectorConfig, Step, TrainConfig, Trainer,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;

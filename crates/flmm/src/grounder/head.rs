@@ -61,7 +61,8 @@ impl GroundingHead {
             Some(&[1, width, 1, 1]) => width,
             _ => 64,
         };
-        let unet = UNetConfig { in_channels: settings.channels(sizes.channels)?, base_channels, input_size: 64 };
+        let unet =
+            UNetConfig { in_channels: settings.channels(sizes.channels)?, base_channels, input_size: 64 };
         let selector = params.pp("keyword_selector");
         let keyword_selector = if selector.has("weight") || selector.has("bias") {
             Some(Linear::load(sizes.hidden_size, 1, true, &selector)?)

@@ -96,7 +96,10 @@ mod tests {
 
     #[test]
     fn older_descriptions_and_files_without_one_are_published_heads() {
-        assert_eq!(read(r#"{"format": 1, "channels": 30, "refiner": "sam"}"#).unwrap(), HeadSettings::default());
+        assert_eq!(
+            read(r#"{"format": 1, "channels": 30, "refiner": "sam"}"#).unwrap(),
+            HeadSettings::default()
+        );
         assert_eq!(HeadSettings::read(Path::new("none/head.pth")).unwrap(), HeadSettings::default());
         assert_eq!(HeadSettings::default().channels(30).unwrap(), 30);
     }
@@ -112,7 +115,9 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused() {
-        for json in [r#"{"channels_used": []}"#, r#"{"channels_used": [1, 1]}"#, r#"{"refiner": "magic"}"#, "{"] {
+        for json in
+            [r#"{"channels_used": []}"#, r#"{"channels_used": [1, 1]}"#, r#"{"refiner": "magic"}"#, "{"]
+        {
             assert!(read(json).is_err(), "{json}");
         }
     }

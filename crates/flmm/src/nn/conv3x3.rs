@@ -146,7 +146,9 @@ mod tests {
     /// Sides that fill vectors, that leave every kind of rest, and the smallest ones.
     #[test]
     fn fused_equals_composed_with_gradients() {
-        for shape in [[3, 37, 19, 23], [2, 5, 64, 64], [5, 16, 8, 8], [2, 3, 1, 1], [1, 7, 2, 131], [1, 1, 33, 3]] {
+        for shape in
+            [[3, 37, 19, 23], [2, 5, 64, 64], [5, 16, 8, 8], [2, 3, 1, 1], [1, 7, 2, 131], [1, 1, 33, 3]]
+        {
             for outputs in [1, 6, 11] {
                 let x = Var::from_tensor(&random(&shape, 1)).unwrap();
                 let k = Var::from_tensor(&random(&[outputs, shape[1], 3, 3], 2)).unwrap();

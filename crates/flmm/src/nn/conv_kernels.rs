@@ -191,7 +191,8 @@ impl Convolve<'_> {
                 // The long rows have the border on both sides and above: this is its row `line`, from `column` on.
                 let (line, column) = ((self.at + i) / row + dy, (self.at + i) % row);
                 let first = column.max(1);
-                let count = (self.w + 1).saturating_sub(first).min((length - i).saturating_sub(first - column));
+                let count =
+                    (self.w + 1).saturating_sub(first).min((length - i).saturating_sub(first - column));
                 if (1..=self.h).contains(&line) && count > 0 {
                     runs.push((dy * length + i + first - column, (line - 1) * self.w + first - 1, count));
                 }
