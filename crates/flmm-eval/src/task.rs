@@ -162,12 +162,19 @@ pub struct Need {
     pub path: String,
     /// What it is and where it comes from.
     pub source: &'static str,
+    /// Whether only a model needs it: predictions of other systems are scored without.
+    pub for_model: bool,
 }
 
 impl Need {
     /// A need.
     pub fn new(path: impl Into<String>, source: &'static str) -> Self {
-        Self { path: path.into(), source }
+        Self { path: path.into(), source, for_model: false }
+    }
+
+    /// A folder of pictures, which scoring can do without.
+    pub fn pictures(path: impl Into<String>, source: &'static str) -> Self {
+        Self { path: path.into(), source, for_model: true }
     }
 
     /// Whether it is there.

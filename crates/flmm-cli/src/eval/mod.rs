@@ -123,6 +123,15 @@ impl DataArgs {
 
 /// The tasks of these names, whose data must all be there before anything is computed.
 fn tasks(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
+    checked(names, settings, true)
+}
+
+/// The same for predictions of other systems, which are scored without pictures.
+fn tasks_to_score(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
+    checked(names, settings, false)
+}
+
+fn checked(names: &[String], settings: &Settings, for_model: bool) -> Result<Vec<Box<dyn Task>>> {
     let root = &settings.data;
     if !root.is_dir() {
         return Err(Failure::usage(format!("`{}`: no such folder", root.display()), "give the data root"));
@@ -134,7 +143,7 @@ fn tasks(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
         let missing: Vec<String> = task
             .needs()
             .iter()
-            .filter(|need| !need.is_present(root))
+            .filter(|need| (for_model || !need.for_model) && !need.is_present(root))
             .map(|need| format!("  {} ({})", need.path, need.source))
             .collect();
         if !missing.is_empty() {

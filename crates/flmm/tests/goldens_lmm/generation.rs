@@ -102,7 +102,8 @@ fn check_generated_phrases(
     case.check("ground.attn_merged", &maps, 2e-5, 0.12)?;
     let Opened::Whole(grounder) = opened else { return Ok(()) };
 
-    let (sam_embedding, sam_geometry) = grounder.sam().expect("the case has a SAM").encode_image(&read_image(&case.picture)?)?;
+    let (sam_embedding, sam_geometry) =
+        grounder.sam().expect("the case has a SAM").encode_image(&read_image(&case.picture)?)?;
     let observation = Observation {
         maps,
         hidden: capture.hidden_rows(&rows.collect::<Vec<_>>())?,
