@@ -282,13 +282,14 @@ fn bad_files_are_named_with_row_and_column() {
         ["7", "q", "x", "y", answer].iter().map(|&t| t.to_owned()).chain([image]).collect::<Vec<_>>()
     };
     let path = "qa/mmbench/mmbench_dev.tsv";
-    let table = |answer: &str, image: &str| tsv(&header, &[row(answer, image.to_owned())]).unwrap();
+    let table = |answer: &str, image: &str| tsv(&header, &[row(answer, image.to_owned())]).into_bytes();
     fails(path, &table("C", &base64(&picture(1))), Benchmark::MmBench, &["row 1", "answer \"C\""]);
     fails(path, &table("", &base64(&picture(1))), Benchmark::MmBench, &["row 1", "dev split"]);
     fails(path, &table("A", "6"), Benchmark::MmBench, &["row 1", "neither a picture in base64"]);
     fails(path, &table("A", &"?".repeat(100)), Benchmark::MmBench, &["row 1", "not base64"]);
+    fails(path, b"index\timage\n1\n", Benchmark::MmBench, &["row 1: 1 cells, the header has 2"]);
     fails(path, b"index\tquestion\n1\n", Benchmark::MmBench, &["no column `image`"]);
-    let twice = tsv(&header, &[row("A", base64(&picture(1))), row("B", "7".into())]).unwrap();
+    let twice = tsv(&header, &[row("A", base64(&picture(1))), row("B", "7".into())]).into_bytes();
     fails(path, &twice, Benchmark::MmBench, &["`7` occurs twice"]);
 
     let line = |image: &str| format!(r#"{{"question_id":1,"image":"{image}","text":"q","label":"yes"}}"#);

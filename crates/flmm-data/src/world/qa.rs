@@ -237,7 +237,7 @@ fn mmbench(folder: &Path, level: Level, records: &[Record]) -> Result<()> {
             rows.push(row);
         }
     }
-    write_file(&folder.join("mmbench_dev_world.tsv"), &tsv(&header, &rows)?)
+    write_file(&folder.join("mmbench_dev_world.tsv"), tsv(&header, &rows).as_bytes())
 }
 
 fn mm_vet(folder: &Path, records: &[Record]) -> Result<()> {
