@@ -25,26 +25,10 @@ pub fn find(name: &str) -> Result<Box<dyn Task>> {
     if let Some(at) = tasks.iter().position(|task| task.name() == name) {
         return Ok(tasks.swap_remove(at));
     }
-    let nearest = tasks.iter().map(|task| task.name()).min_by_key(|known| distance(known, name));
-    let hint = match nearest.filter(|nearest| distance(nearest, name) <= 3) {
+    let nearest = tasks.iter().map(|task| task.name()).min_by_key(|known| strsim::levenshtein(known, name));
+    let hint = match nearest.filter(|nearest| strsim::levenshtein(nearest, name) <= 3) {
         Some(nearest) => format!("did you mean `{nearest}`? `flmm eval tasks` lists all"),
         None => "`flmm eval tasks` lists all tasks".to_owned(),
     };
     Err(Error::request(format!("there is no task `{name}`"), hint))
-}
-
-/// Edit distance.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let changed = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
