@@ -49,7 +49,7 @@ impl Copy {
     }
 
     fn write(&self, name: &str, tensors: &Tensors) -> TestResult {
-        Ok(save_safetensors(&self.file(name), tensors, &BTreeMap::new())?)
+        Ok(save_safetensors(self.file(name), tensors, &BTreeMap::new())?)
     }
 
     /// Writes the weights as two shards, each with every other tensor, and their index.
