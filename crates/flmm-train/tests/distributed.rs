@@ -3,20 +3,18 @@
 #[path = "common/small_head.rs"]
 mod small_head;
 
-use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 
 use flmm::{Error, Result};
 use flmm_train::distributed::{Communicator, local};
 use flmm_train::samples::from_fn;
-use flmm_train::{HeadSample, RunOptions, Samples, Step, Trainer};
+use flmm_train::{HeadSample, RunOptions, Samples, Trainer};
 use serde_json::json;
+use small_head::Trained;
 
 const EPOCHS: u64 = 3;
 const BATCH: usize = 4;
-
-type Trained = (Vec<Step>, BTreeMap<String, Vec<f32>>);
 
 /// One rank's run; it stops after `until` steps.
 fn run(

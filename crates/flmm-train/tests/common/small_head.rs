@@ -90,12 +90,11 @@ pub(crate) fn train_config(epochs: u64, batch_size: usize) -> TrainConfig {
     TrainConfig { epochs, batch_size, learning_rate: 1e-2, ..TrainConfig::default() }
 }
 
+/// Every step, and the tensors by name.
+pub(crate) type Trained = (Vec<Step>, BTreeMap<String, Vec<f32>>);
+
 /// Trains a fresh head and returns every step and the tensors.
-pub(crate) fn train(
-    samples: &dyn Samples<HeadSample>,
-    config: TrainConfig,
-    dir: &Path,
-) -> Result<(Vec<Step>, BTreeMap<String, Vec<f32>>)> {
+pub(crate) fn train(samples: &dyn Samples<HeadSample>, config: TrainConfig, dir: &Path) -> Result<Trained> {
     let (task, vars) = task(false);
     let mut trainer = Trainer::new(&task, vars, config, json!({}), RunOptions::new(dir))?;
     let mut steps = Vec::new();
