@@ -37,6 +37,10 @@ pub(crate) enum Command {
     Chat(ChatArgs),
     /// Mark in a picture what a given text speaks of.
     Ground(GroundArgs),
+    /// Train a grounding head for a frozen LMM on the published datasets; a run that was stopped goes on.
+    Train(crate::train::TrainArgs),
+    /// Look after the datasets on this disk.
+    Data(crate::data::DataArgs),
     /// Run benchmarks: the tables of the paper, for a model or for predictions of any system.
     Eval(eval::EvalArgs),
     /// Make pictures with exact masks and true sentences, in the published dataset formats.
@@ -45,6 +49,10 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Turn released checkpoints into the files this program keeps: checked, safe to read, only what is needed.
     Convert(ConvertArgs),
+    /// Keep what the frozen models see of training samples, so that epochs need not show it to them again.
+    Features(crate::features::FeaturesArgs),
+    /// Measure how fast parts of this program are on this machine.
+    Bench(crate::bench::BenchArgs),
     /// Say whose work is included and under which licences.
     Credits,
     /// Print a completion script for a shell.
@@ -62,11 +70,13 @@ pub(crate) struct ModelArgs {
     /// Hugging Face hub as org/name or org/name@revision [default: the embedded flmm-tiny].
     #[arg(long, value_name = "DIR|REPO")]
     pub(crate) model: Option<PathBuf>,
-    /// SAM checkpoint (.pth or .safetensors), for a model that is not a bundle.
-    #[arg(long, value_name = "FILE", requires = "model")]
+    /// SAM checkpoint (.pth or .safetensors), for a model that is not a bundle: a file, or one of the Hugging Face hub as
+    /// org/name:file.
+    #[arg(long, value_name = "FILE|REPO", requires = "model")]
     pub(crate) sam: Option<PathBuf>,
-    /// Grounding head: a folder, or a .pth or .safetensors file, for a model that is not a bundle.
-    #[arg(long, value_name = "DIR", requires = "model")]
+    /// Grounding head: a folder, or a .pth or .safetensors file, for a model that is not a bundle; of the hub: org/name or
+    /// org/name:path; `none` makes rough masks from attention and SAM alone.
+    #[arg(long, value_name = "DIR|REPO")]
     pub(crate) head: Option<PathBuf>,
     /// Vision tower of a Mini-Gemini [default: looked for inside and beside the model's folder].
     #[arg(long, value_name = "DIR", requires = "model")]
@@ -126,8 +136,15 @@ pub(crate) struct GenerateArgs {
 pub(crate) struct ChatArgs {
     /// The picture.
     pub(crate) image: PathBuf,
-    /// The question; without it, questions are read line by line until an empty one or the end of input.
+    /// The question; without it, questions are read line by line until an empty one or the end of input. With
+    /// several pictures, the first question may say where each is shown: `<image>`, once for each.
     pub(crate) prompt: Option<String>,
+    /// Another picture of the conversation, may be repeated, for models that take several (see `flmm inspect lmms`).
+    #[arg(long = "image", value_name = "FILE")]
+    pub(crate) more: Vec<PathBuf>,
+    /// Number of the picture to mark: 1 is IMAGE, 2 the first --image.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count, conflicts_with = "no_ground")]
+    pub(crate) ground_image: usize,
     /// Answer only; the text is the same with and without masks.
     #[arg(long, conflicts_with = "overlay")]
     pub(crate) no_ground: bool,
@@ -291,7 +308,7 @@ pub(crate) fn count(text: &str) -> Result<usize, String> {
     }
 }
 
-fn temperature(text: &str) -> Result<f64, String> {
+pub(crate) fn temperature(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(t) if t.is_finite() && t >= 0.0 => Ok(t),
         _ => Err("must be a number of at least 0".into()),

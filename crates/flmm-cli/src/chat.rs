@@ -4,6 +4,7 @@ use std::io::BufRead;
 use std::path::{Path, PathBuf};
 
 use flmm::grounder::{AnswerOptions, GroundOptions, GroundedAnswer, Sampling};
+use flmm::lmm::Turn;
 use flmm::phrases::PhraseChoice;
 use image::RgbImage;
 
@@ -16,18 +17,36 @@ pub(crate) fn run(args: &ChatArgs, talk: &Talk) -> Result<()> {
     if let Some(prompt) = &args.prompt {
         check_text("the question", prompt)?;
     }
-    let overlay = if args.no_ground { None } else { overlay_place(&args.image, &args.output)? };
-    let image = picture::read(&args.image)?;
+    let files: Vec<&PathBuf> = std::iter::once(&args.image).chain(&args.more).collect();
+    let Some(grounded) = files.get(args.ground_image - 1) else {
+        return Err(Failure::usage(
+            format!("--ground-image {}: the conversation has {} picture(s)", args.ground_image, files.len()),
+            "1 is IMAGE, 2 the first --image",
+        ));
+    };
+    let overlay = if args.no_ground { None } else { overlay_place(grounded, &args.output)? };
+    let images = files.iter().map(|file| picture::read(file)).collect::<Result<Vec<_>>>()?;
     let model = model::open(&args.model, talk)?;
-    let options = options(&args.generate, !args.no_ground);
-    let mut session = model.grounder.start(&image)?;
-    let show = Show { model: &model.name, image: &image, output: &args.output, overlay };
-    if let Some(prompt) = &args.prompt {
+    let mut options = options(&args.generate, !args.no_ground);
+    options.ground.image = args.ground_image - 1;
+    let mut session = model.grounder.start_with(&images)?;
+    let show = Show {
+        model: &model.name,
+        image: &images[args.ground_image - 1],
+        number: (images.len() > 1).then_some(args.ground_image),
+        output: &args.output,
+        overlay,
+    };
+    let mut ask = |question: &str| -> Result<()> {
+        let question = turn(question, if session.turns.is_empty() { images.len() } else { 1 });
         let answer = {
             let _spinner = talk.during("answering");
-            model.grounder.ask(&mut session, prompt, &options)?
+            model.grounder.ask_turn(&mut session, question, &options)?
         };
-        return show.answer(&answer, talk);
+        show.answer(&answer, talk)
+    };
+    if let Some(prompt) = &args.prompt {
+        return ask(prompt);
     }
     let mut lines = std::io::stdin().lock().lines();
     loop {
@@ -37,12 +56,21 @@ pub(crate) fn run(args: &ChatArgs, talk: &Talk) -> Result<()> {
         if question.trim().is_empty() {
             return Ok(());
         }
-        let answer = {
-            let _spinner = talk.during("answering");
-            model.grounder.ask(&mut session, question.trim(), &options)?
-        };
-        show.answer(&answer, talk)?;
+        ask(question.trim())?;
     }
+}
+
+/// What a user writes where a picture is shown.
+const MARK: &str = "<image>";
+
+/// The question, with the pictures where it has [`MARK`]s for several.
+fn turn(question: &str, images: usize) -> Turn {
+    let mut pieces = question.split(MARK);
+    if images == 1 || pieces.clone().count() == 1 {
+        return Turn::user(question);
+    }
+    let first = Turn::user(pieces.next().unwrap_or_default());
+    pieces.enumerate().fold(first, |turn, (image, piece)| turn.show(image).say(piece))
 }
 
 /// How to answer.
@@ -54,6 +82,7 @@ pub(crate) fn options(args: &GenerateArgs, ground: bool) -> AnswerOptions {
     AnswerOptions {
         max_new_tokens: args.max_new_tokens,
         sampling,
+        stop_words: Vec::new(),
         phrases: ground.then_some(PhraseChoice::Keywords),
         ground: GroundOptions::default(),
     }
@@ -71,6 +100,8 @@ pub(crate) fn overlay_place(image: &Path, output: &OutputArgs) -> Result<Option<
 pub(crate) struct Show<'a> {
     pub(crate) model: &'a str,
     pub(crate) image: &'a RgbImage,
+    /// Which picture that is, where there are several.
+    pub(crate) number: Option<usize>,
     pub(crate) output: &'a OutputArgs,
     pub(crate) overlay: Option<PathBuf>,
 }
@@ -78,7 +109,7 @@ pub(crate) struct Show<'a> {
 impl Show<'_> {
     pub(crate) fn answer(&self, answer: &GroundedAnswer, talk: &Talk) -> Result<()> {
         let text = match self.output.json {
-            true => report::json(self.model, self.image, answer)?,
+            true => report::json(self.model, (self.image, self.number), answer)?,
             false => report::text(answer, talk.colour()),
         };
         talk.print(&text)?;

@@ -18,7 +18,8 @@ pub(crate) fn run(args: &GroundArgs, talk: &Talk) -> Result<()> {
         let _spinner = talk.during("grounding");
         model.grounder.ground(&image, &args.text, &choice, &GroundOptions::default())?
     };
-    Show { model: &model.name, image: &image, output: &args.output, overlay }.answer(&answer, talk)
+    let show = Show { model: &model.name, image: &image, number: None, output: &args.output, overlay };
+    show.answer(&answer, talk)
 }
 
 /// The phrases the user gave, checked against the text; without any, the model chooses.

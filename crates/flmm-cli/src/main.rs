@@ -3,12 +3,15 @@
 //! Results go to standard output, everything else to standard error. Exit status: 0 done, 1 failed, 2 wrong usage.
 
 mod args;
+mod bench;
 mod chat;
 mod convert;
 mod credits;
+mod data;
 mod embedded;
 mod eval;
 mod failure;
+mod features;
 mod fetch;
 mod ground;
 mod inspect;
@@ -16,6 +19,7 @@ mod model;
 mod picture;
 mod report;
 mod talk;
+mod train;
 mod world;
 
 use std::process::ExitCode;
@@ -48,10 +52,14 @@ fn run(cli: &Cli, talk: &Talk) -> Result<()> {
     match &cli.command {
         Command::Chat(args) => chat::run(args, talk),
         Command::Ground(args) => ground::run(args, talk),
+        Command::Train(args) => train::run(args, talk),
+        Command::Data(args) => data::run(args, talk),
         Command::Eval(args) => eval::run(args, talk),
         Command::World(args) => world::run(args, talk),
         Command::Inspect(args) => inspect::run(&args.what, talk),
         Command::Convert(args) => convert::run(&args.what, talk),
+        Command::Features(args) => features::run(args, talk),
+        Command::Bench(args) => bench::run(args, talk),
         Command::Credits => talk.print(&credits::text()),
         Command::Completions { shell } => {
             let mut script = Vec::new();

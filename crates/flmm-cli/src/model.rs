@@ -1,18 +1,18 @@
 //! Which model to open.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
 use flmm::Grounder;
-use flmm::grounder::ModelPaths;
+use flmm::grounder::{HeadSettings, ModelPaths, NO_HEAD, RefinerKind};
 use flmm::hub::Hub;
 use flmm::lmm::{LoadProgress, OpenOptions};
 
 use crate::args::{ModelArgs, Precision};
 use crate::embedded;
 use crate::failure::{Failure, Result};
-use crate::fetch::{self, Named, named};
+use crate::fetch::{self, Named, Part, named};
 use crate::talk::Talk;
 
 /// An opened model and what to call it.
@@ -51,10 +51,19 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
 }
 
 /// Where public SAM checkpoints come from; the method was made with this size.
-const SAM_SOURCE: &str = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth";
+pub(crate) const SAM_SOURCE: &str = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth";
 
 /// Name and files of the chosen model.
 fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
+    // Before anything is downloaded.
+    let part =
+        |path: &Option<PathBuf>, hint: &str| path.as_deref().map(|path| Part::new(path, hint)).transpose();
+    let sam = part(&args.sam, &format!("check the path; public SAM checkpoints: {SAM_SOURCE}"))?;
+    let head = match &args.head {
+        Some(path) if path.as_os_str() == NO_HEAD => Some(Part::Local(NO_HEAD.into())),
+        head => part(head, "check the path; `flmm convert head` makes a folder of a released head")?,
+    };
+    let bring = |part: &Option<Part>| part.as_ref().map(|part| part.bring(talk)).transpose();
     let Some(model) = &args.model else {
         let bundle = embedded::bundle().ok_or_else(|| {
             Failure::usage(
@@ -62,27 +71,33 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
                 "give --model, --sam and --head, or build with models/flmm-tiny",
             )
         })?;
-        return Ok((embedded::NAME.to_owned(), ModelPaths::bundle(&bundle)));
+        let bundle = ModelPaths::bundle(&bundle);
+        // The embedded model with another head, one that was trained for it.
+        let head = bring(&head)?.unwrap_or(bundle.head);
+        return Ok((embedded::NAME.to_owned(), ModelPaths { head, ..bundle }));
     };
-    // Before anything is downloaded.
-    let given = [
-        (&args.sam, format!("check the path; public SAM checkpoints: {SAM_SOURCE}")),
-        (&args.head, "check the path; `flmm convert head` makes a folder of a released head".to_owned()),
-    ];
-    for (path, hint) in given {
-        if let Some(path) = path
-            && !path.exists()
-        {
-            return Err(Failure::usage(format!("`{}`: no such file or folder", path.display()), hint));
-        }
-    }
+    // A head on the hub is taken to need SAM, which nearly all do.
+    let refines = match &head {
+        Some(Part::Local(head)) => HeadSettings::read(head)?.refiner != RefinerKind::None,
+        _ => true,
+    };
+    let check = |is_bundle: bool| match is_bundle || (head.is_some() && (sam.is_some() || !refines)) {
+        true => Ok(()),
+        false => Err(Failure::usage(
+            format!("`{}` is not a bundle: its SAM and its grounding head are not known", model.display()),
+            format!("add --sam FILE (public checkpoints: {SAM_SOURCE}) and --head DIR, its grounding head"),
+        )),
+    };
     match named(model)? {
         Named::Local(folder) => {
-            let bundle = ModelPaths::bundle(&folder);
-            let is_bundle = !folder.join("config.json").is_file() && bundle.model.is_dir();
-            let paths = parts(args, &folder, is_bundle)?;
-            for path in [&paths.sam, &paths.head] {
-                if !path.exists() {
+            let is_bundle =
+                !folder.join("config.json").is_file() && ModelPaths::bundle(&folder).model.is_dir();
+            check(is_bundle)?;
+            let paths = paths(&folder, is_bundle, bring(&sam)?, bring(&head)?);
+            let needs_sam = HeadSettings::read(&paths.head)?.refiner != RefinerKind::None;
+            let needs_head = paths.head.as_os_str() != NO_HEAD;
+            for (path, needed) in [(&paths.sam, needs_sam), (&paths.head, needs_head)] {
+                if needed && !path.exists() {
                     let what = format!("`{}`: no such file or folder", path.display());
                     return Err(Failure::usage(
                         what,
@@ -96,7 +111,8 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
             let hub = Hub::from_env()?;
             let plan = hub.plan(&repo)?;
             // A model that cannot be used for want of its parts is not downloaded.
-            let paths = parts(args, plan.folder(), plan.is_bundle())?;
+            check(plan.is_bundle())?;
+            let paths = paths(plan.folder(), plan.is_bundle(), bring(&sam)?, bring(&head)?);
             fetch::download(&hub, &repo, &plan, talk)?;
             Ok((repo.to_string(), paths))
         }
@@ -104,29 +120,12 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
 }
 
 /// The three parts of the model in `folder`: its own, or those given.
-fn parts(args: &ModelArgs, folder: &Path, is_bundle: bool) -> Result<ModelPaths> {
+fn paths(folder: &Path, is_bundle: bool, sam: Option<PathBuf>, head: Option<PathBuf>) -> ModelPaths {
     let bundle = ModelPaths::bundle(folder);
-    match (is_bundle, &args.sam, &args.head) {
-        (true, sam, head) => Ok(ModelPaths {
-            model: bundle.model,
-            sam: sam.clone().unwrap_or(bundle.sam),
-            head: head.clone().unwrap_or(bundle.head),
-        }),
-        (false, Some(sam), Some(head)) => {
-            Ok(ModelPaths { model: folder.to_owned(), sam: sam.clone(), head: head.clone() })
-        }
-        (false, ..) => {
-            let model = args.model.as_deref().unwrap_or(folder);
-            Err(Failure::usage(
-                format!(
-                    "`{}` is not a bundle: its SAM and its grounding head are not known",
-                    model.display()
-                ),
-                format!(
-                    "add --sam FILE (public checkpoints: {SAM_SOURCE}) and --head DIR, its grounding head"
-                ),
-            ))
-        }
+    ModelPaths {
+        model: if is_bundle { bundle.model } else { folder.to_owned() },
+        sam: sam.unwrap_or(bundle.sam),
+        head: head.unwrap_or(bundle.head),
     }
 }
 

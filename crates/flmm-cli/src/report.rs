@@ -16,6 +16,8 @@ use crate::failure::Result;
 struct Report<'a> {
     model: &'a str,
     image: Size,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ground_image: Option<usize>,
     answer: &'a str,
     phrases: Vec<Phrase<'a>>,
     timings_ms: Timings,
@@ -49,13 +51,18 @@ struct Timings {
     total: f64,
 }
 
-/// One line of JSON.
-pub(crate) fn json(model: &str, image: &RgbImage, answer: &GroundedAnswer) -> Result<String> {
+/// One line of JSON. `number` tells which picture `image` is, where there are several.
+pub(crate) fn json(
+    model: &str,
+    (image, number): (&RgbImage, Option<usize>),
+    answer: &GroundedAnswer,
+) -> Result<String> {
     let t = &answer.timings;
     let ms = |time: Duration| (time.as_secs_f64() * 1e4).round() / 10.0;
     let report = Report {
         model,
         image: Size { width: image.width(), height: image.height() },
+        ground_image: number,
         answer: &answer.answer,
         phrases: answer.phrases.iter().map(phrase).collect::<Result<_>>()?,
         timings_ms: Timings {

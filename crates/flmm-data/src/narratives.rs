@@ -182,6 +182,42 @@ impl Narratives {
         segments.is_some_and(|segments| segments.iter().any(|segment| !segment.segment_ids.is_empty()))
     }
 
+    /// File name, and height and width in pixels, of a narrative's picture.
+    pub fn picture(&self, index: usize) -> Result<(&str, [u32; 2])> {
+        let id = self.image_id(index).unwrap_or_default();
+        let image = self.images.get(&id).ok_or_else(|| {
+            let what = format!("narrative {index}: unknown picture {id}");
+            malformed(&self.file, what, "the narrative and panoptic files must belong together")
+        })?;
+        Ok((&image.file_name, [image.height, image.width]))
+    }
+
+    /// Whether the id PNG of a narrative is there and has the size of the picture; only its header is read.
+    pub fn check_mask_file(&self, index: usize) -> Result<()> {
+        let (_, [height, width]) = self.picture(index)?;
+        let id = self.image_id(index).unwrap_or_default();
+        let annotation = self.annotations.get(&id).ok_or_else(|| {
+            let what = format!("narrative {index}: picture {id} has no segments");
+            malformed(&self.file, what, "the narrative and panoptic files must belong together")
+        })?;
+        let path = self.mask_file(annotation);
+        let size = crate::images::header(&path)?;
+        match size == (width, height) {
+            true => Ok(()),
+            false => Err(malformed(
+                &path,
+                format!("{} x {} pixels, expected {width} x {height}", size.0, size.1),
+                "the id PNG of the picture",
+            )),
+        }
+    }
+
+    /// Where the id PNG lies.
+    fn mask_file(&self, annotation: &PanopticAnnotation) -> PathBuf {
+        // Only the file's own name counts: a path in the annotation must not lead out of the folder.
+        self.mask_folder.join(Path::new(&annotation.file_name).file_name().unwrap_or_default())
+    }
+
     /// Decodes a narrative. An error if a singular phrase has not exactly one segment, if its segment or picture is
     /// unknown, or if the id PNG cannot be read or has another size.
     pub fn sample(&self, index: usize) -> Result<NarrativeSample> {
@@ -260,9 +296,7 @@ impl Narratives {
 
     /// The segment id of every pixel, row-major.
     fn segment_ids(&self, image: &PanopticImage, annotation: &PanopticAnnotation) -> Result<Vec<u32>> {
-        // Only the file's own name counts: a path in the annotation must not lead out of the folder.
-        let name = Path::new(&annotation.file_name).file_name().unwrap_or_default();
-        let path = self.mask_folder.join(name);
+        let path = self.mask_file(annotation);
         let picture = open_picture(&path)?;
         if picture.dimensions() != (image.width, image.height) {
             let (w, h) = picture.dimensions();

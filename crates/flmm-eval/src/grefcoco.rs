@@ -60,7 +60,7 @@ impl Task for Grefcoco {
         vec![
             Need::new("coco/grefcoco/instances.json", source),
             Need::new("coco/grefcoco/grefs(unc).json", source),
-            Need::new("coco/train2014", "COCO 2014 training pictures"),
+            Need::pictures("coco/train2014", "COCO 2014 training pictures"),
         ]
     }
 
@@ -199,5 +199,27 @@ impl Samples for GrefSamples {
         let Overlap { intersection, union } = predicted.overlap(&self.target(sample)?)?;
         let target = !sample.targets.is_empty();
         Ok(json!(Score { intersection, union, target, abstained: predicted.is_empty() }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn abstaining_counts_as_the_authors_define_it() {
+        let score = |intersection, union, target, abstained| Score { intersection, union, target, abstained };
+        let scores = [
+            score(1, 2, true, false),
+            score(0, 3, true, true),
+            score(0, 0, false, true),
+            score(0, 4, false, false),
+        ];
+        let metrics = metrics(&scores).metrics;
+        let wanted = [("gIoU", 37.5), ("cIoU", 100.0 / 9.0), ("N-acc", 50.0), ("T-acc", 50.0)];
+        for (name, wanted) in wanted {
+            let found = metrics.get(name).unwrap();
+            assert!((found - wanted).abs() < 1e-9, "{name}: {found}");
+        }
     }
 }

@@ -44,7 +44,7 @@ pub(crate) fn needs() -> Vec<Need> {
         Need::new(format!("coco/annotations/png_coco_{SPLIT}.json"), png),
         Need::new(format!("coco/annotations/panoptic_{SPLIT}.json"), coco),
         Need::new(format!("coco/annotations/panoptic_{SPLIT}"), coco),
-        Need::new(format!("coco/{SPLIT}"), "COCO 2017 validation pictures"),
+        Need::pictures(format!("coco/{SPLIT}"), "COCO 2017 validation pictures"),
     ]
 }
 
@@ -133,7 +133,9 @@ fn thresholds_reached(iou: f64) -> u64 {
 /// Average recall of all phrases and of the four kinds, share of IoU above 0.5, mean pixel accuracy: percent. The
 /// details hold the recall curves (percent at IoU 0, 0.01 … 1) and the number of phrases of each kind.
 pub fn metrics(scores: &[Score]) -> Aggregate {
-    let kinds: [(&str, fn(bool, bool) -> bool); 5] = [
+    /// Whether a phrase of things, of several objects, belongs to a kind.
+    type Belongs = fn(thing: bool, plural: bool) -> bool;
+    let kinds: [(&str, Belongs); 5] = [
         ("all", |_, _| true),
         ("thing", |thing, _| thing),
         ("stuff", |thing, _| !thing),

@@ -101,7 +101,8 @@ impl Score {
 /// gIoU and cIoU of all, of short and of long questions, percent: first as LISA defines them, then (`ref …`) as the
 /// reference does, which divides every picture's pixels by its size and gives an empty union 0 instead of 1.
 pub fn metrics(scores: &[Score]) -> Aggregate {
-    let kinds: [(&str, fn(&Score) -> bool); 3] =
+    type Belongs = fn(&Score) -> bool;
+    let kinds: [(&str, Belongs); 3] =
         [("", |_| true), (" short", |score| !score.long), (" long", |score| score.long)];
     let mut metrics = Metrics::default();
     let mut counts = serde_json::Map::new();
@@ -208,7 +209,9 @@ impl Samples for ReasonSegSamples {
             let caption = Caption { mask_ids: vec![0; ids.len()], token_ids: ids };
             Ok((answer.answer, Some(grounder.observe_in(session, &turns, &caption)?)))
         })?;
-        let said = format!("{OPENING}{answer}");
+        // Tokenizers that write a blank as part of the next word lose it at the beginning of a text.
+        let between = if answer.starts_with(char::is_alphanumeric) { " " } else { "" };
+        let said = format!("{OPENING}{between}{answer}");
         let prediction =
             Prediction { id: self.ids[index].clone(), prompt, answer: said, ..Prediction::default() };
         let Some(observation) = observation else {

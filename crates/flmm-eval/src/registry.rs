@@ -3,7 +3,7 @@
 use flmm::{Error, Result};
 
 use crate::task::Task;
-use crate::{gcg, grefcoco, keywords, png, reasonseg, res};
+use crate::{gcg, grefcoco, keywords, png, qa, reasonseg, res, viscot};
 
 /// All tasks, in the order in which they are listed.
 pub fn registry() -> Vec<Box<dyn Task>> {
@@ -14,6 +14,8 @@ pub fn registry() -> Vec<Box<dyn Task>> {
     tasks.extend(keywords::tasks());
     tasks.extend(reasonseg::tasks());
     tasks.extend(gcg::tasks());
+    tasks.extend(qa::tasks());
+    tasks.extend(viscot::tasks());
     tasks
 }
 

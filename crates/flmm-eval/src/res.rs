@@ -75,7 +75,7 @@ impl Task for Res {
         vec![
             Need::new(format!("{folder}/instances.json"), source),
             Need::new(format!("{folder}/refs({author}).p"), source),
-            Need::new("coco/train2014", "COCO 2014 training pictures"),
+            Need::pictures("coco/train2014", "COCO 2014 training pictures"),
         ]
     }
 

@@ -1,6 +1,7 @@
 //! What a task is.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use flmm::{Error, Grounder, Result};
 use flmm_data::coco::RunLengths;
@@ -77,6 +78,10 @@ pub struct Truth {
 pub struct Settings {
     /// The data root.
     pub data: PathBuf,
+    /// Who grades free answers, if anyone.
+    pub judge: Option<Arc<crate::judge::Judge>>,
+    /// Visual chain of thought.
+    pub cot: crate::viscot::Protocol,
     /// RefCOCO, RefCOCO+, RefCOCOg.
     pub res: crate::res::Protocol,
     /// gRefCOCO.
@@ -157,12 +162,19 @@ pub struct Need {
     pub path: String,
     /// What it is and where it comes from.
     pub source: &'static str,
+    /// Whether only a model needs it: predictions of other systems are scored without.
+    pub for_model: bool,
 }
 
 impl Need {
     /// A need.
     pub fn new(path: impl Into<String>, source: &'static str) -> Self {
-        Self { path: path.into(), source }
+        Self { path: path.into(), source, for_model: false }
+    }
+
+    /// A folder of pictures, which scoring can do without.
+    pub fn pictures(path: impl Into<String>, source: &'static str) -> Self {
+        Self { path: path.into(), source, for_model: true }
     }
 
     /// Whether it is there.

@@ -29,7 +29,7 @@ pub(crate) enum Source {
         /// Noise, in units of a code's length.
         noise: f32,
     },
-    /// Rendered pictures through the frozen tower and the projector.
+    /// Rendered pictures through the tower and the projector.
     Pixels,
 }
 
@@ -129,7 +129,7 @@ impl Lmm {
         let image = Tensor::from_vec(image, (batch, tokens, samples[0].image.len() / tokens), &Device::Cpu)?;
         let image = match source {
             Source::Codes { .. } => image,
-            Source::Pixels => self.projector.forward(&self.tower.forward(&image)?.detach())?,
+            Source::Pixels => self.projector.forward(&self.tower.forward(&image)?)?,
         };
         let before = self.decoder.embed(&prefix.repeat(batch), batch)?;
         let x = Tensor::cat(&[&before, &image, &self.decoder.embed(&ids, batch)?], 1)?;

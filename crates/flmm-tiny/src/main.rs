@@ -64,7 +64,7 @@ enum Stage {
     Tower(stage_tower::TowerArgs),
     /// Train the decoder on codes in place of pictures; does not wait for the tower.
     Codes(stage_lmm::LmmArgs),
-    /// Train the decoder on pictures, behind the frozen tower.
+    /// Train the decoder on pictures, behind the tower.
     Lmm(stage_lmm::LmmArgs),
     /// Train the small SAM on the world's masks.
     Sam(stage_sam::SamArgs),
@@ -152,10 +152,13 @@ fn main() -> Result<()> {
             save(&folder.join("model.safetensors"), store.tensors())
         }
         Stage::Lmm(args) => {
-            let (mut tensors, frozen) = match &args.from {
+            let (mut tensors, mut frozen) = match &args.from {
                 Some(lmm) => parts(flmm::weights::load_checkpoint(lmm, Some(DType::F32), &Device::Cpu)?),
                 None => pretrained(&cli.out, setting.codes.marks()[1])?,
             };
+            if args.tower_rate > 0.0 {
+                tensors.append(&mut frozen);
+            }
             if args.carry_places {
                 decoder::carry_places(&setting.sizes, setting.codes.place_directions(), &mut tensors)?;
             }
@@ -172,7 +175,7 @@ fn main() -> Result<()> {
 
 type Tensors = BTreeMap<String, Tensor>;
 
-/// What the stage `lmm` trains and what it keeps frozen: the vision tower.
+/// What the stage `lmm` always trains, and the vision tower.
 fn parts(tensors: impl IntoIterator<Item = (String, Tensor)>) -> (Tensors, Tensors) {
     tensors.into_iter().partition(|(name, _)| !name.starts_with("vision_tower."))
 }

@@ -13,9 +13,10 @@ use tokenizers::Tokenizer;
 use crate::stage_head::expressions;
 use crate::text::DESCRIBE;
 
-/// How often a scene is narrated, and how often its objects are referred to; questions fill what is left.
+/// How often a scene is narrated; referring expressions and questions fill what is left.
 const NARRATIONS: f64 = 0.35;
-const REFERRING: f64 = 0.5;
+/// How often a scene's objects are referred to, unless something else is asked for.
+pub(crate) const REFERRING: f64 = 0.5;
 /// How often a question of an easy kind is kept: such kinds are learnt early and need no more than a reminder.
 const EASY: f64 = 0.25;
 
@@ -107,6 +108,8 @@ pub(crate) struct Packer {
     pub(crate) budget: usize,
     /// If not empty: questions of these kinds are drawn, and nothing else.
     pub(crate) kinds: Vec<QuestionKind>,
+    /// How often a scene's objects are referred to, 0 to 1.
+    pub(crate) referring: f64,
 }
 
 impl Packer {
@@ -115,7 +118,16 @@ impl Packer {
         let id = |token: &str| tokenizer.token_to_id(token).ok_or_else(|| anyhow!("no token `{token}`"));
         let (bos, eos) = (id("<s>")?, id("</s>")?);
         let separator = *encode(&tokenizer, ".")?.0.last().ok_or_else(|| anyhow!("`.` has no token"))?;
-        Ok(Self { tokenizer, image_tokens, bos, eos, separator, budget, kinds: Vec::new() })
+        Ok(Self {
+            tokenizer,
+            image_tokens,
+            bos,
+            eos,
+            separator,
+            budget,
+            kinds: Vec::new(),
+            referring: REFERRING,
+        })
     }
 
     /// The tokenizer.
@@ -172,7 +184,7 @@ impl Packer {
                 pieces: vec![(text, links)],
             });
         }
-        let chosen = if rng.random_bool(REFERRING) { expressions(scene, 3, rng) } else { Vec::new() };
+        let chosen = if rng.random_bool(self.referring) { expressions(scene, 3, rng) } else { Vec::new() };
         if !chosen.is_empty() {
             let piece = |(text, object): (&str, usize)| {
                 let segments = vec![SegmentRef::Object(object)];

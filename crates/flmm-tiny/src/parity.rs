@@ -54,7 +54,7 @@ fn the_opened_model_computes_what_was_trained() {
         tower::patches(&pixels.flatten_all().unwrap().to_vec1().unwrap(), sizes.image_size, sizes.patch_size);
     let patches = Tensor::from_vec(patches, (1, sizes.image_tokens(), ()), &Device::Cpu).unwrap();
     let image = projector.forward(&tower.forward(&patches).unwrap()).unwrap();
-    let start = prepared.image.layout.start;
+    let start = prepared.images[0].layout.start;
     let (before, after) = (&prepared.token_ids[..start], &prepared.token_ids[start + sizes.image_tokens()..]);
     let x = [decoder.embed(before, 1).unwrap(), image, decoder.embed(after, 1).unwrap()];
     let x = Tensor::cat(&x, 1).unwrap();

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -16,7 +16,7 @@ use flmm_data::world::{self, Link, Question, Scene, SegmentRef, Split, WorldConf
 use flmm_train::head::{self, HeadConfig, HeadSample, HeadTask, RefinedTarget};
 use flmm_train::samples::from_fn;
 use flmm_train::selector::SelectorConfig;
-use flmm_train::trainer::{RunOptions, TrainConfig, Trainer};
+use flmm_train::{RunOptions, TrainConfig, Trainer};
 use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand_chacha::ChaCha8Rng;
@@ -43,13 +43,18 @@ pub(crate) struct HeadArgs {
     /// Seed of the scenes.
     #[arg(long, default_value_t = 5)]
     pub(crate) seed: u64,
+    /// Share of referring expressions among the texts; the rest are narrations and answers.
+    #[arg(long, default_value_t = 0.35)]
+    pub(crate) referring: f64,
+    /// Begin from this trained head folder instead of fresh tensors.
+    #[arg(long)]
+    pub(crate) from: Option<PathBuf>,
 }
 
 /// Base width of the mask head.
 const BASE_CHANNELS: usize = 16;
-/// Shares of narrations and of referring expressions; the rest are answers to questions.
-const NARRATIONS: f64 = 0.4;
-const REFERRING: f64 = 0.35;
+/// Share of narrations among the texts that are not referring expressions; the rest are answers to questions.
+const NARRATIONS: f64 = 0.6;
 /// Most phrases of one scene.
 const MOST_PHRASES: usize = 4;
 
@@ -132,18 +137,21 @@ fn sample(
     grounder: &Grounder,
     tokenizer: &Tokenizer,
     scene: &Scene,
+    referring: f64,
     rng: &mut ChaCha8Rng,
 ) -> Result<HeadSample> {
     let draw: f64 = rng.random();
     let linked = |q: &&Question| !q.links.is_empty();
     let questions: Vec<&Question> = scene.texts.questions.iter().filter(linked).collect();
     let chosen = expressions(scene, MOST_PHRASES, rng);
-    let (told, labelled) = if draw < REFERRING && !chosen.is_empty() {
+    let (told, labelled) = if draw < referring && !chosen.is_empty() {
         let caption =
             Caption::from_expressions(grounder.lmm().tokenizer(), chosen.iter().map(|(text, _)| *text))?;
         let segments = chosen.iter().map(|(_, object)| vec![SegmentRef::Object(*object)]).collect();
         (Told { prompt: GROUNDING_INSTRUCTION.into(), caption, segments }, false)
-    } else if let (true, Some(question)) = (draw > REFERRING + NARRATIONS, questions.choose(rng)) {
+    } else if let (true, Some(question)) =
+        (draw > referring + (1.0 - referring) * NARRATIONS, questions.choose(rng))
+    {
         (told(tokenizer, &question.question, &question.answer, &question.links)?, true)
     } else {
         (narration(tokenizer, scene, rng.random_range(0..scene.texts.narrations.len()))?, true)
@@ -181,6 +189,9 @@ pub(crate) fn run(
     let sam: HashMap<String, Tensor> = load_checkpoint(bundle.join("sam"), Some(DType::F32), &Device::Cpu)?;
     let selector = SelectorConfig { positive_rate: 0.4, ..SelectorConfig::default() };
     let mut tensors = head::init(&sizes, BASE_CHANNELS, Some(&selector), Some(&sam), args.seed)?;
+    if let Some(trained) = &args.from {
+        tensors.extend(load_checkpoint(trained, Some(DType::F32), &Device::Cpu)?);
+    }
     let (trainable, vars) = head::trainable(&sizes, &tensors)?;
     // Observing needs the frozen parts only; the head beside them is never run.
     let frozen =
@@ -209,7 +220,7 @@ pub(crate) fn run(
     let mut trainer = Trainer::new(&task, vars.clone(), train, serde_json::to_value(config)?, options)?;
     let samples = from_fn(args.scenes, |index, _| {
         let scene = world::generate(world, Split::Train, args.seed, index as u64);
-        sample(&grounder, tokenizer, &scene, &mut rng_for(args.seed, index, 0)).map_err(|e| {
+        sample(&grounder, tokenizer, &scene, args.referring, &mut rng_for(args.seed, index, 0)).map_err(|e| {
             flmm::Error::request(format!("scene {index}: {e:#}"), "report this: the world made it")
         })
     });

@@ -9,7 +9,7 @@ use flmm_data::world::{self, QuestionKind, Split, WorldConfig};
 use rand::Rng;
 
 use crate::lmm::{Lmm, Report, Sample, Setting, Source, rng_for};
-use crate::pack::Kind;
+use crate::pack::{Kind, REFERRING};
 use crate::parallel;
 use crate::progress::{self, Run};
 use crate::store::{AdamW, Grads, Store};
@@ -51,6 +51,12 @@ pub(crate) struct LmmArgs {
     /// was made before it did.
     #[arg(long)]
     pub(crate) carry_places: bool,
+    /// How often a scene's objects are referred to, 0 to 1.
+    #[arg(long, default_value_t = REFERRING, value_parser = share)]
+    pub(crate) referring: f64,
+    /// Of the stage `lmm`: train the tower as well, at this share of the learning rate.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) tower_rate: f64,
     /// Of the stage `lmm`: begin from this trained LMM folder instead of the stages `tower` and `codes`.
     #[arg(long)]
     pub(crate) from: Option<PathBuf>,
@@ -60,6 +66,11 @@ pub(crate) struct LmmArgs {
 fn question_kind(name: &str) -> Result<QuestionKind, String> {
     let kind = serde_json::from_value(serde_json::Value::from(name));
     kind.map_err(|_| format!("no kind of question is called `{name}`"))
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().map_err(|_| format!("`{text}` is not a number"))?;
+    if (0.0..=1.0).contains(&share) { Ok(share) } else { Err("expected a number from 0 to 1".into()) }
 }
 
 /// `KIND=PERCENT`
@@ -73,6 +84,8 @@ fn gate(text: &str) -> Result<(QuestionKind, f64), String> {
 const PIXEL_SHARE: f64 = 0.85;
 /// Noise on the codes, in units of a code's length.
 const CODE_NOISE: f32 = 0.45;
+/// Share of the learning rate at which the projector, trained before, goes on.
+const PROJECTOR_RATE: f64 = 0.3;
 /// Scenes of the regular evaluation.
 const EVALUATION_SCENES: u64 = 96;
 
@@ -88,7 +101,8 @@ impl LmmArgs {
     }
 }
 
-/// Trains the decoder on codes or, with `pixels`, decoder and projector on pictures behind the `frozen` tower.
+/// Trains the decoder on codes or, with `pixels`, decoder and projector on pictures behind the tower, which is
+/// trained too unless it is among the `frozen` tensors.
 pub(crate) fn run(
     args: &LmmArgs,
     pixels: bool,
@@ -108,8 +122,12 @@ pub(crate) fn run(
             gradients(args, setting, world, &lmm, store, source, worker)
         })?;
         let lr = progress::rate(args.lr, step, args.steps, 0.25);
-        let norm =
-            store.update(&grads, &adam, |name| if name.contains("projector") { 0.3 * lr } else { lr })?;
+        let share = |name: &str| match name {
+            name if name.starts_with("vision_tower.") => args.tower_rate,
+            name if name.contains("projector") => PROJECTOR_RATE,
+            _ => 1.0,
+        };
+        let norm = store.update(&grads, &adam, |name| share(name) * lr)?;
         ensure!(store.step > step, "the gradient is not finite at step {step} (norm {norm}); lower --lr");
         run.stepped(store, loss, &format!("norm {norm:.2} {source:?}"))?;
         if store.step.is_multiple_of(args.evaluate_every) || store.step == args.steps {
@@ -154,6 +172,7 @@ fn gradients(
     let first = ((store.step * args.workers + worker) * args.batch) as u64;
     let mut packer = packer_for(setting, source);
     packer.kinds.clone_from(&args.kinds);
+    packer.referring = args.referring;
     let mut samples = Vec::new();
     for index in first..first + args.batch as u64 {
         let scene = world::generate(world, Split::Train, args.seed, index);

@@ -12,6 +12,7 @@ use flmm::weights::{load_safetensors, save_safetensors};
 use flmm::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::optim::AdamW;
 
@@ -38,6 +39,9 @@ pub struct State {
     pub config: Value,
     /// Sums and weights of logged values since the last line of the log.
     pub pending: BTreeMap<String, (f64, f64)>,
+    /// SHA-256 of the tensor files, by file name.
+    #[serde(default)]
+    pub sha256: BTreeMap<String, String>,
 }
 
 impl State {
@@ -57,32 +61,75 @@ impl State {
             position: step % per_epoch,
             config,
             pending,
+            sha256: BTreeMap::new(),
         }
     }
 }
 
 /// Writes `folder/step-N` (through a temporary name) and removes all but the newest `keep` checkpoints.
+///
+/// On an error, a full disk say, the checkpoints that were there stay and nothing else is left.
 pub fn save(folder: &Path, optimizer: &AdamW, state: &State, keep: usize) -> Result<PathBuf> {
     let name = format!("step-{:07}", state.step);
     let (path, temporary) = (folder.join(&name), folder.join(format!(".{name}.{}.tmp", std::process::id())));
-    let io = |e| Error::io(&path, e);
     remove_if_there(&temporary)?;
-    fs::create_dir_all(&temporary).map_err(io)?;
+    let written = write(&temporary, optimizer, state).and_then(|()| {
+        remove_if_there(&path)?;
+        fs::rename(&temporary, &path).map_err(|e| Error::io(&path, e))
+    });
+    if let Err(error) = written {
+        // The first error is the one to tell.
+        let _ = fs::remove_dir_all(&temporary);
+        return Err(error);
+    }
+    let all = list(folder)?;
+    for (_, old) in &all[..all.len().saturating_sub(keep.max(1))] {
+        // Its state goes first: what is half removed when the process is killed does not look complete.
+        match fs::remove_file(old.join(STATE)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(old, e)),
+            _ => remove_if_there(old)?,
+        }
+    }
+    Ok(path)
+}
+
+/// Writes the files of a checkpoint into `folder`, a new one.
+fn write(folder: &Path, optimizer: &AdamW, state: &State) -> Result<()> {
+    fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
     let vars = optimizer.vars().iter();
     let tensors: BTreeMap<String, Tensor> =
         vars.map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
     let metadata = BTreeMap::from([("step".to_owned(), state.step.to_string())]);
-    save_safetensors(temporary.join(TENSORS), &tensors, &metadata)?;
-    save_safetensors(temporary.join(OPTIMIZER), &optimizer.state(), &metadata)?;
-    let json = serde_json::to_vec_pretty(state).map_err(|e| Error::io(&path, e.into()))?;
-    flmm::atomic::write(temporary.join(STATE), |writer| writer.write_all(&json))?;
-    remove_if_there(&path)?;
-    fs::rename(&temporary, &path).map_err(io)?;
-    let all = list(folder)?;
-    for (_, old) in &all[..all.len().saturating_sub(keep.max(1))] {
-        remove_if_there(old)?;
+    let mut state = state.clone();
+    for (file, tensors) in [(TENSORS, &tensors), (OPTIMIZER, &optimizer.state())] {
+        save_safetensors(folder.join(file), tensors, &metadata)?;
+        state.sha256.insert(file.to_owned(), digest(&folder.join(file))?);
     }
-    Ok(path)
+    let json = serde_json::to_vec_pretty(&state).map_err(|e| Error::io(folder, e.into()))?;
+    flmm::atomic::write(folder.join(STATE), |writer| writer.write_all(&json))
+}
+
+/// SHA-256 of a file in hexadecimal.
+fn digest(file: &Path) -> Result<String> {
+    let mut hash = Sha256::new();
+    let mut reader = fs::File::open(file).map_err(|e| Error::io(file, e))?;
+    std::io::copy(&mut reader, &mut hash).map_err(|e| Error::io(file, e))?;
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// An error about a checkpoint that was changed or damaged after it was written.
+fn damaged(checkpoint: &Path, file: &Path, what: impl std::fmt::Display) -> Error {
+    let older = checkpoint.parent().and_then(|folder| list(folder).ok()).unwrap_or_default();
+    let older = older.into_iter().rev().map(|(_, path)| path).find(|path| path < &checkpoint.to_owned());
+    let hint = match older {
+        Some(older) => format!(
+            "move `{}` away to go on from `{}`",
+            checkpoint.display(),
+            older.file_name().unwrap_or_default().to_string_lossy()
+        ),
+        None => format!("restore it from a copy, or move `{}` away to begin anew", checkpoint.display()),
+    };
+    Error::config(file, format!("the checkpoint is damaged: {what}"), hint)
 }
 
 /// The newest checkpoint in `folder`, if there is one.
@@ -94,12 +141,11 @@ pub fn latest(folder: &Path) -> Result<Option<PathBuf>> {
 ///
 /// # Errors
 /// [`Error::Config`] naming every key in which the checkpoint's configuration differs from `config`,
-/// [`Error::Weights`] for missing, misshapen or unexpected tensors.
+/// or saying that it is damaged, [`Error::Weights`] for missing, misshapen or unexpected tensors.
 pub fn load(checkpoint: &Path, optimizer: &mut AdamW, config: &Value) -> Result<State> {
     let file = checkpoint.join(STATE);
-    let text = fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
-    let state: State = serde_json::from_str(&text)
-        .map_err(|e| Error::config(&file, e.to_string(), "the checkpoint is damaged: use an older one"))?;
+    let text = fs::read(&file).map_err(|e| Error::io(&file, e))?;
+    let state: State = serde_json::from_slice(&text).map_err(|e| damaged(checkpoint, &file, e))?;
     if state.format != FORMAT {
         let what = format!("format {}, expected {FORMAT}", state.format);
         return Err(Error::config(&file, what, "resume with the program version that wrote it"));
@@ -112,6 +158,13 @@ pub fn load(checkpoint: &Path, optimizer: &mut AdamW, config: &Value) -> Result<
             format!("the checkpoint belongs to another configuration:\n{}", differences.join("\n")),
             "resume with the configuration of the checkpoint, or begin a run in another folder",
         ));
+    }
+    for (name, expected) in &state.sha256 {
+        let file = checkpoint.join(name);
+        let found = digest(&file).map_err(|e| damaged(checkpoint, &file, e))?;
+        if found != *expected {
+            return Err(damaged(checkpoint, &file, "its content is not what was written"));
+        }
     }
     let device = optimizer.vars().values().next().map_or(Device::Cpu, |var| var.device().clone());
     let read = |name: &str| load_safetensors(&[checkpoint.join(name)], None, &device);
@@ -234,6 +287,29 @@ mod tests {
         assert_eq!(other.vars()["a.weight"].to_vec1::<f32>().unwrap(), [5.0, 2.0]);
         load(&path, &mut other, &state(3).config).unwrap();
         assert_eq!((other.steps(), other.vars()["a.weight"].to_vec1::<f32>().unwrap()), (3, vec![1.0, 2.0]));
+    }
+
+    #[test]
+    fn damage_is_told_with_the_way_out_and_changes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        save(folder.path(), &optimizer(1.0), &state(3), 2).unwrap();
+        let path = save(folder.path(), &optimizer(2.0), &state(4), 2).unwrap();
+        for file in [TENSORS, OPTIMIZER, STATE] {
+            let good = fs::read(path.join(file)).unwrap();
+            let mut flipped = good.clone();
+            let last = flipped.len() - 2;
+            flipped[last] ^= 0x10;
+            for bad in [&flipped, &good[..good.len() / 2], &[][..]] {
+                fs::write(path.join(file), bad).unwrap();
+                let mut other = optimizer(5.0);
+                let error = load(&path, &mut other, &state(4).config).unwrap_err();
+                assert!(error.to_string().contains("damaged"), "{error}");
+                assert!(error.hint().unwrap().contains("go on from `step-0000003`"), "{error:?}");
+                assert_eq!(other.vars()["a.weight"].to_vec1::<f32>().unwrap(), [5.0, 2.0]);
+            }
+            fs::write(path.join(file), &good).unwrap();
+        }
+        load(&path, &mut optimizer(5.0), &state(4).config).unwrap();
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The log of a run: `metrics.jsonl`, one line of averages every few steps, and `config.json`.
+//! The log of a run: `metrics.jsonl`, one line of averages every few steps.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -11,8 +11,9 @@ use serde_json::{Map, Value};
 
 /// Averages values and appends them to `metrics.jsonl`.
 pub(crate) struct Log {
-    dir: PathBuf,
-    file: File,
+    path: PathBuf,
+    /// None for ranks that write no log.
+    file: Option<File>,
     /// Σ weight · value and Σ weight since the last line.
     pending: BTreeMap<String, (f64, f64)>,
     since: Instant,
@@ -32,12 +33,12 @@ impl Log {
         let kept: Vec<&str> = old.lines().filter(|line| step_of(line).is_some_and(|at| at <= step)).collect();
         flmm::atomic::write(&path, |writer| kept.iter().try_for_each(|line| writeln!(writer, "{line}")))?;
         let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::io(&path, e))?;
-        Ok(Self { dir: dir.to_owned(), file, pending, since: Instant::now() })
+        Ok(Self { path, file: Some(file), pending, since: Instant::now() })
     }
 
-    /// Keeps the run's configuration beside the log.
-    pub(crate) fn write_config(&self, config: &Value) -> Result<()> {
-        flmm::atomic::write(self.dir.join("config.json"), |writer| writeln!(writer, "{config:#}"))
+    /// A log that is not written.
+    pub(crate) fn silent() -> Self {
+        Self { path: PathBuf::new(), file: None, pending: BTreeMap::new(), since: Instant::now() }
     }
 
     /// Adds `value` to the average of `name`.
@@ -47,8 +48,8 @@ impl Log {
         *weights += weight;
     }
 
-    /// Writes the averages since the last line.
-    pub(crate) fn line(&mut self, step: u64, epoch: u64, lr: f64) -> Result<()> {
+    /// Writes the averages since the last line, and gives them.
+    pub(crate) fn line(&mut self, step: u64, epoch: u64, lr: f64) -> Result<Map<String, Value>> {
         let mut line = Map::new();
         line.insert("step".into(), step.into());
         line.insert("epoch".into(), epoch.into());
@@ -60,7 +61,13 @@ impl Log {
         }
         line.insert("seconds".into(), self.since.elapsed().as_secs_f64().into());
         self.since = Instant::now();
-        writeln!(self.file, "{}", Value::Object(line)).map_err(|e| Error::io(&self.dir, e))
+        let mut text = serde_json::to_string(&line).map_err(|e| Error::io(&self.path, e.into()))?;
+        text.push('\n');
+        // In one piece: a line is there or not, whenever the process is killed.
+        if let Some(file) = &mut self.file {
+            file.write_all(text.as_bytes()).map_err(|e| Error::io(&self.path, e))?;
+        }
+        Ok(line)
     }
 
     /// What has been added since the last line.

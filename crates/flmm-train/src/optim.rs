@@ -6,6 +6,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 use flmm::{Error, Result};
 
+use crate::adamw::Update;
+
 /// Trained tensors by checkpoint name.
 pub type Vars = BTreeMap<String, Var>;
 
@@ -33,11 +35,12 @@ pub fn accumulate(total: &mut Gradients, term: &Gradients, scale: f64) -> Result
 
 /// The L2 norm of all gradients together.
 pub fn global_norm(gradients: &Gradients) -> Result<f64> {
-    let mut squares = 0f64;
-    for grad in gradients.values() {
-        squares += f64::from(grad.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?);
-    }
+    let squares = gradients.values().map(squared_norm).sum::<Result<f64>>()?;
     Ok(squares.sqrt())
+}
+
+fn squared_norm(grad: &Tensor) -> Result<f64> {
+    Ok(f64::from(grad.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?))
 }
 
 /// Settings of [`AdamW`]; the defaults are the paper's.
@@ -62,6 +65,27 @@ impl Default for AdamWConfig {
     }
 }
 
+/// Tensors that are trained differently from the rest: those whose names begin with `prefix`.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ParamGroup {
+    /// Beginning of the names, `sam.model.mask_decoder.`; of several groups that fit, the first counts.
+    pub prefix: String,
+    /// Factor of the learning rate.
+    #[serde(default = "one")]
+    pub learning_rate: f64,
+    /// Factor of the weight decay.
+    #[serde(default = "one")]
+    pub weight_decay: f64,
+    /// Whether these gradients are clipped by their own norm. They then change nothing about the other tensors.
+    #[serde(default)]
+    pub own_norm: bool,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
 /// AdamW over named tensors.
 ///
 /// One step: clip all gradients to the global norm, `p ← p · (1 − lr · wd)`, update the moments,
@@ -69,6 +93,7 @@ impl Default for AdamWConfig {
 pub struct AdamW {
     vars: Vars,
     config: AdamWConfig,
+    groups: Vec<ParamGroup>,
     /// First and second moment by name, f32.
     moments: BTreeMap<String, (Tensor, Tensor)>,
     steps: u64,
@@ -77,9 +102,9 @@ pub struct AdamW {
 /// What one step saw.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepInfo {
-    /// Global norm of the gradients before clipping.
+    /// Global norm of the gradients before clipping, groups with a norm of their own left out.
     pub norm: f64,
-    /// What they were multiplied with, at most 1.
+    /// What those were multiplied with, at most 1.
     pub clip: f64,
 }
 
@@ -97,7 +122,38 @@ impl AdamW {
             let zeros = var.as_tensor().zeros_like()?.detach();
             moments.insert(name.clone(), (zeros.clone(), zeros));
         }
-        Ok(Self { vars, config, moments, steps: 0 })
+        Ok(Self { vars, config, groups: Vec::new(), moments, steps: 0 })
+    }
+
+    /// Trains some tensors differently.
+    ///
+    /// # Errors
+    /// [`Error::Request`] if no tensor belongs to a group, or a factor is negative or not finite.
+    pub fn with_groups(mut self, groups: Vec<ParamGroup>) -> Result<Self> {
+        for group in &groups {
+            let prefix = &group.prefix;
+            if !self.vars.keys().any(|name| name.starts_with(prefix)) {
+                return Err(Error::request(
+                    format!(
+                        "no trained tensor's name begins with `{prefix}`, the prefix of a parameter group"
+                    ),
+                    "names are those of the head: `mask_head.`, `text_proj.`, `sam.model.`, `keyword_selector.`",
+                ));
+            }
+            for factor in [group.learning_rate, group.weight_decay] {
+                if !(factor.is_finite() && factor >= 0.0) {
+                    let what = format!("a factor of the parameter group `{prefix}` is {factor}");
+                    return Err(Error::request(what, "give a number from 0"));
+                }
+            }
+        }
+        self.groups = groups;
+        Ok(self)
+    }
+
+    /// The group of a tensor.
+    fn group(&self, name: &str) -> Option<&ParamGroup> {
+        self.groups.iter().find(|group| name.starts_with(&group.prefix))
     }
 
     /// The trained tensors.
@@ -114,50 +170,73 @@ impl AdamW {
     ///
     /// Fails, leaving every tensor as it was, when a gradient is not finite or belongs to no trained tensor.
     pub fn step(&mut self, gradients: &Gradients, lr: f64) -> Result<StepInfo> {
-        self.step_scaled(gradients, lr, |_| 1.0)
-    }
-
-    /// Takes one step at learning rate `lr · factor(name)`, for groups that learn at different rates.
-    pub fn step_scaled(
-        &mut self,
-        gradients: &Gradients,
-        lr: f64,
-        factor: impl Fn(&str) -> f64,
-    ) -> Result<StepInfo> {
         if let Some(name) = gradients.keys().find(|name| !self.vars.contains_key(*name)) {
             return Err(Error::request(
                 format!("gradient for `{name}`, which is not trained"),
                 "pass gradients of the optimiser's own tensors",
             ));
         }
-        let norm = global_norm(gradients)?;
-        if !norm.is_finite() {
+        // Squared norms of the groups that have their own, by prefix, and of all other tensors together.
+        let mut squares = BTreeMap::from([(None, 0f64)]);
+        let own =
+            |name: &str| self.group(name).filter(|group| group.own_norm).map(|group| group.prefix.clone());
+        for (name, grad) in gradients {
+            *squares.entry(own(name)).or_default() += squared_norm(grad)?;
+        }
+        if squares.values().any(|square| !square.is_finite()) {
             return Err(Error::request(
                 format!("the gradients are not finite at step {}", self.steps + 1),
                 "lower the learning rate, or look for infinite values in the data",
             ));
         }
-        let AdamWConfig { beta1, beta2, eps, weight_decay, max_norm } = self.config;
-        let clip = (max_norm / (norm + 1e-6)).min(1.0);
+        let max_norm = self.config.max_norm;
+        let clip = |square: &f64| (max_norm / (square.sqrt() + 1e-6)).min(1.0);
+        let clips: BTreeMap<String, f64> =
+            self.vars.keys().map(|name| (name.clone(), squares.get(&own(name)).map_or(1.0, clip))).collect();
+        let info = StepInfo { norm: squares[&None].sqrt(), clip: clip(&squares[&None]) };
+        let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
         self.steps += 1;
         let correction = |beta: f64| 1.0 - beta.powf(self.steps as f64);
         let (c1, c2) = (correction(beta1), correction(beta2));
         for (name, var) in &self.vars {
-            let lr = lr * factor(name);
-            let Some((m, v)) = self.moments.get_mut(name) else { continue };
-            (*m, *v) = match gradients.get(name) {
-                Some(grad) => {
-                    let grad = (grad.to_dtype(DType::F32)? * clip)?;
-                    let square = (grad.sqr()? * (1.0 - beta2))?;
-                    (((&*m * beta1)? + (grad * (1.0 - beta1))?)?, ((&*v * beta2)? + square)?)
-                }
-                None => ((&*m * beta1)?, (&*v * beta2)?),
+            let (lr, weight_decay) = match self.groups.iter().find(|group| name.starts_with(&group.prefix)) {
+                Some(group) => (lr * group.learning_rate, weight_decay * group.weight_decay),
+                None => (lr, weight_decay),
             };
-            let denominator = ((&*v / c2)?.sqrt()? + eps)?;
-            let change = ((&*m / denominator)? * (lr / c1))?;
-            var.set(&((var.as_detached_tensor() * (1.0 - lr * weight_decay))? - change)?)?;
+            let Some((m, v)) = self.moments.get_mut(name) else { continue };
+            let update = Update {
+                beta1,
+                beta2,
+                eps,
+                clip: clips[name],
+                correction2: c2,
+                rate: lr / c1,
+                keep: 1.0 - lr * weight_decay,
+            };
+            let old = var.as_detached_tensor();
+            let (new, first, second) = update.apply(&old, (m, v), gradients.get(name))?;
+            (*m, *v) = (first, second);
+            var.set(&new)?;
         }
-        Ok(StepInfo { norm, clip })
+        Ok(info)
+    }
+
+    /// Lets `change` rewrite tensors and moments in place, one after the other in the order of names, and counts
+    /// `steps` steps as taken. For ranks that take over another's state.
+    pub fn overwrite(&mut self, steps: u64, mut change: impl FnMut(&mut [f32]) -> Result<()>) -> Result<()> {
+        let mut changed = |tensor: &Tensor| -> Result<Tensor> {
+            let mut values = tensor.flatten_all()?.to_vec1::<f32>()?;
+            change(&mut values)?;
+            Ok(Tensor::from_vec(values, tensor.shape(), tensor.device())?)
+        };
+        for (name, var) in &self.vars {
+            var.set(&changed(&var.as_detached_tensor())?)?;
+            if let Some((m, v)) = self.moments.get_mut(name) {
+                (*m, *v) = (changed(m)?, changed(v)?);
+            }
+        }
+        self.steps = steps;
+        Ok(())
     }
 
     /// The moments as `exp_avg.<name>` and `exp_avg_sq.<name>`, for a checkpoint.
@@ -266,6 +345,46 @@ mod tests {
         }
         assert_eq!(one.vars()["p"].to_vec1::<f32>().unwrap(), two.vars()["p"].to_vec1::<f32>().unwrap());
         assert!(two.restore(&BTreeMap::new(), 1).is_err());
+    }
+
+    #[test]
+    fn groups_learn_at_their_own_rate_and_are_clipped_alone() {
+        let vars = || {
+            let var = || Var::new(&[1f32], &Device::Cpu).unwrap();
+            Vars::from([("a.w".to_owned(), var()), ("b.w".to_owned(), var()), ("c.w".to_owned(), var())])
+        };
+        let grad = |value: f32| Tensor::new(&[value], &Device::Cpu).unwrap();
+        let group = |prefix: &str, learning_rate, weight_decay, own_norm| ParamGroup {
+            prefix: prefix.into(),
+            learning_rate,
+            weight_decay,
+            own_norm,
+        };
+        let value = |adam: &AdamW, name: &str| adam.vars()[name].to_vec1::<f32>().unwrap()[0];
+        // A huge gradient in a group with a norm of its own changes nothing about the others.
+        let run = |with_b: bool| {
+            let groups = vec![group("b.", 1.0, 1.0, true), group("c.", 0.5, 0.0, false)];
+            let mut adam = AdamW::new(vars(), AdamWConfig::default()).unwrap().with_groups(groups).unwrap();
+            let mut info = None;
+            for k in 0..4 {
+                let mut grads =
+                    Gradients::from([("a.w".into(), grad(2.0 + k as f32)), ("c.w".into(), grad(1.0))]);
+                if with_b {
+                    grads.insert("b.w".into(), grad(1e6));
+                }
+                info = Some(adam.step(&grads, 0.1).unwrap());
+            }
+            (adam, info.unwrap())
+        };
+        let ((one, info), (other, same)) = (run(true), run(false));
+        assert_eq!((value(&one, "a.w"), value(&one, "c.w")), (value(&other, "a.w"), value(&other, "c.w")));
+        assert_eq!(info, same);
+        assert!(value(&one, "b.w") < value(&other, "b.w"));
+        // Half the rate and no decay: four steps of Adam of at most lr / 2 each.
+        assert!((value(&one, "c.w") - (1.0 - 4.0 * 0.05)).abs() < 0.02, "{}", value(&one, "c.w"));
+        let unknown = AdamW::new(vars(), AdamWConfig::default()).unwrap();
+        let error = unknown.with_groups(vec![group("d.", 1.0, 1.0, false)]).err().unwrap();
+        assert!(error.to_string().contains("`d.`"), "{error}");
     }
 
     #[test]

@@ -20,6 +20,12 @@ pub trait Samples<S>: Sync {
 
     /// Sample number `index`, `0 ≤ index < len()`, as seen in `epoch`.
     fn sample(&self, index: usize, epoch: u64) -> Result<S>;
+
+    /// A name for that sample, for messages and caches: equal names, equal samples. Where a sample differs between
+    /// epochs, what tells them apart follows a `#`.
+    fn key(&self, index: usize, epoch: u64) -> String {
+        format!("{index}#{epoch}")
+    }
 }
 
 impl<S: Clone + Sync> Samples<S> for Vec<S> {
@@ -68,6 +74,11 @@ impl Order {
     /// Steps in an epoch: `ceil(len / batch_size)`.
     pub fn steps_per_epoch(&self) -> u64 {
         self.len.div_ceil(self.batch_size.max(1)) as u64
+    }
+
+    /// The samples from step `first` on, one by one, endlessly: `(epoch, index)`.
+    pub fn samples(self, first: u64) -> impl Iterator<Item = (u64, usize)> + Send {
+        self.batches(first).flat_map(|(epoch, batch)| batch.into_iter().map(move |index| (epoch, index)))
     }
 
     /// The batches from step `first` on, endlessly: `(epoch, indices)`.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
 use flmm::capture::weighted_hidden;
+use flmm::grounder::GroundingHead;
 use flmm::nn::Linear;
 use flmm::{Error, Result};
 use rand::Rng;
@@ -101,6 +102,14 @@ pub struct SelectorTask {
 }
 
 impl SelectorTask {
+    /// A task that trains the selector of `head`; fails if it has none.
+    pub fn of(head: &GroundingHead, config: SelectorConfig) -> Result<Self> {
+        let selector = head.keyword_selector.clone().ok_or_else(|| {
+            Error::request("the head has no keyword selector", "add `keyword_selector.weight` and `.bias`")
+        })?;
+        Ok(Self::new(selector, head.text_layer_weights.clone(), config))
+    }
+
     /// A task that trains `selector` on states weighted by `text_layer_weights [L]`.
     pub fn new(selector: Linear, text_layer_weights: Tensor, config: SelectorConfig) -> Self {
         Self { selector, text_layer_weights, config }

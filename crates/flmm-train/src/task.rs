@@ -17,6 +17,12 @@ pub trait Task: Sync {
     /// The value of every term, scalars with gradients, and what is to be logged. Terms of weight 0 may hold
     /// anything.
     fn losses(&self, sample: &Self::Sample) -> Result<Losses>;
+
+    /// The same in parts: terms of all parts summed up are those of [`Task::losses`]. The trainer differentiates
+    /// each part and frees its graph before the next is computed, so that large samples fit into memory.
+    fn in_parts(&self, sample: &Self::Sample, each: &mut dyn FnMut(Losses) -> Result<()>) -> Result<()> {
+        each(self.losses(sample)?)
+    }
 }
 
 /// What one sample costs.

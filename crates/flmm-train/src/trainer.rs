@@ -1,117 +1,39 @@
 //! The training loop.
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor, Var};
 use flmm::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{self, State};
+use crate::distributed::{Communicator, Single, gather};
+use crate::folder::RunFolder;
 use crate::log::Log;
-use crate::optim::{AdamW, AdamWConfig, Gradients, Schedule, Vars, accumulate, gradients};
+use crate::optim::{AdamW, Gradients, Schedule, Vars, accumulate, gradients};
+use crate::prefetch::{Prefetch, StopGuard};
 use crate::samples::{Order, Samples};
+use crate::settings::{Precision, RunOptions, TrainConfig};
 use crate::task::{Metric, Task};
+use crate::watch::{EachStep, Step, Watch};
 
 /// candle walks the graph recursively; a thread's default stack would limit its depth.
 const STACK: usize = 64 << 20;
-
-/// What decides the result of a run. Kept in every checkpoint; the defaults are the paper's.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct TrainConfig {
-    /// Seed of the order of samples.
-    pub seed: u64,
-    /// Passes over the samples.
-    pub epochs: u64,
-    /// Samples per step (the paper: 8 devices with one each).
-    pub batch_size: usize,
-    /// Highest learning rate.
-    pub learning_rate: f64,
-    /// Part of the run in which the learning rate rises.
-    pub warmup_ratio: f64,
-    /// The optimiser.
-    pub optimizer: AdamWConfig,
-}
-
-impl Default for TrainConfig {
-    fn default() -> Self {
-        Self {
-            seed: 0,
-            epochs: 8,
-            batch_size: 8,
-            learning_rate: 1e-4,
-            warmup_ratio: 0.03,
-            optimizer: AdamWConfig::default(),
-        }
-    }
-}
-
-/// What does not change the result of a run.
-#[derive(Debug, Clone)]
-pub struct RunOptions {
-    /// The run's folder: `config.json`, `metrics.jsonl`, `checkpoints/`.
-    pub dir: PathBuf,
-    /// Time between checkpoints; one is written at the end in any case.
-    pub checkpoint_every: Duration,
-    /// How many checkpoints are kept.
-    pub keep: usize,
-    /// Steps between lines of the log.
-    pub log_every: u64,
-    /// Threads that compute gradients, one sample at a time each.
-    pub workers: usize,
-    /// Batches that are read ahead.
-    pub prefetch: usize,
-    /// Whether to draw a progress bar on standard error.
-    pub progress: bool,
-}
-
-impl RunOptions {
-    /// The usual options for a run in `dir`: a checkpoint every five minutes, one worker, no progress bar.
-    pub fn new(dir: impl Into<PathBuf>) -> Self {
-        Self {
-            dir: dir.into(),
-            checkpoint_every: Duration::from_secs(300),
-            keep: 1,
-            log_every: 10,
-            workers: 1,
-            prefetch: 1,
-            progress: false,
-        }
-    }
-}
-
-/// One step that was taken.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Step {
-    /// Its number, from 1.
-    pub step: u64,
-    /// All steps of the run.
-    pub total: u64,
-    /// The learning rate it used.
-    pub lr: f64,
-    /// The loss of its batch.
-    pub loss: f64,
-    /// The global norm of its gradients before clipping.
-    pub grad_norm: f64,
-}
 
 /// Trains the tensors of an optimiser on a task.
 pub struct Trainer<'a, T: Task> {
     task: &'a T,
     optimizer: AdamW,
+    /// What the task was built from, where that is not the optimiser's own tensors but rounded copies of them.
+    rounded: Option<Vars>,
     config: TrainConfig,
     /// The caller's own settings, kept and compared with those of a checkpoint.
     task_config: Value,
     options: RunOptions,
+    communicator: &'a dyn Communicator,
 }
-
-/// A batch: its epoch and samples.
-type Batch<S> = Vec<S>;
 
 /// What one sample contributed.
 struct Contribution {
@@ -139,8 +61,37 @@ impl<'a, T: Task> Trainer<'a, T> {
                 "set `epochs` and `batch_size` to 1 or more",
             ));
         }
-        let optimizer = AdamW::new(vars, config.optimizer)?;
-        Ok(Self { task, optimizer, config, task_config, options })
+        let (vars, rounded) = match config.precision {
+            Precision::F32 => (vars, None),
+            Precision::Bf16 => {
+                let copy = |(name, var): (&String, &Var)| {
+                    Ok((name.clone(), Var::from_tensor(&var.as_detached_tensor().copy()?)?))
+                };
+                (vars.iter().map(copy).collect::<Result<Vars>>()?, Some(vars))
+            }
+        };
+        let optimizer = AdamW::new(vars, config.optimizer)?.with_groups(config.groups.clone())?;
+        let communicator = &Single;
+        let trainer = Self { task, optimizer, rounded, config, task_config, options, communicator };
+        trainer.round()?;
+        Ok(trainer)
+    }
+
+    /// Shares the work with other ranks: each takes every `world`-th sample of a batch, and all take the same steps.
+    /// Rank 0 alone writes checkpoints and logs, and the others take its tensors when the run begins.
+    ///
+    /// # Errors
+    /// [`Error::Request`] unless the batch can be shared out evenly.
+    pub fn with_communicator(mut self, communicator: &'a dyn Communicator) -> Result<Self> {
+        let (batch, world) = (self.config.batch_size, communicator.world());
+        if !batch.is_multiple_of(world) {
+            return Err(Error::request(
+                format!("a batch of {batch} samples cannot be shared out to {world} ranks"),
+                format!("set `batch_size`, which counts the samples of all ranks, to a multiple of {world}"),
+            ));
+        }
+        self.communicator = communicator;
+        Ok(self)
     }
 
     /// The optimiser with the trained tensors.
@@ -160,8 +111,13 @@ impl<'a, T: Task> Trainer<'a, T> {
     pub fn run(
         &mut self,
         samples: &dyn Samples<T::Sample>,
-        mut on_step: impl FnMut(&Step) -> ControlFlow<()>,
+        on_step: impl FnMut(&Step) -> ControlFlow<()>,
     ) -> Result<u64> {
+        self.run_watched(samples, &mut EachStep(on_step))
+    }
+
+    /// As [`Trainer::run`], telling `watch` what is done.
+    pub fn run_watched(&mut self, samples: &dyn Samples<T::Sample>, watch: &mut dyn Watch) -> Result<u64> {
         if samples.is_empty() {
             return Err(Error::request(
                 "there are no training samples",
@@ -177,55 +133,66 @@ impl<'a, T: Task> Trainer<'a, T> {
             self.config.warmup_ratio,
         );
         let identity = json!({ "train": self.config, "task": self.task_config, "samples": samples.len() });
-        let checkpoints = self.options.dir.join("checkpoints");
-        std::fs::create_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
-        let mut pending = Default::default();
-        if let Some(path) = checkpoint::latest(&checkpoints)? {
-            pending = checkpoint::load(&path, &mut self.optimizer, &identity)?.pending;
-        }
-        let mut log = Log::open(&self.options.dir, self.optimizer.steps(), pending)?;
-        log.write_config(&identity)?;
+        let writes = self.communicator.rank() == 0;
+        let begun = if writes { self.begin(&identity).map(Some) } else { Ok(None) };
+        let (folder, mut log) = self.begin_together(begun, &identity)?;
 
         let first = self.optimizer.steps();
+        watch.begin(first, schedule.total, per_epoch);
         let bar = self.progress_bar(schedule.total, first);
-        let prefetch = self.options.prefetch;
+        let batch_size = self.config.batch_size;
+        let (rank, world) = (self.communicator.rank(), self.communicator.world());
+        let jobs = order.samples(first).take(schedule.total.saturating_sub(first) as usize * batch_size);
+        let share = batch_size / world;
+        let ahead = Prefetch::new(jobs.skip(rank).step_by(world), (self.options.prefetch + 1) * share);
         std::thread::scope(|scope| {
-            let (sender, receiver) = mpsc::sync_channel::<Result<Batch<T::Sample>>>(prefetch);
-            let steps = schedule.total.saturating_sub(first) as usize;
-            let load = move || {
-                for (epoch, indices) in order.batches(first).take(steps) {
-                    let batch = indices.into_iter().map(|index| samples.sample(index, epoch)).collect();
-                    // The receiver is gone when the run has ended early.
-                    if sender.send(batch).is_err() {
-                        break;
-                    }
-                }
-            };
-            let loader = std::thread::Builder::new().name("samples".into()).stack_size(STACK);
-            loader.spawn_scoped(scope, load).map_err(|e| Error::io(&self.options.dir, e))?;
+            // However this ends, the threads that make samples end with it.
+            let _stop = StopGuard(&ahead);
+            let make = |(epoch, index)| samples.sample(index, epoch);
+            let started = ahead.start(scope, self.options.loaders, STACK, make);
+            started.map_err(|e| Error::io(&self.options.dir, e))?;
 
             let mut saved = Instant::now();
             let mut ended = false;
             while !ended && self.optimizer.steps() < schedule.total {
-                let Ok(batch) = receiver.recv() else { break };
+                let batch = (0..share).map_while(|_| ahead.take()).collect::<Result<Vec<_>>>();
                 let lr = schedule.lr(self.optimizer.steps());
-                let (gradients, loss) = self.batch_gradients(&batch?, &mut log)?;
+                let (gradients, loss) = self.batch_gradients(batch, &mut log)?;
                 let info = self.optimizer.step(&gradients, lr)?;
+                self.round()?;
                 let step = self.optimizer.steps();
                 log.add("loss", loss, 1.0);
                 log.add("grad_norm", info.norm, 1.0);
-                if step.is_multiple_of(self.options.log_every.max(1)) || step == schedule.total {
-                    log.line(step, (step - 1) / per_epoch, lr)?;
-                }
+                let epoch = (step - 1) / per_epoch;
+                let report = Step { step, total: schedule.total, epoch, lr, loss, grad_norm: info.norm };
+                let after = watch.after_step(&report);
+                let stops = gather(self.communicator, after.as_ref().map(|after| after.stop).map_err(retold));
+                // A rank's own error before what others make of it.
+                let (after, stops) = (after?, stops?);
+                after.values.iter().for_each(|(name, value)| log.add(name, *value, 1.0));
                 bar.set_position(step);
                 bar.set_message(format!("loss {loss:.4}"));
-                let report = Step { step, total: schedule.total, lr, loss, grad_norm: info.norm };
-                ended = on_step(&report).is_break() || step == schedule.total;
-                if ended || saved.elapsed() >= self.options.checkpoint_every {
-                    let state = State::new(step, per_epoch, identity.clone(), log.pending().clone());
-                    checkpoint::save(&checkpoints, &self.optimizer, &state, self.options.keep)?;
-                    saved = Instant::now();
-                }
+                ended = stops.contains(&true) || step == schedule.total;
+                let written = (|| {
+                    let due = step.is_multiple_of(self.options.log_every.max(1)) || !after.values.is_empty();
+                    if due || step == schedule.total {
+                        watch.line(&log.line(step, epoch, lr)?)?;
+                    }
+                    let due = ended || saved.elapsed() >= self.options.checkpoint_every;
+                    if let (Some(folder), true) = (&folder, due) {
+                        let state = State::new(step, per_epoch, identity.clone(), log.pending().clone());
+                        checkpoint::save(&folder.checkpoints, &self.optimizer, &state, self.options.keep)?;
+                        watch.saved(step);
+                        saved = Instant::now();
+                    }
+                    Ok(())
+                })();
+                let told = match &written {
+                    Ok(()) => Ok(()),
+                    Err(error) => Err(retold(error)),
+                };
+                let all = gather(self.communicator, told);
+                written.and(all)?;
             }
             Ok(())
         })
@@ -235,11 +202,79 @@ impl<'a, T: Task> Trainer<'a, T> {
         })
     }
 
-    /// The gradients of a batch and its loss. Samples are added in their order, whatever thread computed them.
-    fn batch_gradients(&self, batch: &Batch<T::Sample>, log: &mut Log) -> Result<(Gradients, f64)> {
-        let weights: Vec<Vec<f64>> = batch.iter().map(|sample| self.task.weights(sample)).collect();
-        let terms = weights.iter().map(Vec::len).max().unwrap_or(0);
-        let total = |term: usize| weights.iter().map(|w| w.get(term).copied().unwrap_or(0.0)).sum::<f64>();
+    /// Gives the task's tensors the optimiser's values, rounded, where they are not the same tensors.
+    fn round(&self) -> Result<()> {
+        for (name, var) in self.rounded.iter().flatten() {
+            let value = self.optimizer.vars()[name].as_detached_tensor();
+            var.set(&value.to_dtype(DType::BF16)?.to_dtype(DType::F32)?)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the run's folder, continues from the newest checkpoint in it, if there is one, and opens the log.
+    fn begin(&mut self, identity: &Value) -> Result<(RunFolder, Log)> {
+        let folder = RunFolder::take(&self.options.dir)?;
+        let mut pending = Default::default();
+        if let Some(path) = checkpoint::latest(&folder.checkpoints)? {
+            pending = checkpoint::load(&path, &mut self.optimizer, identity)?.pending;
+            self.round()?;
+        }
+        let log = Log::open(&self.options.dir, self.optimizer.steps(), pending)?;
+        if let Some(text) = &self.options.config_text {
+            flmm::atomic::write(self.options.dir.join("config.toml"), |to| to.write_all(text.as_bytes()))?;
+        }
+        Ok((folder, log))
+    }
+
+    /// Makes sure that all ranks train the same thing, and gives them rank 0's tensors.
+    fn begin_together(
+        &mut self,
+        begun: Result<Option<(RunFolder, Log)>>,
+        identity: &Value,
+    ) -> Result<(Option<RunFolder>, Log)> {
+        let (own, told) = match begun {
+            Ok(own) => (own, Ok((self.optimizer.steps(), identity.to_string()))),
+            Err(error) => (None, Err(error)),
+        };
+        let all = gather(self.communicator, told)?;
+        if let Some(rank) = all.iter().position(|(_, other)| *other != all[0].1) {
+            return Err(Error::request(
+                format!("rank {rank} trains something else than rank 0:\n{}\n{}", all[rank].1, all[0].1),
+                "start all ranks with the same configuration and the same data",
+            ));
+        }
+        if all.len() > 1 {
+            let (communicator, steps) = (self.communicator, all[0].0);
+            self.optimizer.overwrite(steps, |values| {
+                // A sum in which all but one are zero is a broadcast of numbers.
+                if communicator.rank() != 0 {
+                    values.fill(0.0);
+                }
+                communicator.all_reduce_sum(values)
+            })?;
+            self.round()?;
+        }
+        Ok(match own {
+            Some((folder, log)) => (Some(folder), log),
+            None => (None, Log::silent()),
+        })
+    }
+
+    /// The gradients of a batch and its loss, over all ranks; `batch` is this rank's share. Samples are added in their
+    /// order, whatever thread computed them.
+    fn batch_gradients(&self, batch: Result<Vec<T::Sample>>, log: &mut Log) -> Result<(Gradients, f64)> {
+        let (batch, told) = match batch {
+            Ok(batch) => {
+                let weights: Vec<Vec<f64>> = batch.iter().map(|sample| self.task.weights(sample)).collect();
+                (batch, Ok(weights))
+            }
+            Err(error) => (Vec::new(), Err(error)),
+        };
+        let all = gather(self.communicator, told)?;
+        let weights = &all[self.communicator.rank()];
+        let terms = all.iter().flatten().map(Vec::len).max().unwrap_or(0);
+        let total =
+            |term: usize| all.iter().flatten().map(|w| w.get(term).copied().unwrap_or(0.0)).sum::<f64>();
         let totals: Vec<f64> = (0..terms).map(total).collect();
         let shares: Vec<Vec<f64>> = weights
             .iter()
@@ -248,18 +283,67 @@ impl<'a, T: Task> Trainer<'a, T> {
             })
             .collect();
 
+        let own = self.contributions(&batch, &shares).and_then(|parts| {
+            let (mut sum, mut loss, mut metrics) = (Gradients::new(), 0.0, Vec::new());
+            for part in parts {
+                accumulate(&mut sum, &part.gradients, 1.0)?;
+                loss += part.loss;
+                // As bits: JSON knows neither infinity nor the last digit.
+                let told = |m: &Metric| (m.name.to_owned(), m.value.to_bits(), m.weight.to_bits());
+                metrics.extend(part.metrics.iter().map(told));
+            }
+            Ok((sum, (f64::to_bits(loss), metrics)))
+        });
+        let (sum, told) = match own {
+            Ok((sum, told)) => (sum, Ok(told)),
+            Err(error) => (Gradients::new(), Err(error)),
+        };
+        let mut loss = 0.0;
+        for (part, metrics) in gather(self.communicator, told)? {
+            loss += f64::from_bits(part);
+            for (name, value, weight) in &metrics {
+                log.add(name, f64::from_bits(*value), f64::from_bits(*weight));
+            }
+        }
+        Ok((self.summed(sum)?, loss))
+    }
+
+    /// The sum of all ranks' gradients.
+    fn summed(&self, own: Gradients) -> Result<Gradients> {
+        if self.communicator.world() == 1 {
+            return Ok(own);
+        }
+        // One call for all tensors. Which of them have a gradient may differ from rank to rank.
+        let mut flat = Vec::new();
+        for (name, var) in self.optimizer.vars() {
+            match own.get(name) {
+                Some(gradient) => flat.extend(gradient.flatten_all()?.to_vec1::<f32>()?),
+                None => flat.resize(flat.len() + var.elem_count(), 0.0),
+            }
+        }
+        self.communicator.all_reduce_sum(&mut flat)?;
+        let (mut sum, mut rest) = (Gradients::new(), &flat[..]);
+        for (name, var) in self.optimizer.vars() {
+            let (values, behind) = rest.split_at(var.elem_count());
+            sum.insert(name.clone(), Tensor::from_slice(values, var.shape(), var.device())?);
+            rest = behind;
+        }
+        Ok(sum)
+    }
+
+    /// What every sample of `batch` contributes, in their order.
+    fn contributions(&self, batch: &[T::Sample], shares: &[Vec<f64>]) -> Result<Vec<Contribution>> {
         let workers = self.options.workers.clamp(1, batch.len().max(1));
         let mut parts: Vec<Option<Result<Contribution>>> = Vec::new();
         if workers == 1 {
             parts.extend(
-                batch.iter().zip(&shares).map(|(sample, share)| Some(self.contribution(sample, share))),
+                batch.iter().zip(shares).map(|(sample, share)| Some(self.contribution(sample, share))),
             );
         } else {
             parts.resize_with(batch.len(), || None);
             std::thread::scope(|scope| -> Result<()> {
                 let mut handles = Vec::new();
                 for worker in 0..workers {
-                    let shares = &shares;
                     let work = move || {
                         let own = (worker..batch.len()).step_by(workers);
                         own.map(|i| (i, self.contribution(&batch[i], &shares[i]))).collect::<Vec<_>>()
@@ -278,37 +362,37 @@ impl<'a, T: Task> Trainer<'a, T> {
                 Ok(())
             })?;
         }
-        let (mut sum, mut loss) = (Gradients::new(), 0.0);
-        for part in parts.into_iter().flatten() {
-            let part = part?;
-            accumulate(&mut sum, &part.gradients, 1.0)?;
-            loss += part.loss;
-            part.metrics.iter().for_each(|metric| log.add(metric.name, metric.value, metric.weight));
-        }
-        Ok((sum, loss))
+        parts.into_iter().flatten().collect()
     }
 
     fn contribution(&self, sample: &T::Sample, share: &[f64]) -> Result<Contribution> {
-        let losses = self.task.losses(sample)?;
-        let mut total: Option<Tensor> = None;
-        for (term, share) in losses.terms.iter().zip(share).filter(|(_, share)| **share > 0.0) {
-            let term = (term * *share)?;
-            total = Some(match total {
-                Some(total) => (total + term)?,
-                None => term,
-            });
+        let mut sum = Contribution { gradients: Gradients::new(), loss: 0.0, metrics: Vec::new() };
+        self.task.in_parts(sample, &mut |losses| {
+            let mut total: Option<Tensor> = None;
+            for (term, share) in losses.terms.iter().zip(share).filter(|(_, share)| **share > 0.0) {
+                let term = (term * *share)?;
+                total = Some(match total {
+                    Some(total) => (total + term)?,
+                    None => term,
+                });
+            }
+            sum.metrics.extend(losses.metrics);
+            let Some(total) = total else { return Ok(()) };
+            let store = total.backward()?;
+            sum.loss += f64::from(total.to_scalar::<f32>()?);
+            let vars = self.rounded.as_ref().unwrap_or(self.optimizer.vars());
+            accumulate(&mut sum.gradients, &gradients(&store, vars), 1.0)
+        })?;
+        if self.rounded.is_some() {
+            for gradient in sum.gradients.values_mut() {
+                *gradient = gradient.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
+            }
         }
-        let metrics = losses.metrics;
-        let Some(total) = total else {
-            return Ok(Contribution { gradients: Gradients::new(), loss: 0.0, metrics });
-        };
-        let store = total.backward()?;
-        let loss = f64::from(total.to_scalar::<f32>()?);
-        Ok(Contribution { gradients: gradients(&store, self.optimizer.vars()), loss, metrics })
+        Ok(sum)
     }
 
     fn progress_bar(&self, total: u64, first: u64) -> ProgressBar {
-        if !self.options.progress {
+        if !self.options.progress || self.communicator.rank() != 0 {
             return ProgressBar::hidden();
         }
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} [{elapsed} < {eta}]");
@@ -318,4 +402,9 @@ impl<'a, T: Task> Trainer<'a, T> {
             Err(_) => bar,
         }
     }
+}
+
+/// An error for the other ranks; this one keeps its own.
+fn retold(error: &Error) -> Error {
+    Error::request(error.to_string(), error.hint().unwrap_or_default())
 }

@@ -8,7 +8,7 @@ use flmm::grounder::{HeadSizes, Observation};
 use flmm::sam::{PromptOptions, Refiner, SamConfig, SamGeometry};
 use flmm::{Geometry, Result};
 use flmm_train::head::{init, trainable};
-use flmm_train::optim::{Gradients, gradients};
+use flmm_train::optim::{Gradients, accumulate, gradients};
 use flmm_train::{
     HeadConfig, HeadSample, HeadTask, LossWeights, RefinedTarget, RunOptions, SelectorConfig, SelectorSample,
     SelectorTask, Task, TrainConfig, Trainer,
@@ -137,6 +137,68 @@ fn refined_targets_may_be_exact_or_as_published() {
         task.losses(&sample).unwrap().terms[0].to_scalar::<f32>().unwrap()
     };
     assert_ne!(loss(RefinedTarget::Published), loss(RefinedTarget::Exact));
+}
+
+/// Nine phrases of one to three tokens.
+fn large_sample() -> HeadSample {
+    let small = sample();
+    let repeat = |t: &Tensor| Tensor::cat(&[t, t, t, t, &t.narrow(0, 0, 1).unwrap()], 0).unwrap();
+    let mut maps = repeat(&small.observation.maps);
+    // All phrases differ.
+    let scale: Vec<f32> = (0..9 * 4 * 64).map(|i| 0.5 + ((i * 7919) % 100) as f32 / 200.0).collect();
+    maps = (maps * Tensor::from_vec(scale, (9, 4, 8, 8), &Device::Cpu).unwrap()).unwrap();
+    let phrases = (0..9).map(|i| (0..1 + i % 3).map(|j| (i + j) % 5).collect()).collect();
+    let masks = repeat(&small.masks);
+    HeadSample { observation: Observation { maps, phrases, ..small.observation }, masks, ..small }
+}
+
+#[test]
+fn phrases_in_parts_give_the_loss_and_gradients_of_all_together() {
+    let run = |phrases_at_once: usize, refined_bce: f64| {
+        let (head, vars) = trainable(&sizes(), &tensors()).unwrap();
+        let losses = LossWeights { refined_bce, refined_dice: refined_bce, ..LossWeights::default() };
+        let config = HeadConfig {
+            phrases_at_once,
+            losses,
+            selector: Some(SelectorConfig::default()),
+            ..HeadConfig::default()
+        };
+        let task = HeadTask::new(head, config).unwrap();
+        let (mut sum, mut loss, mut parts, mut metrics) = (Gradients::new(), 0.0, 0, BTreeMap::new());
+        let each = &mut |losses: flmm_train::Losses| {
+            parts += 1;
+            let total = (&losses.terms[0] + &losses.terms[1])?;
+            loss += total.to_scalar::<f32>()?;
+            for metric in losses.metrics {
+                let (value, weight) = metrics.entry(metric.name).or_insert((0.0, 0.0));
+                *value += metric.value * metric.weight;
+                *weight += metric.weight;
+            }
+            accumulate(&mut sum, &gradients(&total.backward()?, &vars), 1.0)
+        };
+        task.in_parts(&large_sample(), each).unwrap();
+        (sum, loss, parts, metrics)
+    };
+    for refined in [1.0, 0.0] {
+        let (whole, loss, parts, metrics) = run(9, refined);
+        assert_eq!(parts, 1);
+        for size in [1, 2, 4, 8] {
+            let (sum, loss_of_parts, parts, metrics_of_parts) = run(size, refined);
+            assert_eq!(parts, 9usize.div_ceil(size) + 1);
+            assert!((loss_of_parts / loss - 1.0).abs() < 1e-5, "{loss_of_parts} instead of {loss}");
+            for (name, (value, weight)) in &metrics {
+                let (found, found_weight) = metrics_of_parts[name];
+                assert_eq!(found_weight, *weight, "{name}");
+                assert!((found - value).abs() < 1e-4 * value.abs().max(1.0), "{name}: {found} {value}");
+            }
+            for (name, gradient) in &whole {
+                let difference = (gradient - &sum[name]).unwrap();
+                let norm =
+                    |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+                assert!(norm(&difference) <= 1e-4 * norm(gradient) + 1e-7, "`{name}` in parts of {size}");
+            }
+        }
+    }
 }
 
 #[test]

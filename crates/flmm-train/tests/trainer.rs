@@ -11,7 +11,7 @@ use flmm::weights::Params;
 use flmm_train::losses::{bce, dice, stats};
 use flmm_train::optim::{Vars, global_norm, gradients};
 use flmm_train::samples::Order;
-use flmm_train::{Losses, Metric, RunOptions, Step, Task, TrainConfig, Trainer};
+use flmm_train::{Losses, Metric, Precision, RunOptions, Step, Task, TrainConfig, Trainer};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
@@ -92,7 +92,7 @@ fn config(epochs: u64) -> TrainConfig {
 fn train(dir: &Path, workers: usize, stop: u64) -> (BTreeMap<String, Vec<u32>>, Vec<Step>) {
     let vars = vars();
     let task = task(&vars);
-    let options = RunOptions { workers, log_every: 4, ..RunOptions::new(dir) };
+    let options = RunOptions { workers, loaders: workers, log_every: 4, ..RunOptions::new(dir) };
     let mut trainer = Trainer::new(&task, vars, config(6), json!({"base": 2}), options).unwrap();
     let mut steps = Vec::new();
     let taken = trainer.run(&samples(8), |step| {
@@ -138,6 +138,33 @@ fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
     // A run that is finished stays as it is.
     let (again, none) = train(broken.path(), 1, u64::MAX);
     assert_eq!((again == expected, none.len()), (true, 0));
+}
+
+#[test]
+fn rounded_weights_are_trained_through_exact_ones() {
+    let run = |dir: &Path, stop: u64| {
+        let vars = vars();
+        let task = task(&vars);
+        let config = TrainConfig { precision: Precision::Bf16, ..config(4) };
+        let mut trainer = Trainer::new(&task, vars.clone(), config, json!({}), RunOptions::new(dir)).unwrap();
+        let end = trainer.run(&samples(8), |step| match step.step == stop {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        });
+        end.unwrap();
+        let values = |vars: &Vars| -> Vec<f32> {
+            vars.values().flat_map(|var| var.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect()
+        };
+        (values(&vars), values(trainer.optimizer().vars()))
+    };
+    let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (used, exact) = run(whole.path(), u64::MAX);
+    let rounded = |value: f32| f32::from_bits(value.to_bits() & 0xffff_0000);
+    assert!(used.iter().all(|&value| rounded(value) == value));
+    assert!(exact.iter().any(|&value| rounded(value) != value));
+    assert!(used.iter().zip(&exact).all(|(a, b)| (a - b).abs() <= b.abs() / 128.0));
+    run(broken.path(), 5);
+    assert_eq!(run(broken.path(), u64::MAX), (used, exact));
 }
 
 #[test]

@@ -13,6 +13,9 @@ use crate::layout::{ImageLayout, Merge};
 use crate::nn::softmax_last_dim;
 use crate::text::{KvCache, round_to, scaled_scores};
 
+/// Raised whenever maps or hidden states of the same model change: feature caches of another version are refused.
+pub const VERSION: u32 = 1;
+
 /// Queries, log-sum-exps and hidden states of the rows at positions `first..first + len`.
 #[derive(Debug, Clone, Default)]
 pub struct Capture {

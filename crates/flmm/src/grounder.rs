@@ -7,29 +7,27 @@
 mod answer;
 mod attention;
 mod caption;
+mod given;
 mod head;
+mod open;
+mod reply;
 mod session;
+mod settings;
 mod spans;
 
-use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use image::RgbImage;
 
 use crate::capture::Capture;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::layout::Merge;
-use crate::lmm::{self, GROUNDING_INSTRUCTION, Lmm, OpenOptions, Turn};
+use crate::lmm::{GROUNDING_INSTRUCTION, Lmm, Turn};
 use crate::masks::Mask;
 use crate::nn::bilinear;
-use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
-use crate::sam::{Sam, read_checkpoint};
-use crate::text::sampling::Sampler;
-use crate::text::stream::TextStream;
-use crate::text::{Limits, generate};
-use crate::weights::Params;
+use crate::sam::Sam;
+use crate::training_free::TrainingFree;
 
 use spans::Span;
 
@@ -39,66 +37,29 @@ pub use answer::{
 pub use attention::Attention;
 pub use caption::Caption;
 pub use head::{GroundingHead, HeadSizes, SAM_PREFIX, overlay};
+pub use open::{ModelPaths, NO_HEAD};
 pub use session::Session;
-
-/// Where the three parts of a model lie.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ModelPaths {
-    /// The LMM: a Hugging Face folder.
-    pub model: PathBuf,
-    /// SAM: a checkpoint file, or a folder with one.
-    pub sam: PathBuf,
-    /// The grounding head: a folder with `head.safetensors`, or a released `.safetensors` or `.pth` file.
-    pub head: PathBuf,
-}
-
-impl ModelPaths {
-    /// A bundle: one folder with `lmm/`, `sam/` and `head/`.
-    pub fn bundle(dir: &Path) -> Self {
-        Self { model: dir.join("lmm"), sam: dir.join("sam"), head: dir.join("head") }
-    }
-}
+pub use settings::{HeadSettings, RefinerKind};
 
 /// A frozen LMM, a frozen SAM image encoder and a grounding head.
 pub struct Grounder {
     lmm: Box<dyn Lmm>,
-    sam: Sam,
+    /// None where the head has no refiner.
+    sam: Option<Sam>,
     head: GroundingHead,
+    /// What makes masks in the head's place, for an LMM that has none.
+    training_free: Option<TrainingFree>,
 }
 
 impl Grounder {
-    /// Opens the three parts. The LMM computes in `dtype`; SAM and the head in f32.
-    ///
-    /// Public SAM tensors are loaded first, the head's are laid over them (`spec/pipeline.md` §7).
-    ///
-    /// # Errors
-    /// [`Error::Weights`] with every missing, misshapen or unexpected tensor of a part, [`Error::Config`].
-    pub fn open(paths: &ModelPaths, device: &Device, dtype: DType) -> Result<Self> {
-        Self::open_with(paths, &OpenOptions::new(dtype, device))
-    }
-
-    /// As [`Grounder::open`], with what else the LMM's family may need.
-    pub fn open_with(paths: &ModelPaths, options: &OpenOptions) -> Result<Self> {
-        let device = &options.device;
-        let lmm = lmm::open_with(&paths.model, options)?;
-        let (sam, sam_tensors) = read_checkpoint(&paths.sam, device)?;
-        let sizes = HeadSizes {
-            channels: lmm.spec().channels,
-            layers: lmm.spec().layers,
-            hidden_size: lmm.decoder().config().hidden_size,
-            sam,
-        };
-        let tensors = overlay(&paths.head, &sam_tensors, head::load_head_tensors(&paths.head, device)?)?;
-        let params = Params::new(&paths.head, tensors);
-        let head = GroundingHead::from_params(&sizes, &params)?;
-        let sam = Sam::load(&sizes.sam, &params.pp("sam.model"))?;
-        params.finish(head::WRONG_HEAD)?;
-        Ok(Self::from_parts(lmm, sam, head))
-    }
-
     /// From parts already at hand, which must fit one another.
     pub fn from_parts(lmm: Box<dyn Lmm>, sam: Sam, head: GroundingHead) -> Self {
-        Self { lmm, sam, head }
+        Self { lmm, sam: Some(sam), head, training_free: None }
+    }
+
+    /// As [`Grounder::from_parts`], for a head without a refiner.
+    pub fn without_sam(lmm: Box<dyn Lmm>, head: GroundingHead) -> Self {
+        Self { lmm, sam: None, head, training_free: None }
     }
 
     /// The frozen language model.
@@ -106,19 +67,34 @@ impl Grounder {
         self.lmm.as_ref()
     }
 
-    /// SAM; its image encoder is what is used here, the head has its own refiner.
-    pub fn sam(&self) -> &Sam {
-        &self.sam
+    /// SAM; its image encoder is what is used here, the head has its own refiner. A head without one needs no SAM.
+    pub fn sam(&self) -> Option<&Sam> {
+        self.sam.as_ref()
     }
 
-    /// The trained part.
+    /// The trained part; one that says nothing where there is none.
     pub fn head(&self) -> &GroundingHead {
         &self.head
     }
 
     /// Begins a conversation about `picture`.
     pub fn start(&self, picture: &RgbImage) -> Result<Session> {
-        Session::new(self.lmm(), picture)
+        self.start_with([picture])
+    }
+
+    /// Begins a conversation about several pictures, which [`Turn::show`] and [`GroundOptions::image`] count from 0.
+    ///
+    /// Fails with [`Error::Request`] for a model that takes one picture ([`lmm::LmmSpec::several_images`]).
+    pub fn start_with<'a>(&self, pictures: impl IntoIterator<Item = &'a RgbImage>) -> Result<Session> {
+        Session::new(self.lmm(), pictures)
+    }
+
+    /// Adds a picture to a conversation; what is computed of the others is kept. Unless a question to come has a place
+    /// for it ([`Turn::show`]), it is shown before the first one, and all is read again.
+    ///
+    /// Fails as [`Grounder::start_with`].
+    pub fn add_picture(&self, session: &mut Session, picture: &RgbImage) -> Result<()> {
+        session.add(self.lmm(), picture)
     }
 
     /// Reads `caption` as if the model had said it about `picture`, and keeps what grounding needs.
@@ -129,23 +105,71 @@ impl Grounder {
         self.observe_in(&mut self.start(picture)?, &[Turn::user(GROUNDING_INSTRUCTION)], caption)
     }
 
-    /// As [`Grounder::observe`], behind the prompt of any conversation, and reusing what the session has read.
+    /// As [`Grounder::observe`], behind the prompt of any conversation, about the session's first picture, and reusing
+    /// what the session has read.
     pub fn observe_in(
         &self,
         session: &mut Session,
         turns: &[Turn],
         caption: &Caption,
     ) -> Result<Observation> {
+        self.observe_image_in(session, 0, turns, caption)
+    }
+
+    /// As [`Grounder::observe_in`], about picture number `image` of the session, counted from 0.
+    pub fn observe_image_in(
+        &self,
+        session: &mut Session,
+        image: usize,
+        turns: &[Turn],
+        caption: &Caption,
+    ) -> Result<Observation> {
+        let prompt = session.prompt(self.lmm(), turns)?;
+        self.observe_behind(session, image, prompt, caption)
+    }
+
+    /// As [`Grounder::observe_image_in`], behind any token ids that hold one image token for each picture, in the order of
+    /// the pictures: part of what [`Lmm::prompt`] gives, for example a question that is itself the text to ground.
+    pub fn observe_tokens(
+        &self,
+        session: &mut Session,
+        image: usize,
+        token_ids: &[u32],
+        caption: &Caption,
+    ) -> Result<Observation> {
+        let order: Vec<usize> = (0..session.images()).collect();
+        let prompt = session.place(self.lmm(), token_ids, &order)?;
+        self.observe_behind(session, image, prompt, caption)
+    }
+
+    fn observe_behind(
+        &self,
+        session: &mut Session,
+        image: usize,
+        prompt: Vec<u32>,
+        caption: &Caption,
+    ) -> Result<Observation> {
+        session.input(image)?;
         caption.phrases()?;
         let mut caption = caption.clone();
-        let capture = self.read_caption(session, turns, &mut caption)?;
-        self.encode(session)?;
-        self.observation(session, &capture, caption.phrases()?)
+        let capture = self.read_caption(session, prompt, &mut caption)?;
+        self.observation(session, image, &capture, caption.phrases()?)
+    }
+
+    /// Hidden states `[L, T, D]` of the tokens of `caption`, read as in [`Grounder::observe_in`]: what the keyword
+    /// selector needs, without SAM and without attention maps. The caption may have no phrase at all.
+    pub fn hidden_in(&self, session: &mut Session, turns: &[Turn], caption: &Caption) -> Result<Tensor> {
+        let prompt = session.prompt(self.lmm(), turns)?;
+        let capture = self.read_caption(session, prompt, &mut caption.clone())?;
+        capture.hidden_rows(&capture.positions().collect::<Vec<_>>())
     }
 
     /// Mask logits of every phrase observed; differentiable in the head.
     pub fn decode(&self, observation: &Observation) -> Result<MaskLogits> {
-        self.head.decode(observation)
+        match &self.training_free {
+            Some(training_free) => training_free.decode(observation),
+            None => self.head.decode(observation),
+        }
     }
 
     /// Binary masks `(refined, coarse)` of every phrase at the picture's own size: logits above 0
@@ -161,211 +185,23 @@ impl Grounder {
         Ok(binary(&logits.refined)?.into_iter().zip(binary(&coarse)?).collect())
     }
 
-    /// Answers the last of `turns` about `picture`. See [`Grounder::ask`].
-    pub fn answer(
-        &self,
-        picture: &RgbImage,
-        turns: &[Turn],
-        options: &AnswerOptions,
-    ) -> Result<GroundedAnswer> {
-        let mut session = self.start(picture)?;
-        session.turns = turns.to_vec();
-        self.reply(&mut session, options, &mut |_| {})
-    }
-
-    /// Asks the next question of a conversation and adds question and answer to it. On an error the
-    /// conversation is as before.
-    pub fn ask(
-        &self,
-        session: &mut Session,
-        question: &str,
-        options: &AnswerOptions,
-    ) -> Result<GroundedAnswer> {
-        let before = session.turns.len();
-        session.turns.push(Turn::user(question));
-        let answer = self.reply(session, options, &mut |_| {});
-        match &answer {
-            Ok(answer) => session.turns.push(Turn::assistant(&answer.answer)),
-            Err(_) => session.turns.truncate(before),
-        }
-        answer
-    }
-
-    /// Generates the answer to the session's last turn and grounds its phrases; the turns stay as they are.
-    ///
-    /// Attention rows are kept while generating, no second pass is made. The last token, normally the stop word,
-    /// is dropped from the text: it is never fed back, so it has no row (`spec/models.md` §12). `on_text`
-    /// receives the text as it grows, piece by piece.
-    pub fn reply(
-        &self,
-        session: &mut Session,
-        options: &AnswerOptions,
-        on_text: &mut dyn FnMut(&str),
-    ) -> Result<GroundedAnswer> {
-        let mut timings = Timings::default();
-        let clock = Instant::now();
-        let turns = session.turns.clone();
-        let prompt = session.prompt(self.lmm(), &turns)?;
-        let mut capture = options.phrases.is_some().then(|| Capture::from_position(prompt.len()));
-        let hidden = session.read(self.lmm(), &prompt, capture.as_mut())?;
-        timings.read = clock.elapsed();
-
-        let clock = Instant::now();
-        let mut sampler = match options.sampling {
-            Sampling::Greedy => Sampler::greedy(),
-            Sampling::Seeded { temperature, top_p, seed } => Sampler::seeded(temperature, top_p, seed),
-        };
-        let limits = Limits { max_new_tokens: options.max_new_tokens, stop_ids: self.lmm.stop_ids() };
-        let tokenizer = self.lmm.tokenizer();
-        // Told one token late: the last token is not part of the answer.
-        let mut stream = TextStream::new(tokenizer, false);
-        let mut late = None;
-        let mut ids = generate(
-            self.lmm.decoder(),
-            &hidden,
-            &mut session.cache,
-            capture.as_mut(),
-            limits,
-            &mut sampler,
-            |id, _| {
-                if let Some(id) = late.replace(id) {
-                    tell(&stream.push(id), on_text);
-                }
-                ControlFlow::Continue(())
-            },
-        )?;
-        tell(&stream.finish(), on_text);
-        ids.pop();
-        session.continued(&ids);
-        timings.generate = clock.elapsed();
-
-        let (answer, offsets) = spans::token_offsets(tokenizer, &ids);
-        let mut result = GroundedAnswer { answer, token_ids: ids, phrases: Vec::new(), timings };
-        if let (Some(choice), Some(capture)) = (&options.phrases, &capture)
-            && !result.token_ids.is_empty()
-        {
-            let positions: Vec<usize> = capture.positions().collect();
-            let probs = self.head.keyword_probs(&capture.hidden_rows(&positions)?)?;
-            let lambda = options.ground.keyword_threshold;
-            let spans = spans::select(choice, &result.answer, &offsets, probs.as_deref(), lambda)?;
-            self.ground_spans(session, capture, &mut result, &spans, probs.as_deref(), &options.ground)?;
-        }
-        Ok(result)
-    }
-
-    /// Grounds phrases of a given `text`, read as if the model had said it about `picture`.
-    ///
-    /// Given phrases and noun phrases are encoded segment by segment, as in training; with the keyword selector
-    /// the text is encoded in one piece.
-    pub fn ground(
-        &self,
-        picture: &RgbImage,
-        text: &str,
-        choice: &PhraseChoice,
-        options: &GroundOptions,
-    ) -> Result<GroundedAnswer> {
-        self.ground_in(&mut self.start(picture)?, text, choice, options)
-    }
-
-    /// As [`Grounder::ground`], for a session: other texts about its picture reuse what is already computed.
-    pub fn ground_in(
-        &self,
-        session: &mut Session,
-        text: &str,
-        choice: &PhraseChoice,
-        options: &GroundOptions,
-    ) -> Result<GroundedAnswer> {
-        if text.trim().is_empty() {
-            return Err(Error::request(
-                "the text to ground is empty",
-                "give a text that describes the picture",
-            ));
-        }
-        let tokenizer = self.lmm.tokenizer();
-        let ranges = match choice {
-            PhraseChoice::Keywords if self.head.keyword_selector.is_some() => None,
-            PhraseChoice::Keywords | PhraseChoice::NounPhrases => Some(noun_phrases(text)),
-            PhraseChoice::Given(phrases) => Some(find_phrases(text, phrases)?),
-        };
-        let mut caption = match &ranges {
-            Some(ranges) if !spans::overlapping(ranges) => Caption::from_ranges(tokenizer, text, ranges)?,
-            _ => Caption::from_segments(tokenizer, [(text, None)])?,
-        };
-        let clock = Instant::now();
-        let capture = self.read_caption(session, &[Turn::user(GROUNDING_INSTRUCTION)], &mut caption)?;
-        let timings = Timings { read: clock.elapsed(), ..Timings::default() };
-
-        let positions: Vec<usize> = capture.positions().collect();
-        let probs = self.head.keyword_probs(&capture.hidden_rows(&positions)?)?;
-        let mut result = GroundedAnswer {
-            answer: text.to_owned(),
-            token_ids: caption.token_ids.clone(),
-            phrases: Vec::new(),
-            timings,
-        };
-        let spans = match &ranges {
-            Some(ranges) if !spans::overlapping(ranges) => {
-                let phrases = caption.phrases()?;
-                let spans = ranges.iter().zip(&phrases).map(|(chars, tokens)| Span {
-                    chars: chars.clone(),
-                    tokens: tokens[0]..tokens[0] + tokens.len(),
-                });
-                spans.collect()
-            }
-            _ => {
-                let (text, offsets) = spans::token_offsets(tokenizer, &caption.token_ids);
-                result.answer = text;
-                spans::select(choice, &result.answer, &offsets, probs.as_deref(), options.keyword_threshold)?
-            }
-        };
-        self.ground_spans(session, &capture, &mut result, &spans, probs.as_deref(), options)?;
-        Ok(result)
-    }
-
-    /// Reads prompt and caption; the capture holds the caption's rows. A caption that is too long for a model that
-    /// cuts sequences off is cut.
-    fn read_caption(&self, session: &mut Session, turns: &[Turn], caption: &mut Caption) -> Result<Capture> {
-        if caption.token_ids.is_empty() {
-            return Err(Error::request(
-                "the text to ground has no tokens",
-                "give a text that describes the picture",
-            ));
-        }
-        let mut ids = session.prompt(self.lmm(), turns)?;
-        if let Some(limit) = self.lmm.reads_at_most() {
-            caption.cut(limit.saturating_sub(ids.len()))?;
-        }
-        let mut capture = Capture::from_position(ids.len());
-        ids.extend_from_slice(&caption.token_ids);
-        session.read(self.lmm(), &ids, Some(&mut capture))?;
-        Ok(capture)
-    }
-
-    /// SAM's image embedding, once per session.
-    fn encode(&self, session: &mut Session) -> Result<()> {
-        if session.sam.is_none() {
-            session.sam = Some(self.sam.encode_image(&session.picture)?);
-        }
-        Ok(())
-    }
-
-    /// What the session has seen of the text whose rows are in `capture`; `phrases` are token numbers.
+    /// What the session has seen of picture number `image` and the text whose rows are in `capture`; `phrases` are
+    /// token numbers.
     fn observation(
         &self,
-        session: &Session,
+        session: &mut Session,
+        image: usize,
         capture: &Capture,
         phrases: Vec<Vec<usize>>,
     ) -> Result<Observation> {
+        let (sam_embedding, sam_geometry) = session.sam(self.sam(), image)?;
         let rows = capture.positions();
         let positions: Vec<Vec<usize>> =
             phrases.iter().map(|phrase| phrase.iter().map(|token| rows.start + token).collect()).collect();
-        let maps = capture.phrase_maps(&session.cache, session.layout(), &positions, Merge::Mean)?;
+        let input = session.input(image)?;
+        let maps = capture.phrase_maps(&session.cache, &input.layout, &positions, Merge::Mean)?;
         let hidden = capture.hidden_rows(&rows.collect::<Vec<_>>())?;
-        let Some((sam_embedding, sam_geometry)) = session.sam.clone() else {
-            return Err(candle_core::Error::Msg("the picture is not encoded yet".into()).into());
-        };
-        let geometry = session.image.geometry;
-        Ok(Observation { maps, hidden, phrases, geometry, sam_embedding, sam_geometry })
+        Ok(Observation { maps, hidden, phrases, geometry: input.geometry, sam_embedding, sam_geometry })
     }
 
     /// Grounds `spans` and adds them to `result`.
@@ -382,11 +218,11 @@ impl Grounder {
             return Ok(());
         }
         let clock = Instant::now();
-        self.encode(session)?;
+        session.sam(self.sam(), options.image)?;
         result.timings.encode = clock.elapsed();
         let clock = Instant::now();
         let phrases = spans.iter().map(|span| span.tokens.clone().collect()).collect();
-        let observation = self.observation(session, capture, phrases)?;
+        let observation = self.observation(session, options.image, capture, phrases)?;
         let chars: Vec<char> = result.answer.chars().collect();
         for (number, (span, (mask, coarse_mask))) in spans.iter().zip(self.segment(&observation)?).enumerate()
         {
@@ -404,12 +240,6 @@ impl Grounder {
         }
         result.timings.segment = clock.elapsed();
         Ok(())
-    }
-}
-
-fn tell(text: &str, on_text: &mut dyn FnMut(&str)) {
-    if !text.is_empty() {
-        on_text(text);
     }
 }
 

@@ -19,6 +19,7 @@ pub mod overlay;
 pub mod phrases;
 pub mod sam;
 pub mod text;
+pub mod training_free;
 pub mod vision;
 pub mod weights;
 

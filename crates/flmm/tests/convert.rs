@@ -283,3 +283,61 @@ fn impossible_shapes_are_refused_before_memory_is_taken() {
         assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 1);
     }
 }
+
+/// The name that the `transformers` library gives to the tensor that the public files call `name`.
+fn in_transformers(name: &str) -> String {
+    let mut name = name.to_owned();
+    for (public, theirs) in [
+        ("mask_decoder.output_upscaling.0", "mask_decoder.upscale_conv1"),
+        ("mask_decoder.output_upscaling.1", "mask_decoder.upscale_layer_norm"),
+        ("mask_decoder.output_upscaling.3", "mask_decoder.upscale_conv2"),
+        ("mask_downscaling.0", "mask_embed.conv1"),
+        ("mask_downscaling.1", "mask_embed.layer_norm1"),
+        ("mask_downscaling.3", "mask_embed.conv2"),
+        ("mask_downscaling.4", "mask_embed.layer_norm2"),
+        ("mask_downscaling.6", "mask_embed.conv3"),
+        ("point_embeddings", "point_embed"),
+        (
+            "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+            "shared_image_embedding.positional_embedding",
+        ),
+        ("image_encoder", "vision_encoder"),
+        ("neck.0", "neck.conv1"),
+        ("neck.1", "neck.layer_norm1"),
+        ("neck.2", "neck.conv2"),
+        ("neck.3", "neck.layer_norm2"),
+        ("patch_embed.proj", "patch_embed.projection"),
+        (".norm", ".layer_norm"),
+        ("blocks", "layers"),
+    ] {
+        name = name.replace(public, theirs);
+    }
+    if name.contains("iou_prediction_head") || name.contains("output_hypernetworks_mlps") {
+        for (public, theirs) in [("layers.0", "proj_in"), ("layers.2", "proj_out"), ("layers.1", "layers.0")]
+        {
+            name = name.replace(public, theirs);
+        }
+    }
+    name
+}
+
+#[test]
+fn a_sam_in_the_layout_of_transformers_is_the_same_sam() {
+    let place = tempfile::tempdir().unwrap();
+    let dir = common::golden_dir("lmm/_sam").unwrap();
+    let original = load_checkpoint(dir.join("sam_vit_tiny.pth"), None, CPU).unwrap();
+    let renamed: HashMap<String, Tensor> =
+        original.iter().map(|(name, tensor)| (in_transformers(name), tensor.clone())).collect();
+    assert_eq!(renamed.len(), original.len());
+    assert!(!renamed.keys().any(|name| name.starts_with("image_encoder.")));
+    std::fs::copy(dir.join(CONFIG_FILE), place.path().join(CONFIG_FILE)).unwrap();
+    let file = place.path().join("model.pth");
+    write(&file, &renamed, "FloatStorage", &[]);
+    let (config, found) = flmm::sam::read_checkpoint(&file, CPU).unwrap();
+    assert_eq!(config, SamConfig::from_file(&dir.join(CONFIG_FILE)).unwrap());
+    same(&found, &original);
+    Sam::open(&file, CPU).unwrap();
+    // Converted, it has the public names.
+    convert_sam(&file, &place.path().join("public"), false).unwrap();
+    same(&load_checkpoint(place.path().join("public"), None, CPU).unwrap(), &original);
+}

@@ -239,8 +239,8 @@ fn a_conversation_keeps_the_picture() -> TestResult {
 fn an_answer_may_begin_with_given_words() -> TestResult {
     let Some(paths) = paths() else { return Ok(()) };
     let lmm = lmm::open(&paths.model, DType::F32, CPU)?;
-    let open = lmm.prompt(&[Turn::user("Where?"), Turn::assistant("It is")])?;
-    let question = lmm.prompt(&[Turn::user("Where?")])?;
+    let open = lmm.prompt(&[Turn::user("Where?"), Turn::assistant("It is")], 1)?;
+    let question = lmm.prompt(&[Turn::user("Where?")], 1)?;
     assert_eq!(open[..question.len()], question);
     assert!(open.len() > question.len());
     Ok(())
@@ -334,5 +334,42 @@ fn every_wrong_tensor_is_in_one_error() -> TestResult {
     std::fs::write(&config, text)?;
     let Err(error) = lmm::open(folder.path(), DType::F32, CPU) else { return Err("opened".into()) };
     assert!(error.to_string().contains("unknown model type `blip`; known types: llava"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn stop_words_of_several_tokens_are_no_part_of_the_answer() -> TestResult {
+    let Some(grounder) = with_selector(DType::F32, 5.0)? else { return Ok(()) };
+    let ask = |stop_words: Vec<String>, phrases| -> TestResult<(GroundedAnswer, String)> {
+        let options = AnswerOptions { max_new_tokens: 16, stop_words, phrases, ..AnswerOptions::default() };
+        let mut session = grounder.start(&picture()?)?;
+        session.turns.push(Turn::user("What is shown?"));
+        let mut streamed = String::new();
+        let answer = grounder.reply(&mut session, &options, &mut |text| streamed.push_str(text))?;
+        // The conversation goes on as if the stop word had never been read.
+        session.turns.push(Turn::assistant(&answer.answer));
+        session.turns.push(Turn::user("And where?"));
+        let next = grounder.reply(&mut session, &options, &mut |_| {})?;
+        let fresh = grounder.answer(&picture()?, &session.turns, &options)?;
+        assert_eq!(next.token_ids, fresh.token_ids);
+        Ok((answer, streamed))
+    };
+    let (whole, _) = ask(Vec::new(), None)?;
+    let decode = |ids: &[u32]| grounder.lmm().tokenizer().decode(ids, false);
+    // Three tokens in the middle, as text that does not come earlier.
+    let word_at = |from: usize| {
+        let before = decode(&whole.token_ids[..from]);
+        let word = decode(&whole.token_ids[..from + 3]).strip_prefix(before.as_str())?.to_owned();
+        let plain = !word.is_empty() && word.trim() == word && !word.contains('\u{fffd}');
+        (plain && whole.answer.find(&word) == Some(before.len())).then_some((from, before, word))
+    };
+    let found = (2..whole.token_ids.len() - 3).find_map(word_at);
+    let (from, before, word) = found.ok_or_else(|| format!("no such word in {:?}", whole.answer))?;
+    for phrases in [None, Some(PhraseChoice::Keywords)] {
+        let (short, streamed) = ask(vec![word.clone()], phrases)?;
+        assert_eq!((&short.token_ids[..], &short.answer), (&whole.token_ids[..from], &before));
+        assert_eq!(streamed, short.answer);
+        assert!(short.phrases.iter().all(|phrase| phrase.tokens.1 <= from));
+    }
     Ok(())
 }

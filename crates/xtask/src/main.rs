@@ -34,6 +34,10 @@ enum Command {
         /// Folder of the bundle; up to 15 GB are written.
         #[arg(long)]
         out: PathBuf,
+        /// Only so many decoder layers, of the published width: what a pass takes beside the weights, on a machine
+        /// that is too small or too slow for the whole.
+        #[arg(long)]
+        layers: Option<usize>,
     },
     /// Run a command and print its wall time, CPU time and peak memory (Linux).
     Measure {
@@ -46,7 +50,7 @@ enum Command {
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Docs { check } => docs::run(check),
-        Command::RandomModel { name, out } => random_model::write(&name, &out),
+        Command::RandomModel { name, out, layers } => random_model::write(&name, &out, layers),
         Command::Measure { command } => measure::run(&command),
     }
 }

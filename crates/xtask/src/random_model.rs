@@ -27,10 +27,13 @@ const BASE_CHANNELS: usize = 64;
 const CLIP_FOLDER: &str = "openai-clip-vit-large-patch14-336";
 const CONVNEXT_FOLDER: &str = "openclip-convnext-large-d-320-laion2B-s29B-b131K-ft-soup";
 
-/// Writes the bundle of the model `name` into `out`.
-pub(crate) fn write(name: &str, out: &Path) -> Result<()> {
+/// Writes the bundle of the model `name` into `out`, with `layers` decoder layers if given.
+pub(crate) fn write(name: &str, out: &Path, layers: Option<usize>) -> Result<()> {
     let recipe = RECIPES.iter().find(|recipe| recipe.name == name).context("unknown model")?;
-    let folder = (recipe.lmm)();
+    let mut folder = (recipe.lmm)();
+    if let (Some(layers), Some(config)) = (layers, folder.get_mut("config.json")) {
+        decoder_config(config)["num_hidden_layers"] = layers.into();
+    }
     let lmm = out.join("lmm");
     write_folder(&lmm, &folder)?;
     if recipe.towers {
@@ -47,7 +50,20 @@ pub(crate) fn write(name: &str, out: &Path) -> Result<()> {
     }
     write_shards(&lmm, "model", own)?;
     let entry = flmm::lmm::recognise(&lmm)?;
-    write_heads(out, &entry.spec, hidden_size(&folder)?)
+    let mut spec = entry.spec;
+    if let Some(layers) = layers {
+        spec.channels = spec.channels / spec.layers * layers;
+        spec.layers = layers;
+    }
+    write_heads(out, &spec, hidden_size(&mut folder)?)
+}
+
+/// The part of a `config.json` that describes the decoder.
+fn decoder_config(config: &mut Value) -> &mut Value {
+    match ["text_config", "language_config"].into_iter().find(|key| config.get(key).is_some()) {
+        Some(key) => &mut config[key],
+        None => config,
+    }
 }
 
 fn write_folder(folder: &Path, files: &Folder) -> Result<()> {
@@ -71,10 +87,10 @@ fn asked_of(lmm: &Path) -> Result<Shapes> {
     Ok(missing.map(|problem| (problem.name, problem.expected)).collect())
 }
 
-fn hidden_size(folder: &Folder) -> Result<usize> {
-    let config = folder.get("config.json").context("no config.json")?;
-    let text = ["text_config", "language_config"].iter().find_map(|key| config.get(key)).unwrap_or(config);
-    text["hidden_size"].as_u64().map(|size| size as usize).context("config.json has no hidden_size")
+fn hidden_size(folder: &mut Folder) -> Result<usize> {
+    let config = folder.get_mut("config.json").context("no config.json")?;
+    let size = decoder_config(config)["hidden_size"].as_u64();
+    size.map(|size| size as usize).context("config.json has no hidden_size")
 }
 
 /// SAM-L and a head of the published width, both randomly initialised.

@@ -2,6 +2,8 @@
 
 mod atlas;
 mod gcg;
+mod identity;
+mod judge;
 mod merge;
 mod panels;
 mod ranks;
@@ -15,7 +17,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use flmm_eval::results::Results;
-use flmm_eval::{Settings, Task, grefcoco, png, res};
+use flmm_eval::{Settings, Task, grefcoco, png, res, viscot};
 
 use crate::failure::{Failure, Result};
 use crate::talk::Talk;
@@ -38,6 +40,8 @@ enum Eval {
     Samples(samples::SamplesArgs),
     /// Make results.json and results.md anew from the samples files of a run, all shards together.
     Merge(merge::MergeArgs),
+    /// Show that answers are the same with grounding on and off; the first that is not is printed, with exit status 1.
+    Identity(identity::IdentityArgs),
     /// List the tasks, the data each needs, and whether it is there.
     Tasks(tasks::TasksArgs),
     /// Make one page of what went wrong in a run: phrase missed, mask empty, wrong object, low IoU.
@@ -56,6 +60,7 @@ pub(crate) fn run(args: &EvalArgs, talk: &Talk) -> Result<()> {
         Some(Eval::Score(args)) => score::run(args, talk),
         Some(Eval::Samples(args)) => samples::run(args, talk),
         Some(Eval::Merge(args)) => merge::run(args, talk),
+        Some(Eval::Identity(args)) => identity::run(args, talk),
         Some(Eval::Tasks(args)) => tasks::run(args, talk),
         Some(Eval::Report(args)) => report::run(args, talk),
         Some(Eval::Panels(args)) => panels::run(args, talk),
@@ -85,22 +90,48 @@ struct DataArgs {
     replace_empty: Option<u64>,
     #[command(flatten)]
     gcg: gcg::GcgArgs,
+    /// Visual chain of thought: refine masks with SAM before their boxes are taken.
+    #[arg(long)]
+    cot_sam: bool,
+    /// Visual chain of thought: size of the box looked at again, relative to the mask's.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = factor)]
+    cot_box_scale: f64,
+    #[command(flatten)]
+    judge: judge::JudgeArgs,
+}
+
+fn factor(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(factor) if factor > 0.0 && factor.is_finite() => Ok(factor),
+        _ => Err("must be above 0".into()),
+    }
 }
 
 impl DataArgs {
-    fn settings(&self) -> Settings {
-        Settings {
+    fn settings(&self) -> Result<Settings> {
+        Ok(Settings {
             data: self.data.clone().unwrap_or_default(),
             res: res::Protocol { split: self.split_objects, all_sentences: self.all_sentences },
             abstention: grefcoco::Abstention { below: self.abstain_below },
             png: png::Protocol { replace_empty: self.replace_empty },
+            judge: self.judge.open()?,
+            cot: viscot::Protocol { sam: self.cot_sam, box_scale: self.cot_box_scale },
             gcg: self.gcg.protocol(),
-        }
+        })
     }
 }
 
 /// The tasks of these names, whose data must all be there before anything is computed.
 fn tasks(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
+    checked(names, settings, true)
+}
+
+/// The same for predictions of other systems, which are scored without pictures.
+fn tasks_to_score(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
+    checked(names, settings, false)
+}
+
+fn checked(names: &[String], settings: &Settings, for_model: bool) -> Result<Vec<Box<dyn Task>>> {
     let root = &settings.data;
     if !root.is_dir() {
         return Err(Failure::usage(format!("`{}`: no such folder", root.display()), "give the data root"));
@@ -112,7 +143,7 @@ fn tasks(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
         let missing: Vec<String> = task
             .needs()
             .iter()
-            .filter(|need| !need.is_present(root))
+            .filter(|need| (for_model || !need.for_model) && !need.is_present(root))
             .map(|need| format!("  {} ({})", need.path, need.source))
             .collect();
         if !missing.is_empty() {

@@ -54,7 +54,7 @@ pub(crate) fn run(args: &ReportArgs, talk: &Talk) -> Result<()> {
             format!("it has: {}", known.join(", ")),
         ));
     }
-    let settings = args.data.settings();
+    let settings = args.data.settings()?;
     let options = ReportOptions { threshold: args.threshold, most: args.most };
     let mut report = Report { results, ..Report::default() };
     for task in tasks(&names, &settings)? {

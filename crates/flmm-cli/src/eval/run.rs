@@ -52,7 +52,7 @@ enum Row {
 }
 
 pub(crate) fn run(args: &RunArgs, talk: &Talk) -> Result<()> {
-    let settings = args.data.settings();
+    let settings = args.data.settings()?;
     let mut names = args.task.clone();
     names.dedup();
     let tasks = tasks(&names, &settings)?;

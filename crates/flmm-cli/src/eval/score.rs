@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use flmm_eval::results::Results;
 
-use super::{DataArgs, numbers, tasks};
+use super::{DataArgs, numbers, tasks_to_score};
 use crate::failure::{Failure, Result};
 use crate::talk::Talk;
 
@@ -34,14 +34,14 @@ pub(crate) struct ScoreArgs {
 }
 
 pub(crate) fn run(args: &ScoreArgs, talk: &Talk) -> Result<()> {
-    let settings = args.data.settings();
+    let settings = args.data.settings()?;
     let file = &args.predictions;
     if !file.is_file() {
         return Err(Failure::usage(format!("`{}`: no such file", file.display()), "check the path"));
     }
     let stem = file.file_stem().unwrap_or(file.as_os_str()).to_string_lossy().into_owned();
     let name = args.name.clone().unwrap_or(stem);
-    let found = tasks(std::slice::from_ref(&args.task), &settings)?;
+    let found = tasks_to_score(std::slice::from_ref(&args.task), &settings)?;
     let Some(task) = found.first() else { return Ok(()) };
     let spinner = talk.during("reading the data");
     let samples = task.open(&settings)?;

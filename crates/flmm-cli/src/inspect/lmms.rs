@@ -13,13 +13,15 @@ pub(crate) fn run(as_json: bool, talk: &Talk) -> Result<()> {
             .map(|s| {
                 json!({
                     "name": s.name, "repo": s.repo, "model_type": s.model_type, "layers": s.layers,
-                    "heads": s.heads, "grid": [s.grid.0, s.grid.1], "channels": s.channels, "tested": s.tested,
+                    "heads": s.heads, "grid": [s.grid.0, s.grid.1], "channels": s.channels,
+                    "several_images": s.several_images, "tested": s.tested,
                 })
             })
             .collect();
         return talk.print(&serde_json::Value::from(list).to_string());
     }
-    let heading = ["name", "repository", "model_type", "layers", "heads", "grid", "channels", "tested"];
+    let heading =
+        ["name", "repository", "model_type", "layers", "heads", "grid", "channels", "images", "tested"];
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
     rows.extend(specs.map(|s| {
         vec![
@@ -30,6 +32,7 @@ pub(crate) fn run(as_json: bool, talk: &Talk) -> Result<()> {
             s.heads.to_string(),
             format!("{}×{}", s.grid.0, s.grid.1),
             s.channels.to_string(),
+            if s.several_images { "several" } else { "one" }.to_owned(),
             s.tested.to_owned(),
         ]
     }));

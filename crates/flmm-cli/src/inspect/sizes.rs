@@ -9,7 +9,17 @@ use crate::talk::Talk;
 
 pub(crate) fn run(args: &ModelArgs, as_json: bool, talk: &Talk) -> Result<()> {
     let model = model::open(args, talk)?;
-    let (lmm, head, sam) = (model.grounder.lmm(), model.grounder.head(), model.grounder.sam().config());
+    let (lmm, head) = (model.grounder.lmm(), model.grounder.head());
+    let sam = model.grounder.sam().map(|sam| {
+        let sam = sam.config();
+        json!({
+            "image_size": sam.image_size,
+            "patch_size": sam.patch_size,
+            "embed_dim": sam.embed_dim,
+            "depth": sam.depth,
+            "heads": sam.num_heads,
+        })
+    });
     let (spec, decoder) = (lmm.spec(), lmm.decoder().config());
     let facts = json!({
         "model": model.name,
@@ -23,13 +33,7 @@ pub(crate) fn run(args: &ModelArgs, as_json: bool, talk: &Talk) -> Result<()> {
             "context": decoder.max_positions,
         },
         "maps": { "grid": [spec.grid.0, spec.grid.1], "channels": spec.channels },
-        "sam": {
-            "image_size": sam.image_size,
-            "patch_size": sam.patch_size,
-            "embed_dim": sam.embed_dim,
-            "depth": sam.depth,
-            "heads": sam.num_heads,
-        },
+        "sam": sam,
         "head": { "keyword_selector": head.keyword_selector.is_some() },
     });
     if as_json {

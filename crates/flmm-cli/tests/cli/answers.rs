@@ -203,3 +203,45 @@ fn a_bundle_needs_no_other_option() {
     let ran = place.run(&["inspect", "model", "--model", "bundle"]);
     assert_eq!(listing(ran.ok())["model"], "bundle");
 }
+
+#[test]
+fn a_conversation_may_be_about_several_pictures() {
+    let place = Place::new();
+    std::fs::copy(fixture("lmm/llava15/images/b.png"), place.path("b.png")).unwrap();
+    let ask = |more: &[&str]| {
+        let base = ["chat", "a.png", "--max-new-tokens", "6", "--json"];
+        let ran = place.run_with_model(&[&base[..], more].concat());
+        json(ran.ok())
+    };
+    let (a, b) = (["--image", "b.png", "What?"], ["--image", "b.png", "What?", "--ground-image", "2"]);
+    let (first, second) = (ask(&a), ask(&b));
+    assert_eq!(first["answer"], second["answer"]);
+    for (found, name, number) in [(&first, "a.png", 1), (&second, "b.png", 2)] {
+        let (width, height) = image::image_dimensions(place.path(name)).unwrap();
+        assert_eq!(found["image"], serde_json::json!({ "width": width, "height": height }));
+        assert_eq!(found["ground_image"], number);
+    }
+    // Pictures among the words make another prompt; one picture has no number.
+    let among = ask(&["--image", "b.png", "<image>the whole, <image>a part: what?"]);
+    assert_eq!(among["ground_image"], 1);
+    assert!(ask(&["What?"]).get("ground_image").is_none());
+
+    let wrong = place.run_with_model(&["chat", "a.png", "What?", "--ground-image", "2"]);
+    assert_eq!((wrong.status, wrong.out.as_str()), (2, ""));
+    assert!(wrong.err.contains("--ground-image 2") && wrong.err.contains("hint: "), "{}", wrong.err);
+    let marks = place.run_with_model(&["chat", "a.png", "--image", "b.png", "<image> <image> <image> what?"]);
+    assert_eq!((marks.status, marks.out.as_str()), (1, ""));
+    assert!(marks.err.contains("picture 2 of 2"), "{}", marks.err);
+}
+
+#[test]
+fn the_registry_tells_how_many_pictures_a_model_takes() {
+    let place = Place::new();
+    let known = json(place.run(&["inspect", "lmms", "--json"]).ok());
+    for (found, entry) in known.as_array().unwrap().iter().zip(flmm::lmm::REGISTRY) {
+        assert_eq!(found["several_images"], entry.spec.several_images);
+    }
+    let table = place.run(&["inspect", "lmms"]);
+    let line = |name: &str| table.ok().lines().find(|line| line.contains(name)).unwrap().to_owned();
+    assert!(line("DeepSeekVL-7B").contains("  several  ") && line("MGM-HD-7B").contains("  one  "));
+}

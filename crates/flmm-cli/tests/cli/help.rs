@@ -8,14 +8,15 @@ use crate::support::Place;
 fn help_texts() {
     let place = Place::new();
     assert_snapshot!("help", place.run(&["--help"]).ok());
-    for command in ["chat", "ground", "world", "convert", "inspect"] {
+    for command in ["chat", "ground", "train", "features", "bench", "data", "world", "convert", "inspect"] {
         assert_snapshot!(format!("help_{command}"), place.run(&[command, "--help"]).ok());
     }
     for what in ["lmms", "model", "attention"] {
         assert_snapshot!(format!("help_inspect_{what}"), place.run(&["inspect", what, "--help"]).ok());
     }
+    assert_snapshot!("help_data_check", place.run(&["data", "check", "--help"]).ok());
     assert_snapshot!("help_eval", place.run(&["eval", "--help"]).ok());
-    for what in ["score", "samples", "merge", "tasks"] {
+    for what in ["score", "samples", "merge", "tasks", "identity"] {
         assert_snapshot!(format!("help_eval_{what}"), place.run(&["eval", what, "--help"]).ok());
     }
     for what in ["head", "sam"] {

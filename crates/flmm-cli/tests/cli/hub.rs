@@ -140,3 +140,34 @@ fn a_model_of_an_unknown_family_is_left_before_its_weights() {
     assert!(ran.err.contains("`eyeball`"), "{}", ran.err);
     assert!(online.server.gets().iter().all(|path| !path.starts_with("cdn")));
 }
+
+#[test]
+fn sam_and_head_may_come_from_the_hub() {
+    let mut parts =
+        vec![("head/heads.pth".to_owned(), std::fs::read(fixture("lmm/llava15/heads.pth")).unwrap())];
+    for name in ["sam_vit_tiny.pth", "sam_config.json"] {
+        parts.push((format!("checkpoints/{name}"), std::fs::read(fixture("lmm/_sam").join(name)).unwrap()));
+    }
+    let online = Online::new(&parts);
+    let model = fixture("lmm/llava15/model").display().to_string();
+    let inspect = |sam: &str, head: &str, vars: &[(&str, &str)]| {
+        online.run(&["inspect", "model", "--model", &model, "--sam", sam, "--head", head], vars)
+    };
+    let (sam, head) = ("org/model:checkpoints/sam_vit_tiny.pth", "org/model@main:head");
+    let first = inspect(sam, head, &[]);
+    assert!(first.ok().contains("maps.channels"), "{}", first.all());
+    assert!(first.err.contains("downloading org/model:checkpoints/sam_vit_tiny.pth: "), "{}", first.err);
+    let again = inspect(sam, head, &[("HF_HUB_OFFLINE", "1")]);
+    assert_eq!((again.ok(), again.err.as_str()), (first.out.as_str(), ""));
+    let none = inspect("org/model:sam.pth", head, &[]);
+    assert_eq!((none.status, none.out.as_str()), (1, ""));
+    assert!(
+        none.err.contains("there is no `sam.pth`") && none.err.contains("sam_vit_tiny.pth"),
+        "{}",
+        none.err
+    );
+    // A file that is not there is no repository.
+    let typo = inspect("sam/vit_l.pth", head, &[]);
+    assert_eq!((typo.status, typo.out.as_str()), (2, ""));
+    assert!(typo.err.contains("`sam/vit_l.pth`: no such file or folder"), "{}", typo.err);
+}

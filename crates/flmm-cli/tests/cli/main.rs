@@ -5,6 +5,7 @@ mod answers;
 mod bad_input;
 mod bad_model;
 mod convert;
+mod eval_qa;
 mod evaluate;
 #[path = "../../../flmm/tests/common/fake_hub.rs"]
 mod fake_hub;
@@ -14,4 +15,5 @@ mod inspect_model;
 #[path = "../../../flmm/tests/common/pickles.rs"]
 mod pickles;
 mod support;
+mod train;
 mod worlds;

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use flmm::image_input::{Limits, decode_image, read_image};
 use flmm::{Error, Result};
-use image::RgbImage;
+use image::{ImageError, ImageReader, RgbImage};
 
 use archive::{Archive, Place};
 
@@ -79,6 +79,19 @@ impl ImageStore {
         match self.find(name)? {
             Found::File(path) => read_image(path),
             found => decode_image(&self.load(found)?, &self.root.join(name).display().to_string()),
+        }
+    }
+
+    /// Width and height of the picture `name`, from its header. Errors as [`ImageStore::read`].
+    pub fn dimensions(&self, name: &str) -> Result<(u32, u32)> {
+        match self.find(name)? {
+            Found::File(path) => header(&path),
+            found => {
+                let bytes = self.load(found)?;
+                let reader = ImageReader::new(std::io::Cursor::new(bytes)).with_guessed_format();
+                let size = reader.map_err(ImageError::from).and_then(ImageReader::into_dimensions);
+                size.map_err(|error| damaged_picture(&self.root.join(name), &error))
+            }
         }
     }
 
@@ -152,7 +165,10 @@ impl ImageStore {
         }
         match damaged {
             Some(damaged) => Err(damaged.error()),
-            None => Err(Error::io(file, std::io::ErrorKind::NotFound.into())),
+            None => {
+                let reason = "no such picture, neither as a file nor in an archive";
+                Err(Error::io(file, std::io::Error::new(std::io::ErrorKind::NotFound, reason)))
+            }
         }
     }
 
@@ -171,6 +187,17 @@ impl ImageStore {
         });
         cell
     }
+}
+
+/// Width and height of the picture in a file, from its header.
+pub(crate) fn header(path: &Path) -> Result<(u32, u32)> {
+    let reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format);
+    let reader = reader.map_err(|error| Error::io(path, error))?;
+    reader.into_dimensions().map_err(|error| damaged_picture(path, &error))
+}
+
+fn damaged_picture(path: &Path, error: &ImageError) -> Error {
+    Error::image(format!("`{}` is damaged: {error}", path.display()), "download the picture again")
 }
 
 /// Refuses what is larger than any picture, before memory is taken for it.

@@ -31,6 +31,11 @@ impl Records {
         Self { split, level, records }
     }
 
+    /// One record per picture.
+    pub(super) fn all(&self) -> &[Record] {
+        &self.records
+    }
+
     /// Writes the files that cover all pictures.
     pub(super) fn write(&self, paths: &Paths) -> Result<()> {
         let split = self.split.name();

@@ -12,6 +12,7 @@ mod files;
 mod groups;
 mod narrate;
 mod paint;
+mod qa;
 mod questions;
 mod records;
 mod refer;

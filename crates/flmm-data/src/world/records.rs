@@ -34,6 +34,8 @@ pub(super) struct Record {
     pub(super) caption: Option<(String, Vec<(String, Mask)>)>,
     /// Question, box x0, y0, x1, y1, answer.
     pub(super) chains: Vec<(String, [u32; 4], String)>,
+    /// All questions, those that need reasoning last.
+    pub(super) questions: Vec<Question>,
 }
 
 impl Record {
@@ -66,6 +68,7 @@ impl Record {
             reasonings: reasonings(scene),
             caption: caption(scene),
             chains: chains(scene),
+            questions: scene.texts.questions.iter().chain(&scene.texts.reasoning).cloned().collect(),
         })
     }
 
@@ -77,12 +80,19 @@ impl Record {
         format!("COCO_train2014_{:012}.jpg", self.image_id)
     }
 
+    pub(super) fn picture_name_val2014(&self) -> String {
+        format!("COCO_val2014_{:012}.jpg", self.image_id)
+    }
+
     /// Writes the pictures and the files that belong to one picture.
     pub(super) fn write_pictures(&self, paths: &Paths) -> Result<()> {
         let picture = paths.pictures.join(self.picture_name());
         write_file(&picture, &self.jpeg)?;
         write_file(&paths.panoptic.join(format!("{:012}.png", self.image_id)), &self.id_png)?;
         link(&picture, &paths.pictures_2014.join(self.picture_name_2014()))?;
+        if let Some(folder) = &paths.pictures_val2014 {
+            link(&picture, &folder.join(self.picture_name_val2014()))?;
+        }
         link(&picture, &paths.gcg_pictures.join(format!("{}.jpg", self.image_id)))?;
         link(&picture, &paths.viscot_pictures.join(self.picture_name()))?;
         for (kind, reasoning) in &self.reasonings {

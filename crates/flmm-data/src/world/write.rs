@@ -9,6 +9,7 @@
 //! OUT/ReasonSeg/<S>/*.{jpg,json}
 //! OUT/GranDf/val_test/<S>_gcg_coco_{caption,mask}_gt.json, GranDf/images/*.jpg
 //! OUT/viscot/world.json, viscot/cot/world/*.jpg
+//! OUT/qa/{mme,mmbench,mmvet,llavabench,pope,gqa,vqav2,ai2d}/, coco/val2014/*.jpg   not of the training split
 //! ```
 
 use super::files::Records;
@@ -71,7 +72,11 @@ pub fn write(
             Ok(record)
         })
         .collect();
-    Records::new(split, level, records?).write(&paths)?;
+    let records = Records::new(split, level, records?);
+    records.write(&paths)?;
+    if split != Split::Train {
+        super::qa::write(&folder.path, level, records.all())?;
+    }
     write_json(&folder.path.join("world.json"), &settings)?;
     folder.finish(out)
 }
@@ -151,6 +156,8 @@ pub(super) struct Paths {
     pub(super) panoptic: PathBuf,
     pub(super) pictures: PathBuf,
     pub(super) pictures_2014: PathBuf,
+    /// For benchmarks that take their pictures from there; the training split has none.
+    pub(super) pictures_val2014: Option<PathBuf>,
     pub(super) coco: PathBuf,
     pub(super) reasonseg: PathBuf,
     pub(super) gcg: PathBuf,
@@ -169,6 +176,7 @@ impl Paths {
             annotations,
             pictures: coco.join(format!("{name}2017")),
             pictures_2014: coco.join("train2014"),
+            pictures_val2014: (split != Split::Train).then(|| coco.join("val2014")),
             coco,
             reasonseg: root.join("ReasonSeg").join(name),
             gcg: gcg.join("val_test"),
@@ -191,11 +199,14 @@ impl Paths {
         ] {
             make_folder(folder)?;
         }
+        if let Some(folder) = &paths.pictures_val2014 {
+            make_folder(folder)?;
+        }
         Ok(paths)
     }
 }
 
-fn make_folder(path: &Path) -> Result<()> {
+pub(super) fn make_folder(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(|error| Error::io(path, error))
 }
 

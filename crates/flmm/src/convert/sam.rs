@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 use super::head::check_values;
 use super::{Converted, Staging, listed};
 use crate::error::{Error, Result};
-use crate::sam::{CONFIG_FILE, Sam, SamConfig, read_checkpoint};
+use crate::sam::{CONFIG_FILE, Sam, SamConfig, canonical, read_checkpoint};
 use crate::weights::{Params, Problem, load_checkpoint_some, outline, rehearse, save_safetensors, stand_ins};
 
 const EXPECTED: &str = "give one of the public files sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth or sam_vit_h_4b8939.pth, or a \
@@ -41,7 +41,8 @@ pub fn convert_sam(file: &Path, out: &Path, force: bool) -> Result<Converted> {
     }
     // The program sees the sizes of the public files in their tensors.
     let told = stand_ins(file, &tensors, None, &|_| true).and_then(|tensors| {
-        let (config, _) = rehearse(|| SamConfig::from_tensors(&Params::new(file, tensors), file));
+        let params = Params::new(file, canonical(tensors));
+        let (config, _) = rehearse(|| SamConfig::from_tensors(&params, file));
         config
     });
     let config = match told {
@@ -50,7 +51,7 @@ pub fn convert_sam(file: &Path, out: &Path, force: bool) -> Result<Converted> {
     };
     let place = Place::new(file, out, config.as_deref(), force)?;
     let read = load_checkpoint_some(file, None, &Device::Cpu, &|name| !CONSTANTS.contains(&name))?;
-    let read: BTreeMap<String, Tensor> = read.into_iter().collect();
+    let read: BTreeMap<String, Tensor> = canonical(read).into_iter().collect();
     check_values(file, &read)?;
     let converted = Converted {
         file: place.file(),

@@ -1,9 +1,11 @@
 //! What goes in and what comes out.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use candle_core::Tensor;
 
+use crate::error::Result;
 use crate::geometry::Geometry;
 use crate::masks::Mask;
 use crate::phrases::PhraseChoice;
@@ -26,6 +28,17 @@ pub struct Observation {
     pub sam_geometry: SamGeometry,
 }
 
+impl Observation {
+    /// The same picture with only some of its phrases; the text's hidden states stay whole.
+    ///
+    /// # Errors
+    /// If `phrases` reaches beyond the number of phrases.
+    pub fn part(&self, phrases: Range<usize>) -> Result<Self> {
+        let maps = self.maps.narrow(0, phrases.start, phrases.len())?;
+        Ok(Self { maps, phrases: self.phrases[phrases].to_vec(), ..self.clone() })
+    }
+}
+
 /// Mask logits of every phrase.
 #[derive(Debug, Clone)]
 pub struct MaskLogits {
@@ -42,11 +55,13 @@ pub struct GroundOptions {
     pub keyword_threshold: f32,
     /// Whether to return the attention maps.
     pub keep_maps: bool,
+    /// Number of the picture that phrases are looked for in, counted from 0 in the order the pictures were given.
+    pub image: usize,
 }
 
 impl Default for GroundOptions {
     fn default() -> Self {
-        Self { keyword_threshold: 0.3, keep_maps: false }
+        Self { keyword_threshold: 0.3, keep_maps: false, image: 0 }
     }
 }
 
@@ -74,6 +89,8 @@ pub struct AnswerOptions {
     pub max_new_tokens: usize,
     /// How the next token is chosen.
     pub sampling: Sampling,
+    /// Texts that end the answer beside the model's own; like those, they are not part of it.
+    pub stop_words: Vec<String>,
     /// How phrases are found in the answer; `None` gives text only. The text is the same either way.
     pub phrases: Option<PhraseChoice>,
     /// How phrases are grounded.
@@ -85,6 +102,7 @@ impl Default for AnswerOptions {
         Self {
             max_new_tokens: 512,
             sampling: Sampling::Greedy,
+            stop_words: Vec::new(),
             phrases: Some(PhraseChoice::Keywords),
             ground: GroundOptions::default(),
         }

@@ -26,13 +26,15 @@ impl Grounder {
         caption.phrases()?;
         let mut caption = caption.clone();
         let mut session = self.start(picture)?;
-        let capture = self.read_caption(&mut session, &[Turn::user(GROUNDING_INSTRUCTION)], &mut caption)?;
+        let prompt = session.prompt(self.lmm(), &[Turn::user(GROUNDING_INSTRUCTION)])?;
+        let capture = self.read_caption(&mut session, prompt, &mut caption)?;
         let first = capture.positions().start;
         let phrases = caption.phrases()?;
         let positions: Vec<Vec<usize>> =
             phrases.iter().map(|tokens| tokens.iter().map(|token| first + token).collect()).collect();
-        let layout = session.layout().clone();
+        let input = session.input(0)?;
+        let layout = input.layout.clone();
         let maps = capture.phrase_maps(&session.cache, &layout, &positions, Merge::Mean)?;
-        Ok(Attention { maps, geometry: session.image.geometry, layout })
+        Ok(Attention { maps, geometry: input.geometry, layout })
     }
 }

@@ -7,9 +7,9 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::capture::weighted_hidden;
 use crate::error::{Error, Result};
-use crate::grounder::{MaskLogits, Observation};
+use crate::grounder::{HeadSettings, MaskLogits, Observation, RefinerKind};
 use crate::mask_head::{UNet, UNetConfig};
-use crate::nn::Linear;
+use crate::nn::{Linear, bilinear};
 use crate::sam::{PromptOptions, Refiner, SamConfig};
 use crate::weights::{Params, load_checkpoint};
 
@@ -19,7 +19,7 @@ pub const SAM_PREFIX: &str = "sam.model.";
 /// What a head must fit: sizes of the LMM and of SAM.
 #[derive(Debug, Clone)]
 pub struct HeadSizes {
-    /// Attention maps per phrase.
+    /// Attention maps per phrase that the LMM has.
     pub channels: usize,
     /// Decoder layers.
     pub layers: usize,
@@ -34,12 +34,14 @@ pub struct HeadSizes {
 pub struct GroundingHead {
     /// Attention maps to coarse logits: `mask_head.*`.
     pub mask_head: UNet,
-    /// Hidden states to SAM's prompt width: `text_proj.*`.
-    pub text_proj: Linear,
+    /// Numbers of the maps that the mask head looks at, `[K]`; all of them unless given.
+    channels_used: Option<Tensor>,
+    /// Hidden states to SAM's prompt width: `text_proj.*`. Only with a refiner.
+    pub text_proj: Option<Linear>,
     /// `[L]`, before the softmax: `text_layer_weights`.
     pub text_layer_weights: Tensor,
     /// SAM's prompt encoder and mask decoder: `sam.model.{prompt_encoder,mask_decoder}.*`.
-    pub refiner: Refiner,
+    pub refiner: Option<Refiner>,
     /// Scores of tokens for being part of a phrase: `keyword_selector.*`.
     pub keyword_selector: Option<Linear>,
 }
@@ -49,30 +51,52 @@ impl GroundingHead {
     ///
     /// The base width of the mask head is read from `mask_head.conv_seg.weight [1, width, 1, 1]`.
     pub fn from_params(sizes: &HeadSizes, params: &Params) -> Result<Self> {
+        Self::from_params_as(sizes, &HeadSettings::default(), params)
+    }
+
+    /// As [`GroundingHead::from_params`], for a head with `settings`.
+    pub fn from_params_as(sizes: &HeadSizes, settings: &HeadSettings, params: &Params) -> Result<Self> {
         let mask_head = params.pp("mask_head");
         let base_channels = match mask_head.shape("conv_seg.weight").as_deref() {
             Some(&[1, width, 1, 1]) => width,
             _ => 64,
         };
-        let unet = UNetConfig { in_channels: sizes.channels, base_channels, input_size: 64 };
+        let unet =
+            UNetConfig { in_channels: settings.channels(sizes.channels)?, base_channels, input_size: 64 };
         let selector = params.pp("keyword_selector");
         let keyword_selector = if selector.has("weight") || selector.has("bias") {
             Some(Linear::load(sizes.hidden_size, 1, true, &selector)?)
         } else {
             None
         };
+        let (mut text_proj, mut refiner) = (None, None);
+        if settings.refiner == RefinerKind::Sam {
+            let width = sizes.sam.prompt_embed_dim;
+            text_proj = Some(Linear::load(sizes.hidden_size, width, true, &params.pp("text_proj"))?);
+            refiner = Some(Refiner::load(&sizes.sam, &params.pp("sam.model"))?);
+        }
+        let text_layer_weights = params.get(&[sizes.layers], "text_layer_weights")?;
         Ok(Self {
             mask_head: UNet::load(&unet, &mask_head)?,
-            text_proj: Linear::load(
-                sizes.hidden_size,
-                sizes.sam.prompt_embed_dim,
-                true,
-                &params.pp("text_proj"),
-            )?,
-            text_layer_weights: params.get(&[sizes.layers], "text_layer_weights")?,
-            refiner: Refiner::load(&sizes.sam, &params.pp("sam.model"))?,
+            channels_used: settings.index(text_layer_weights.device())?,
+            text_proj,
+            text_layer_weights,
+            refiner,
             keyword_selector,
         })
+    }
+
+    /// A head of zeros without a refiner, where there is no trained one. Its masks are empty.
+    pub fn blank(sizes: &HeadSizes, device: &Device) -> Result<Self> {
+        let unet = UNetConfig { in_channels: sizes.channels, base_channels: 1, input_size: 64 };
+        let mut tensors = HashMap::new();
+        for (name, shape) in unet.shapes() {
+            tensors.insert(format!("mask_head.{name}"), Tensor::zeros(shape, DType::F32, device)?);
+        }
+        let layers = Tensor::zeros(sizes.layers, DType::F32, device)?;
+        tensors.insert("text_layer_weights".into(), layers);
+        let settings = HeadSettings { refiner: RefinerKind::None, ..HeadSettings::default() };
+        Self::from_params_as(sizes, &settings, &Params::new("no head", tensors))
     }
 
     /// Reads a head on its own: a folder with `head.safetensors`, or a released `.safetensors` or `.pth` file.
@@ -86,40 +110,68 @@ impl GroundingHead {
         device: &Device,
     ) -> Result<Self> {
         let params = Params::new(path, overlay(path, sam, load_head_tensors(path, device)?)?);
-        let head = Self::from_params(sizes, &params)?;
+        let head = Self::from_params_as(sizes, &HeadSettings::read(path)?, &params)?;
         params.finish(WRONG_HEAD)?;
         Ok(head)
     }
 
     /// Coarse logits `[N, mh, mw]` of every phrase, the LMM's padding cut off (`spec/pipeline.md` §4).
     pub fn coarse(&self, observation: &Observation) -> Result<Tensor> {
-        let logits = self.mask_head.forward(&observation.maps)?;
+        let logits = self.mask_head.forward(&self.maps(observation)?)?;
         let (_, height, width) = logits.dims3()?;
         let rect = observation.geometry.picture_rect(height, width);
         Ok(logits.narrow(1, rect.y0, rect.height)?.narrow(2, rect.x0, rect.width)?)
     }
 
+    /// The maps that the mask head looks at.
+    fn maps(&self, observation: &Observation) -> Result<Tensor> {
+        match &self.channels_used {
+            Some(used) => Ok(observation.maps.index_select(used, 1)?),
+            None => Ok(observation.maps.clone()),
+        }
+    }
+
     /// Coarse and refined logits of every phrase. Differentiable in every tensor of the head.
     pub fn decode(&self, observation: &Observation) -> Result<MaskLogits> {
+        self.decode_with(observation, &PromptOptions::default())
+    }
+
+    /// As [`GroundingHead::decode`], with chosen prompts for the refiner.
+    pub fn decode_with(&self, observation: &Observation, options: &PromptOptions) -> Result<MaskLogits> {
         let coarse = self.coarse(observation)?;
-        let refined = self.refine(observation, &coarse)?;
+        let refined = self.refine_with(observation, &coarse, options)?;
         Ok(MaskLogits { coarse, refined })
     }
 
-    /// Refined logits `[N, H, W]` at the picture's own size, from coarse logits `[N, mh, mw]`.
+    /// Refined logits `[N, H, W]` at the picture's own size, from coarse logits `[N, mh, mw]`. Without a refiner they
+    /// are the coarse ones, resized.
     pub fn refine(&self, observation: &Observation, coarse: &Tensor) -> Result<Tensor> {
-        let text = self.text_embeds(observation)?;
-        let (embedding, geometry) = (&observation.sam_embedding, &observation.sam_geometry);
-        self.refiner.refine(embedding, &coarse.contiguous()?, &text, geometry, &PromptOptions::default())
+        self.refine_with(observation, coarse, &PromptOptions::default())
     }
 
-    /// Per phrase, its tokens' states in SAM's prompt width: `[T_n, C]`.
+    fn refine_with(
+        &self,
+        observation: &Observation,
+        coarse: &Tensor,
+        options: &PromptOptions,
+    ) -> Result<Tensor> {
+        let Some(refiner) = &self.refiner else {
+            let (height, width) = observation.sam_geometry.original;
+            return Ok(bilinear(&coarse.unsqueeze(0)?, height, width)?.squeeze(0)?);
+        };
+        let text = self.text_embeds(observation)?;
+        let (embedding, geometry) = (&observation.sam_embedding, &observation.sam_geometry);
+        refiner.refine(embedding, &coarse.contiguous()?, &text, geometry, options)
+    }
+
+    /// Per phrase, its tokens' states in SAM's prompt width: `[T_n, C]`; nothing without a refiner.
     pub fn text_embeds(&self, observation: &Observation) -> Result<Vec<Tensor>> {
+        let Some(text_proj) = &self.text_proj else { return Ok(Vec::new()) };
         let states = weighted_hidden(&observation.hidden, &self.text_layer_weights)?;
         let phrases = observation.phrases.iter().map(|rows| {
             let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
             let rows = Tensor::from_slice(&rows, rows.len(), states.device())?;
-            self.text_proj.forward(&states.index_select(&rows, 0)?)
+            text_proj.forward(&states.index_select(&rows, 0)?)
         });
         phrases.collect()
     }

@@ -1,50 +1,70 @@
-//! One picture and the conversation about it: what is computed once and kept.
+//! Pictures and the conversation about them: what is computed once and kept.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
 use crate::capture::Capture;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::ImageLayout;
-use crate::lmm::shared::embed_with_image;
-use crate::lmm::{ImageInput, Lmm, Prepared, Turn};
-use crate::sam::SamGeometry;
+use crate::lmm::shared::embed_with_images;
+use crate::lmm::{ImageInput, Lmm, Prepared, Turn, order_shown};
+use crate::sam::{Sam, SamConfig, SamGeometry};
 use crate::text::{KvCache, too_long};
 
-/// A picture, the conversation about it, and what of both is already computed: image features, SAM's image
-/// embedding, and the keys and values of every token read so far.
+/// Pictures, the conversation about them, and what of both is already computed: image features, SAM's image
+/// embeddings, and the keys and values of every token read so far.
 ///
-/// A later turn, or another text about the same picture, re-reads only what differs.
+/// A later turn, or another text about the same pictures, re-reads only what differs.
 #[derive(Debug)]
 pub struct Session {
     /// The conversation so far.
     pub turns: Vec<Turn>,
-    pub(super) picture: RgbImage,
-    pub(super) image: ImageInput,
-    pub(super) sam: Option<(Tensor, SamGeometry)>,
     pub(super) cache: KvCache,
-    /// `[image tokens, hidden]`
-    features: Option<Tensor>,
-    /// Ids of the tokens in the cache.
-    read: Vec<u32>,
+    pictures: Vec<Picture>,
+    /// The tokens in the cache.
+    read: Vec<Token>,
     /// How many tokens the last reading found in the cache.
     reused: usize,
 }
 
+/// One picture; the layout in `input` is where the last prompt shows it.
+#[derive(Debug)]
+struct Picture {
+    picture: RgbImage,
+    input: ImageInput,
+    /// `[image tokens, hidden]`
+    features: Option<Tensor>,
+    sam: Option<(Tensor, SamGeometry)>,
+}
+
+/// A token in the cache, and the picture it is part of: all pictures share one id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Token {
+    id: u32,
+    image: Option<usize>,
+}
+
 impl Session {
-    pub(super) fn new(lmm: &dyn Lmm, picture: &RgbImage) -> Result<Self> {
-        let image = lmm.prepare_image(picture)?;
-        let cache = KvCache::new(lmm.decoder().config(), image.layout.tokens + 256);
-        Ok(Self {
-            turns: Vec::new(),
-            picture: picture.clone(),
-            image,
-            sam: None,
-            cache,
-            features: None,
-            read: Vec::new(),
-            reused: 0,
-        })
+    pub(super) fn new<'a>(lmm: &dyn Lmm, pictures: impl IntoIterator<Item = &'a RgbImage>) -> Result<Self> {
+        let pictures: Vec<&RgbImage> = pictures.into_iter().collect();
+        lmm.check_images(pictures.len())?;
+        let pictures = pictures.into_iter().map(|picture| Picture::new(lmm, picture));
+        let pictures = pictures.collect::<Result<Vec<_>>>()?;
+        let tokens: usize = pictures.iter().map(|picture| picture.input.layout.tokens).sum();
+        let cache = KvCache::new(lmm.decoder().config(), tokens + 256);
+        Ok(Self { turns: Vec::new(), cache, pictures, read: Vec::new(), reused: 0 })
+    }
+
+    /// Adds a picture; what is computed of the others is kept.
+    pub(super) fn add(&mut self, lmm: &dyn Lmm, picture: &RgbImage) -> Result<()> {
+        lmm.check_images(self.pictures.len() + 1)?;
+        self.pictures.push(Picture::new(lmm, picture)?);
+        Ok(())
+    }
+
+    /// How many pictures the conversation is about.
+    pub fn images(&self) -> usize {
+        self.pictures.len()
     }
 
     /// How many tokens the last prompt shared with what was read before, and did not read again.
@@ -52,21 +72,74 @@ impl Session {
         self.reused
     }
 
-    /// Where the image lies in the sequence last read.
+    /// Where the first picture lies in the sequence last read.
     pub fn layout(&self) -> &ImageLayout {
-        &self.image.layout
+        // A session has at least one picture.
+        &self.pictures[0].input.layout
     }
 
-    /// Prompt ids of the conversation, the image token repeated for every image feature.
+    /// Where picture number `image`, counted from 0, lies in the sequence last read.
+    ///
+    /// Fails with [`Error::Request`] if there is no such picture.
+    pub fn layout_of(&self, image: usize) -> Result<&ImageLayout> {
+        Ok(&self.input(image)?.layout)
+    }
+
+    /// Picture number `image` as the LMM sees it.
+    pub(super) fn input(&self, image: usize) -> Result<&ImageInput> {
+        self.pictures.get(image).map(|picture| &picture.input).ok_or_else(|| self.no_picture(image))
+    }
+
+    /// SAM's embedding of picture number `image`, computed once; an empty one where there is no SAM.
+    pub(super) fn sam(&mut self, sam: Option<&Sam>, image: usize) -> Result<(Tensor, SamGeometry)> {
+        if image >= self.pictures.len() {
+            return Err(self.no_picture(image));
+        }
+        let picture = &mut self.pictures[image];
+        if let Some(known) = &picture.sam {
+            return Ok(known.clone());
+        }
+        let encoded = match sam {
+            Some(sam) => sam.encode_image(&picture.picture)?,
+            None => {
+                let original = (picture.picture.height() as usize, picture.picture.width() as usize);
+                let geometry = SamGeometry::new(original, SamConfig::vit_l().image_size);
+                (Tensor::zeros((1, 0, 0, 0), DType::F32, &Device::Cpu)?, geometry)
+            }
+        };
+        Ok(picture.sam.insert(encoded).clone())
+    }
+
+    fn no_picture(&self, image: usize) -> Error {
+        Error::request(
+            format!(
+                "there is no picture {image}: the conversation has {}, counted from 0",
+                self.pictures.len()
+            ),
+            "choose a picture of the conversation",
+        )
+    }
+
+    /// Prompt ids of the conversation, the image tokens repeated for every image feature.
     ///
     /// Fails for an empty conversation or question, and when the prompt leaves no room in the context.
     pub(super) fn prompt(&mut self, lmm: &dyn Lmm, turns: &[Turn]) -> Result<Vec<u32>> {
-        let prepared = Prepared::new(self.image.clone(), &lmm.prompt(turns)?, lmm.image_token())?;
+        let prompt = lmm.prompt(turns, self.pictures.len())?;
+        let order = order_shown(turns, self.pictures.len())?;
+        self.place(lmm, &prompt, &order)
+    }
+
+    /// Repeats the image tokens of `prompt`, which stand for the pictures in `order`, for every image feature.
+    pub(super) fn place(&mut self, lmm: &dyn Lmm, prompt: &[u32], order: &[usize]) -> Result<Vec<u32>> {
+        let inputs = self.pictures.iter().map(|picture| picture.input.clone()).collect();
+        let prepared = Prepared::new(inputs, order, prompt, lmm.image_token())?;
         let limit = lmm.decoder().config().max_positions.min(lmm.reads_at_most().unwrap_or(usize::MAX));
         if prepared.token_ids.len() >= limit {
             return Err(too_long(prepared.token_ids.len() + 1, limit));
         }
-        self.image.layout = prepared.image.layout;
+        for (picture, input) in self.pictures.iter_mut().zip(prepared.images) {
+            picture.input = input;
+        }
         Ok(prepared.token_ids)
     }
 
@@ -78,8 +151,9 @@ impl Session {
         ids: &[u32],
         capture: Option<&mut Capture>,
     ) -> Result<Tensor> {
+        let tokens = self.tokens(ids);
         let wanted = capture.as_ref().map_or(ids.len(), |capture| capture.positions().start);
-        let shared = self.read.iter().zip(ids).take_while(|(old, new)| old == new).count();
+        let shared = self.read.iter().zip(&tokens).take_while(|(old, new)| old == new).count();
         // The last token is always read, for its state.
         let shared = shared.min(wanted).min(ids.len().saturating_sub(1));
         self.reused = shared;
@@ -87,29 +161,52 @@ impl Session {
         self.read.truncate(shared);
         let embeds = self.embed(lmm, ids, shared)?;
         let hidden = lmm.decoder().forward(&embeds, &mut self.cache, capture)?;
-        self.read.extend_from_slice(&ids[shared..]);
+        self.read.extend_from_slice(&tokens[shared..]);
         Ok(hidden.narrow(0, hidden.dim(0)? - 1, 1)?)
     }
 
     /// Counts generated tokens that were fed to the decoder behind what was read.
     pub(super) fn continued(&mut self, ids: &[u32]) {
-        self.read.extend_from_slice(ids);
+        self.read.extend(ids.iter().map(|&id| Token { id, image: None }));
         self.read.truncate(self.cache.len());
     }
 
-    /// Embeddings of `ids[from..]`, image features in place.
-    fn embed(&mut self, lmm: &dyn Lmm, ids: &[u32], from: usize) -> Result<Tensor> {
-        let (start, end) = (self.image.layout.start, self.image.layout.end());
-        if from >= end {
-            return lmm.decoder().embed(&ids[from..]);
+    /// `ids` with the picture that each is part of.
+    fn tokens(&self, ids: &[u32]) -> Vec<Token> {
+        let mut tokens: Vec<Token> = ids.iter().map(|&id| Token { id, image: None }).collect();
+        for (number, picture) in self.pictures.iter().enumerate() {
+            let layout = &picture.input.layout;
+            for token in tokens.iter_mut().skip(layout.start).take(layout.tokens) {
+                token.image = Some(number);
+            }
         }
-        let features = match &self.features {
-            Some(features) => features.clone(),
-            None => self.features.insert(lmm.image_features(&self.image)?).clone(),
-        };
-        // `from` may lie inside the image when another prompt placed it elsewhere.
-        let first = from.max(start);
-        let kept = features.narrow(0, first - start, features.dim(0)?.saturating_sub(first - start))?;
-        embed_with_image(lmm.decoder(), &ids[from..], first - from..end - from, &kept)
+        tokens
+    }
+
+    /// Embeddings of `ids[from..]`, image features in place. Only pictures that lie there are looked at.
+    fn embed(&mut self, lmm: &dyn Lmm, ids: &[u32], from: usize) -> Result<Tensor> {
+        let mut images = Vec::new();
+        for picture in &mut self.pictures {
+            let (start, end) = (picture.input.layout.start, picture.input.layout.end());
+            if from >= end {
+                continue;
+            }
+            let features = match &picture.features {
+                Some(features) => features.clone(),
+                None => picture.features.insert(lmm.image_features(&picture.input)?).clone(),
+            };
+            // `from` may lie inside the image when another prompt placed it elsewhere.
+            let first = from.max(start);
+            let kept = features.dim(0)?.saturating_sub(first - start);
+            images.push((first - from, features.narrow(0, first - start, kept)?));
+        }
+        embed_with_images(lmm.decoder(), &ids[from..], images)
+    }
+}
+
+impl Picture {
+    fn new(lmm: &dyn Lmm, picture: &RgbImage) -> Result<Self> {
+        let input = lmm.prepare_image(picture)?;
+        Ok(Self { picture: picture.clone(), input, features: None, sam: None })
     }
 }

@@ -134,12 +134,33 @@ pub(super) fn files(folder: &Path) -> Vec<String> {
     found
 }
 
+/// Files in the snapshot `folder` that are `path`, or beside it, or in it, as paths with `/` below the snapshot.
+pub(super) fn files_below(folder: &Path, path: &str) -> Vec<String> {
+    let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
+    let inside = |within: &str| {
+        let entries = std::fs::read_dir(folder.join(within)).into_iter().flatten().flatten();
+        let files = entries.map(|entry| entry.path()).filter(|path| path.is_file());
+        let names = files.filter_map(|path| path.file_name()?.to_str().map(str::to_owned));
+        let prefix = if within.is_empty() { String::new() } else { format!("{within}/") };
+        names.map(|name| format!("{prefix}{name}")).collect::<Vec<_>>()
+    };
+    let mut found = inside(parent);
+    if path != parent {
+        found.extend(inside(path));
+    }
+    found
+}
+
 /// What the snapshot in `folder` holds, judged without the network.
 pub(super) fn state(folder: &Path) -> State {
     let files = files(folder);
-    let chosen = Selection::of(files.iter().map(String::as_str));
+    state_of(folder, &Selection::of(files.iter().map(String::as_str)))
+}
+
+/// How much of the files `chosen` the snapshot in `folder` holds.
+pub(super) fn state_of(folder: &Path, chosen: &Selection) -> State {
     if !chosen.has_weights() {
-        let what = if files.is_empty() { "all files" } else { "the weights" };
+        let what = if chosen.small.is_empty() { "all files" } else { "the weights" };
         return State::Incomplete(vec![what.to_owned()]);
     }
     let mut missing = Vec::new();

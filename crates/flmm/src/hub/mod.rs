@@ -15,6 +15,7 @@
 mod cache;
 mod download;
 mod http;
+mod part;
 mod repo;
 mod select;
 mod settings;
@@ -25,8 +26,8 @@ use std::path::{Path, PathBuf};
 use cache::{RepoCache, State};
 use download::{Wanted, patiently};
 use http::{Client, Fault};
-use select::Selection;
 
+pub use part::PartId;
 pub use repo::RepoId;
 pub use settings::HubSettings;
 
@@ -67,6 +68,8 @@ pub struct Plan {
     folder: PathBuf,
     /// Size of every file of the repository; `None` if nothing needs to be downloaded.
     listing: Option<BTreeMap<String, Option<u64>>>,
+    /// What of the repository is wanted, if not a whole model.
+    part: Option<PartId>,
 }
 
 impl Plan {
@@ -131,7 +134,13 @@ impl Hub {
             Some((folder, _)) => cache::state(folder),
             None => State::Incomplete(vec!["all files".to_owned()]),
         };
-        let here = known.map(|(folder, commit)| Plan { repo: repo.clone(), commit, folder, listing: None });
+        let here = known.map(|(folder, commit)| Plan {
+            repo: repo.clone(),
+            commit,
+            folder,
+            listing: None,
+            part: None,
+        });
         let missing = match (state, here) {
             (State::Complete, Some(plan)) => return Ok(plan),
             (State::Doubtful, Some(plan)) => match self.settings.offline {
@@ -148,9 +157,9 @@ impl Hub {
         self.list(repo, &missing)
     }
 
-    /// Downloads what `plan` lacks and returns the model's folder.
+    /// Downloads what `plan` lacks and returns [`Plan::place`].
     ///
-    /// `ready` is called with the folder when configurations and tokenizers are there, before the weights, so that a
+    /// `ready` is called with that place when configurations and tokenizers are there, before the weights, so that a
     /// model of no use is not downloaded. What has come so far is kept when a download ends early, and used by the next.
     ///
     /// # Errors
@@ -163,16 +172,10 @@ impl Hub {
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<PathBuf> {
         let Some(listing) = &plan.listing else {
-            ready(&plan.folder)?;
-            return Ok(plan.folder.clone());
+            ready(&plan.place())?;
+            return Ok(plan.place());
         };
-        let chosen = Selection::of(listing.keys().map(String::as_str));
-        if !chosen.has_weights() {
-            return Err(Error::hub(
-                format!("{}: no weights in this repository that flmm can read", plan.repo),
-                "choose a repository with .safetensors or PyTorch .bin files; GGUF and others are not supported",
-            ));
-        }
+        let chosen = plan.selection(listing)?;
         self.fetch(plan, listing, &chosen.small, progress)?;
         let mut weights = chosen.weights.clone();
         for index in chosen.indexes() {
@@ -191,9 +194,9 @@ impl Hub {
                 weights.push(name);
             }
         }
-        ready(&plan.folder)?;
+        ready(&plan.place())?;
         self.fetch(plan, listing, &weights, progress)?;
-        Ok(plan.folder.clone())
+        Ok(plan.place())
     }
 
     /// [`Hub::plan`] and [`Hub::download`].
@@ -220,7 +223,13 @@ impl Hub {
             plain.then(|| (name.to_owned(), file.get("size").and_then(|size| size.as_u64())))
         });
         let folder = RepoCache::new(&self.settings.cache, repo).snapshot(commit);
-        Ok(Plan { repo: repo.clone(), commit: commit.to_owned(), folder, listing: Some(files.collect()) })
+        Ok(Plan {
+            repo: repo.clone(),
+            commit: commit.to_owned(),
+            folder,
+            listing: Some(files.collect()),
+            part: None,
+        })
     }
 
     /// Brings the files `names` that are not in the snapshot yet.

@@ -82,6 +82,25 @@ impl Selection {
         chosen
     }
 
+    /// The weight file or index called `name`, with the configurations among `names`, the files beside it.
+    pub(super) fn of_file<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Self {
+        let configs = names.filter(|name| CONFIGS.contains(name)).map(str::to_owned);
+        let mut chosen = Self { small: configs.collect(), ..Self::default() };
+        if name.ends_with(".index.json") {
+            chosen.small.push(name.to_owned());
+        } else if is_weight_file(Path::new(name)) {
+            chosen.weights.push(name.to_owned());
+        }
+        chosen
+    }
+
+    /// The same files with `prefix` before their names.
+    pub(super) fn below(self, prefix: &str) -> Self {
+        let below =
+            |names: Vec<String>| names.into_iter().map(|name| format!("{prefix}{name}")).collect::<Vec<_>>();
+        Self { small: below(self.small), weights: below(self.weights), hollow: below(self.hollow) }
+    }
+
     /// The indexes among the files.
     pub(super) fn indexes(&self) -> impl Iterator<Item = &str> {
         self.small.iter().map(String::as_str).filter(|name| name.ends_with(".index.json"))

@@ -3,6 +3,7 @@
 
 mod towers;
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use candle_core::Tensor;
@@ -33,6 +34,7 @@ pub const DEEPSEEK_VL_1_3B: LmmSpec = LmmSpec {
     heads: 16,
     grid: (24, 24),
     channels: 384,
+    several_images: true,
     tested: TESTED,
 };
 
@@ -139,8 +141,8 @@ impl Lmm for DeepSeekVl {
 
     /// The text of a conversation begins with [`SYSTEM`] unless it has instructions of its own; the instruction that
     /// texts are grounded behind has none, as in training. White space around questions is left out.
-    fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>> {
-        self.base.tokenizer.encode(&DEEPSEEK.render(&conversation(turns), 1)?, true)
+    fn conversation<'a>(&self, turns: &'a [Turn]) -> Cow<'a, [Turn]> {
+        Cow::Owned(conversation(turns))
     }
 
     fn prepare_image(&self, image: &RgbImage) -> Result<ImageInput> {
@@ -181,7 +183,7 @@ fn conversation(turns: &[Turn]) -> Vec<Turn> {
     let trimmed = |turn: &Turn| match turn.role {
         // The model may be asked to continue its answer from the last space on.
         Role::Assistant | Role::Opening => turn.clone(),
-        Role::User | Role::System => Turn { role: turn.role, text: turn.text.trim().to_owned() },
+        Role::User | Role::System => turn.trimmed(),
     };
     // The published wrapper has no system text: what is grounded or begun for the model is written with it alone.
     let begun = turns.last().is_some_and(|last| last.role == Role::Opening);
@@ -210,6 +212,7 @@ impl Aligner {
             let what = format!("{depth} layers are not supported; known: 2");
             return Err(settings.error("depth", what, "use a model with the published setting"));
         }
+        params.claim(&[]);
         let layers = params.pp("layers");
         let kind = settings.text("projector_type")?;
         match (tower, kind) {
@@ -275,6 +278,7 @@ mod tests {
             text(&[Turn::system("S"), Turn::user("Q"), Turn::assistant("A ")]),
             "S\n\nUser: <image_placeholder>Q\n\nAssistant: A "
         );
+        assert_eq!(text(&[Turn::system(""), Turn::user("Q")]), "User: <image_placeholder>Q\n\nAssistant:");
         assert!(DEEPSEEK.render(&conversation(&[]), 1).is_err());
     }
 }

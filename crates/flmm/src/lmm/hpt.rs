@@ -29,6 +29,7 @@ pub const HPT_AIR_6B: LmmSpec = LmmSpec {
     heads: 32,
     grid: (28, 28),
     channels: 1024,
+    several_images: false,
     tested: TESTED,
 };
 

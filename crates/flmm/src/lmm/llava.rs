@@ -27,6 +27,7 @@ pub const LLAVA_1_5_7B: LmmSpec = LmmSpec {
     heads: 32,
     grid: (24, 24),
     channels: 1024,
+    several_images: true,
     tested: TESTED,
 };
 
@@ -114,6 +115,7 @@ impl Parts {
 
         let params = Params::new(dir, canonical(options.load(dir)?));
         let projector = params.pp("multi_modal_projector");
+        projector.claim(&[]);
         let layers = ["linear_1", "linear_2"].map(|name| projector.pp(name));
         let bias = config.flag_or("multimodal_projector_bias", true)?;
         let parts = Self {

@@ -25,6 +25,7 @@ pub const LLAVA_NEXT_VICUNA_7B: LmmSpec = LmmSpec {
     heads: 32,
     grid: (48, 48),
     channels: 2048,
+    several_images: true,
     tested: TESTED,
 };
 

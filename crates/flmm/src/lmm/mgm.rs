@@ -18,7 +18,7 @@ use crate::text::chat;
 use crate::text::tokenizer::Tokenizer;
 use crate::text::{Decoder, DecoderConfig};
 use crate::vision::clip::ClipVision;
-use crate::vision::convnext::ConvNext;
+use crate::vision::convnext::{ConvNext, FeatureMap};
 use crate::vision::dual::DualProcessor;
 use crate::vision::preprocess::Normalisation;
 use crate::weights::Params;
@@ -35,6 +35,7 @@ pub const MGM_2B: LmmSpec = LmmSpec {
     heads: 8,
     grid: (24, 24),
     channels: 144,
+    several_images: false,
     tested: TESTED,
 };
 
@@ -47,6 +48,7 @@ pub const MGM_7B: LmmSpec = LmmSpec {
     heads: 32,
     grid: (24, 24),
     channels: 1024,
+    several_images: false,
     tested: TESTED,
 };
 
@@ -169,7 +171,7 @@ impl Mgm {
     }
 
     /// The auxiliary tower's feature map `[channels, A / 4, A / 4]`.
-    fn aux_map(&self, image: &ImageInput) -> Result<Tensor> {
+    fn aux_map(&self, image: &ImageInput) -> Result<FeatureMap> {
         let Some(pixels) = &image.pixel_values_aux else {
             return Err(Error::image(
                 "it was prepared for another model: the auxiliary input is missing",
@@ -248,7 +250,7 @@ impl Lmm for Mgm {
         if let Some(aux) = &image.pixel_values_aux {
             tensors.push(("aux_image", seen(aux)?));
         }
-        tensors.extend([("aux_map", map.unsqueeze(0)?), ("projector_in", mined)]);
+        tensors.extend([("aux_map", map.whole()?.unsqueeze(0)?), ("projector_in", mined)]);
         Ok(tensors)
     }
 

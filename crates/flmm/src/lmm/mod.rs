@@ -7,6 +7,7 @@ pub mod llava_next;
 pub mod mgm;
 pub(crate) mod shared;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use crate::text::chat::ChatFormat;
 use crate::text::tokenizer::Tokenizer;
 use crate::weights::{checkpoint_bytes, files, load_checkpoint_with};
 
-pub use crate::text::chat::{Role, Turn};
+pub use crate::text::chat::{Role, Shown, Turn, order_shown};
 
 /// What the user is taken to have asked when a given text is grounded (`spec/models.md` §2).
 pub const GROUNDING_INSTRUCTION: &str = "Please give me a description of the image.";
@@ -45,6 +46,8 @@ pub struct LmmSpec {
     pub grid: (usize, usize),
     /// Attention maps given to the mask head.
     pub channels: usize,
+    /// Whether a conversation may be about more than one picture.
+    pub several_images: bool,
     /// How far the family is proven against the reference.
     pub tested: &'static str,
 }
@@ -153,13 +156,13 @@ pub struct ImageInput {
     pub layout: ImageLayout,
 }
 
-/// A picture and a conversation made ready for a model.
+/// Pictures and a conversation made ready for a model.
 #[derive(Debug, Clone)]
 pub struct Prepared {
     /// Token ids with the image token repeated once per image feature.
     pub token_ids: Vec<u32>,
-    /// The picture, its layout at its place in `token_ids`.
-    pub image: ImageInput,
+    /// The pictures in their own order, each layout at its place in `token_ids`.
+    pub images: Vec<ImageInput>,
 }
 
 /// What every opened model has, whatever its family.
@@ -212,11 +215,35 @@ pub trait Lmm: Send + Sync {
         &self.base().stop_ids
     }
 
-    /// Prompt ids of `turns`, with exactly one image token in the first user turn.
+    /// `turns` as the family's own chat has them.
+    fn conversation<'a>(&self, turns: &'a [Turn]) -> Cow<'a, [Turn]> {
+        Cow::Borrowed(turns)
+    }
+
+    /// Prompt ids of `turns` about `images` pictures, with one image token for each, in the order of
+    /// [`order_shown`].
     ///
     /// A conversation that ends with an assistant turn is continued from that text.
-    fn prompt(&self, turns: &[Turn]) -> Result<Vec<u32>> {
-        self.tokenizer().encode(&self.base().format.render(turns, 1)?, true)
+    fn prompt(&self, turns: &[Turn], images: usize) -> Result<Vec<u32>> {
+        self.tokenizer().encode(&self.base().format.render(&self.conversation(turns), images)?, true)
+    }
+
+    /// Fails with [`Error::Request`] unless a conversation may be about `count` pictures.
+    fn check_images(&self, count: usize) -> Result<()> {
+        let spec = self.spec();
+        match count {
+            0 => Err(Error::request("there is no picture", "give at least one picture")),
+            1 => Ok(()),
+            _ if spec.several_images => Ok(()),
+            _ => {
+                let several = REGISTRY.iter().filter(|entry| entry.spec.several_images);
+                let names: Vec<&str> = several.map(|entry| entry.spec.name).collect();
+                Err(Error::request(
+                    format!("{} takes one picture per conversation, {count} were given", spec.name),
+                    format!("give one picture, or use a model that takes several: {}", names.join(", ")),
+                ))
+            }
+        }
     }
 
     /// Preprocesses a picture.
@@ -240,9 +267,18 @@ pub trait Lmm: Send + Sync {
         None
     }
 
-    /// Preprocesses a picture and renders and tokenises a conversation.
+    /// Preprocesses a picture and renders and tokenises a conversation about it.
     fn prepare(&self, image: &RgbImage, turns: &[Turn]) -> Result<Prepared> {
-        Prepared::new(self.prepare_image(image)?, &self.prompt(turns)?, self.image_token())
+        self.prepare_all(&[image], turns)
+    }
+
+    /// As [`Lmm::prepare`], for several pictures where [`LmmSpec::several_images`].
+    fn prepare_all(&self, images: &[&RgbImage], turns: &[Turn]) -> Result<Prepared> {
+        self.check_images(images.len())?;
+        let prompt = self.prompt(turns, images.len())?;
+        let images = images.iter().map(|image| self.prepare_image(image)).collect::<Result<Vec<_>>>()?;
+        let order = order_shown(turns, images.len())?;
+        Prepared::new(images, &order, &prompt, self.image_token())
     }
 
     /// The embeddings `[tokens, hidden]` that replace the image's tokens.
@@ -252,27 +288,46 @@ pub trait Lmm: Send + Sync {
 
     /// The decoder's input `[tokens, hidden]`.
     fn embed(&self, input: &Prepared) -> Result<Tensor> {
-        let image = input.image.layout.start..input.image.layout.end();
-        shared::embed_with_image(self.decoder(), &input.token_ids, image, &self.image_features(&input.image)?)
+        let features = input.images.iter().map(|image| Ok((image.layout.start, self.image_features(image)?)));
+        shared::embed_with_images(self.decoder(), &input.token_ids, features.collect::<Result<_>>()?)
     }
 }
 
 impl Prepared {
-    /// Repeats the one `image_token` of `prompt` for every token of the image and places the layout there.
-    pub fn new(mut image: ImageInput, prompt: &[u32], image_token: u32) -> Result<Self> {
-        let mut places = prompt.iter().enumerate().filter(|&(_, &id)| id == image_token).map(|(at, _)| at);
-        let (Some(start), None) = (places.next(), places.next()) else {
-            let count = prompt.iter().filter(|&&id| id == image_token).count();
+    /// Repeats each `image_token` of `prompt` for every token of its picture and places the layouts there. The
+    /// tokens stand for `images[order[0]]`, `images[order[1]]`, …
+    ///
+    /// Fails with [`Error::Request`] if there is not one token for every picture.
+    pub fn new(
+        mut images: Vec<ImageInput>,
+        order: &[usize],
+        prompt: &[u32],
+        image_token: u32,
+    ) -> Result<Self> {
+        let count = prompt.iter().filter(|&&id| id == image_token).count();
+        if count != order.len() {
             return Err(Error::request(
-                format!("the prompt holds {count} image tokens, exactly one is needed"),
+                format!("the prompt holds {count} image tokens for {} pictures", order.len()),
                 "do not write the image token in the text of a question",
             ));
-        };
-        image.layout.start = start;
-        let mut token_ids = prompt[..start].to_vec();
-        token_ids.extend(std::iter::repeat_n(image_token, image.layout.tokens));
-        token_ids.extend_from_slice(&prompt[start + 1..]);
-        Ok(Self { token_ids, image })
+        }
+        let mut token_ids = Vec::with_capacity(prompt.len());
+        let mut order = order.iter();
+        for &id in prompt {
+            if id != image_token {
+                token_ids.push(id);
+                continue;
+            }
+            let Some(image) = order.next().and_then(|&number| images.get_mut(number)) else {
+                return Err(Error::request(
+                    "the prompt shows a picture that there is not",
+                    "give the picture",
+                ));
+            };
+            image.layout.start = token_ids.len();
+            token_ids.extend(std::iter::repeat_n(image_token, image.layout.tokens));
+        }
+        Ok(Self { token_ids, images })
     }
 }
 

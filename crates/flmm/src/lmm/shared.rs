@@ -1,6 +1,5 @@
 //! What several model families have in common: projector, image features among text, special tokens, end of answers.
 
-use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
@@ -58,26 +57,31 @@ impl Projector {
     }
 }
 
-/// Embeddings `[ids, hidden]`, with `features [image, hidden]` in place of the ids at `image`.
+/// Embeddings `[ids, hidden]`, with the features of pictures in place of ids: `images` lists the number of the first
+/// id and the features `[n, hidden]` that replace it and those behind it, in any order.
 ///
 /// Those ids are never looked up: a token added for the image has no row in the table.
-pub(crate) fn embed_with_image(
+pub(crate) fn embed_with_images(
     decoder: &Decoder,
     ids: &[u32],
-    image: Range<usize>,
-    features: &Tensor,
+    mut images: Vec<(usize, Tensor)>,
 ) -> Result<Tensor> {
-    let (before, after) = (ids.get(..image.start), ids.get(image.end..));
-    let (Some(before), Some(after), true) = (before, after, features.dim(0)? == image.len()) else {
-        let what = format!("{:?} image features for tokens {image:?} of {}", features.dims(), ids.len());
-        return Err(candle_core::Error::Msg(what).into());
-    };
-    let mut parts = vec![features.to_dtype(decoder.dtype())?];
-    if !before.is_empty() {
-        parts.insert(0, decoder.embed(before)?);
+    images.sort_by_key(|(start, _)| *start);
+    let (mut parts, mut from) = (Vec::new(), 0);
+    for (start, features) in images {
+        let end = start + features.dim(0)?;
+        if start < from || end > ids.len() {
+            let what = format!("image features for tokens {start}..{end} of {from}..{}", ids.len());
+            return Err(candle_core::Error::Msg(what).into());
+        }
+        if start > from {
+            parts.push(decoder.embed(&ids[from..start])?);
+        }
+        parts.push(features.to_dtype(decoder.dtype())?);
+        from = end;
     }
-    if !after.is_empty() {
-        parts.push(decoder.embed(after)?);
+    if from < ids.len() {
+        parts.push(decoder.embed(&ids[from..])?);
     }
     Ok(Tensor::cat(&parts, 0)?)
 }

@@ -1,8 +1,8 @@
 //! 2-D convolutions with gradients.
 //!
 //! candle's own convolution backward runs a transposed convolution kernel that is several times slower than a
-//! matrix product. Here every convolution is one: 1×1 and patchify directly, 3×3 over strips of unfolded
-//! columns that fit in the cache (see `conv3x3.rs`).
+//! matrix product. Here 1×1 and patchify are one, and 3×3 with stride 1 has kernels of its own
+//! (see `conv_kernels.rs`).
 
 use candle_core::Tensor;
 

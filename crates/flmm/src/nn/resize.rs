@@ -1,6 +1,7 @@
 //! Bilinear and nearest resizing with gradients (`spec/pipeline.md` §3.2): half-pixel centres, edge clamping, no
 //! antialiasing, coefficients in f32.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{
@@ -13,9 +14,21 @@ use crate::error::Result;
 
 /// Bilinear resize of `x [.., h, w]` to `[.., height, width]` by the ratio rule: scale = in / out.
 pub fn bilinear(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
-    let (h, w) = (x.dim(D::Minus2)?, x.dim(D::Minus1)?);
-    let ratio = |input: usize, output: usize| input as f32 / output as f32;
-    resize(x, Taps::new(h, height, ratio(h, height)), Taps::new(w, width, ratio(w, width)))
+    resize(x, Taps::by_ratio(x.dim(D::Minus2)?, height), Taps::by_ratio(x.dim(D::Minus1)?, width))
+}
+
+/// The rows `rows` of [`bilinear`], without computing the others: `[.., rows, width]`.
+pub fn bilinear_rows(x: &Tensor, height: usize, width: usize, rows: Range<usize>) -> Result<Tensor> {
+    if rows.end > height || rows.is_empty() {
+        return Err(candle_core::Error::msg(format!("rows {rows:?} of a map of {height}")).into());
+    }
+    let (all, columns) =
+        (Taps::by_ratio(x.dim(D::Minus2)?, height), Taps::by_ratio(x.dim(D::Minus1)?, width));
+    if all.is_identity() && columns.is_identity() {
+        return Ok(x.narrow(D::Minus2, rows.start, rows.len())?);
+    }
+    let (taps, from, count) = all.of_rows(rows);
+    resize(&x.narrow(D::Minus2, from, count)?, taps, columns)
 }
 
 /// Bilinear resize of `x [.., h, w]` by the scale-factor rule: size `int(in · factor)`, scale = 1 / factor.
@@ -54,6 +67,10 @@ struct Taps {
 }
 
 impl Taps {
+    fn by_ratio(input: usize, output: usize) -> Self {
+        Self::new(input, output, input as f32 / output as f32)
+    }
+
     fn new(input: usize, output: usize, scale: f32) -> Self {
         let last = input.saturating_sub(1);
         let mut taps = Self { input, first: vec![], second: vec![], lambda: vec![] };
@@ -69,6 +86,21 @@ impl Taps {
 
     fn output(&self) -> usize {
         self.first.len()
+    }
+
+    /// The taps of the output positions `rows`, not empty, on the part of the input that they reach: its first position
+    /// and its size.
+    fn of_rows(&self, rows: Range<usize>) -> (Self, usize, usize) {
+        let from = self.first[rows.start];
+        let count = self.second[rows.end - 1] + 1 - from;
+        let moved = |taps: &[usize]| taps[rows.clone()].iter().map(|tap| tap - from).collect();
+        let taps = Self {
+            input: count,
+            first: moved(&self.first),
+            second: moved(&self.second),
+            lambda: self.lambda[rows.clone()].to_vec(),
+        };
+        (taps, from, count)
     }
 
     fn is_identity(&self) -> bool {
@@ -254,5 +286,22 @@ mod tests {
         check(&x, |t| bilinear(&t[0], 7, 3));
         check(&x, |t| bilinear_scaled(&t[0], 1.6));
         check(&x, |t| nearest(&t[0], 9, 2));
+    }
+
+    #[test]
+    fn rows_are_those_of_the_whole() -> Result<()> {
+        for (h, w, height, width) in [(3, 4, 12, 8), (5, 5, 7, 3), (8, 2, 8, 2), (9, 4, 4, 4)] {
+            let values: Vec<f32> = (0..2 * h * w).map(|i| (i as f32 * 1.7).sin()).collect();
+            let x = Tensor::from_vec(values, (2, h, w), &Device::Cpu)?;
+            let whole = bilinear(&x, height, width)?;
+            for (start, end) in [(0, height), (0, 1), (height - 1, height), (1, height - 1)] {
+                let rows = bilinear_rows(&x, height, width, start..end)?;
+                let expected = whole.narrow(1, start, end - start)?;
+                assert_eq!(rows.to_vec3::<f32>()?, expected.to_vec3::<f32>()?);
+            }
+            assert!(bilinear_rows(&x, height, width, 0..height + 1).is_err());
+            assert!(bilinear_rows(&x, height, width, 1..1).is_err());
+        }
+        Ok(())
     }
 }

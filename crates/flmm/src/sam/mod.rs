@@ -10,6 +10,7 @@ mod geometry;
 mod image_encoder;
 mod init;
 mod mask_decoder;
+mod names;
 mod prompt_encoder;
 mod refiner;
 
@@ -20,6 +21,8 @@ use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+
+pub(crate) use names::canonical;
 
 pub use config::SamConfig;
 pub use geometry::SamGeometry;
@@ -37,12 +40,13 @@ pub const CONFIG_FILE: &str = "sam_config.json";
 
 /// Sizes and f32 tensors of the SAM checkpoint at `path` (a file, or a folder with one).
 ///
-/// The sizes come from the [`CONFIG_FILE`] beside the tensors if there is one, else from the tensors' shapes.
+/// Names are the public ones, also of a file in the layout of the `transformers` library (`facebook/sam-vit-large`). The
+/// sizes come from the [`CONFIG_FILE`] beside the tensors if there is one, else from the tensors' shapes.
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::Weights`] or [`Error::Config`] naming the file at fault.
 pub fn read_checkpoint(path: &Path, device: &Device) -> Result<(SamConfig, HashMap<String, Tensor>)> {
-    let tensors = load_checkpoint(path, Some(DType::F32), device)?;
+    let tensors = names::canonical(load_checkpoint(path, Some(DType::F32), device)?);
     let folder = if files::is_dir(path) { path } else { path.parent().unwrap_or(Path::new(".")) };
     let file = folder.join(CONFIG_FILE);
     let config = match files::is_file(&file) {

@@ -19,7 +19,7 @@ use crate::weights::Params;
 const POSITIONS_AT_ONCE: usize = 8 * 64 * 64;
 
 /// Which prompts the decoder gets. The method's own setting is the default.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PromptOptions {
     /// The CNN logits as dense prompt.
@@ -30,11 +30,14 @@ pub struct PromptOptions {
     pub text_prompt: bool,
     /// Of the decoder's three alternative masks take the one closest to the CNN mask, instead of its single mask.
     pub multimask: bool,
+    /// Logit of the mask prompt's padding. `None`: the smallest of the phrases given, at most −1. Phrases that are
+    /// refined in several parts need [`Refiner::padding`] of all of them.
+    pub padding: Option<f32>,
 }
 
 impl Default for PromptOptions {
     fn default() -> Self {
-        Self { mask_prompt: true, box_prompt: true, text_prompt: true, multimask: false }
+        Self { mask_prompt: true, box_prompt: true, text_prompt: true, multimask: false, padding: None }
     }
 }
 
@@ -141,7 +144,7 @@ impl Refiner {
             false => None,
         };
         let prompts = match options.mask_prompt {
-            true => Some(self.mask_prompt(cnn_logits, geometry)?),
+            true => Some(self.padded_prompt(cnn_logits, geometry, options.padding)?),
             false => None,
         };
 
@@ -191,7 +194,25 @@ impl Refiner {
     ///
     /// Padding gets the smallest logit of all phrases, at most −1; that value is a constant, the logits are not.
     pub fn mask_prompt(&self, cnn_logits: &Tensor, geometry: &SamGeometry) -> Result<Tensor> {
-        let pad = pad_value(cnn_logits)?;
+        self.padded_prompt(cnn_logits, geometry, None)
+    }
+
+    /// The value that pads the mask prompts of phrases with these logits: min(−1, smallest logit).
+    pub fn padding(cnn_logits: &Tensor) -> Result<f32> {
+        let smallest = cnn_logits.detach().flatten_all()?.min(0)?.to_scalar::<f32>()?;
+        Ok(smallest.min(-1.0))
+    }
+
+    fn padded_prompt(
+        &self,
+        cnn_logits: &Tensor,
+        geometry: &SamGeometry,
+        padding: Option<f32>,
+    ) -> Result<Tensor> {
+        let pad = match padding {
+            Some(pad) => pad,
+            None => Self::padding(cnn_logits)?,
+        };
         mask_prompt(cnn_logits, geometry, self.config.image_size, self.config.low_res_size(), pad)
     }
 
@@ -273,12 +294,6 @@ impl Refiner {
         }
         Ok(n)
     }
-}
-
-/// min(−1, smallest logit of all phrases).
-fn pad_value(cnn_logits: &Tensor) -> Result<f32> {
-    let smallest = cnn_logits.detach().flatten_all()?.min(0)?.to_scalar::<f32>()?;
-    Ok(smallest.min(-1.0))
 }
 
 fn sam_boxes(coarse: &[Vec<bool>], geometry: &SamGeometry) -> Vec<[f64; 4]> {

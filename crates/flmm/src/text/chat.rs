@@ -2,63 +2,7 @@
 
 use crate::error::{Error, Result};
 
-/// Who speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Instructions before the conversation.
-    System,
-    /// The one who asks.
-    User,
-    /// The model.
-    Assistant,
-    /// What the model is made to begin its answer with, directly behind the prompt; only as the last turn.
-    #[serde(skip)]
-    Opening,
-}
-
-impl Role {
-    /// The name that chat templates use.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::System => "system",
-            Self::User => "user",
-            Self::Assistant | Self::Opening => "assistant",
-        }
-    }
-}
-
-/// One contribution to a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Turn {
-    /// Who speaks.
-    pub role: Role,
-    /// What is said.
-    pub text: String,
-}
-
-impl Turn {
-    /// The user says `text`.
-    pub fn user(text: impl Into<String>) -> Self {
-        Self { role: Role::User, text: text.into() }
-    }
-
-    /// The model says `text`.
-    pub fn assistant(text: impl Into<String>) -> Self {
-        Self { role: Role::Assistant, text: text.into() }
-    }
-
-    /// The model is made to begin its answer with `text`: nothing is put between the prompt and it, and the text
-    /// of the answer does not contain it.
-    pub fn opening(text: impl Into<String>) -> Self {
-        Self { role: Role::Opening, text: text.into() }
-    }
-
-    /// Instructions before the conversation.
-    pub fn system(text: impl Into<String>) -> Self {
-        Self { role: Role::System, text: text.into() }
-    }
-}
+pub use super::turn::{Role, Shown, Turn, order_shown};
 
 /// How a model family writes a conversation.
 ///
@@ -80,7 +24,7 @@ pub struct ChatFormat {
     pub between: &'static str,
     /// The token that stands for the picture.
     pub image: &'static str,
-    /// Between the picture and the text of the first question.
+    /// Behind each picture before the text of the first question.
     pub image_end: &'static str,
     /// A text that ends an answer besides the end-of-sequence token.
     pub stop_word: Option<&'static str>,
@@ -181,22 +125,27 @@ pub const MODELS: [(&str, &ChatFormat); 10] = [
 const ORDER: &str = "begin with a question and let questions and answers take turns";
 
 impl ChatFormat {
-    /// The prompt of a conversation about one picture.
+    /// The prompt of a conversation about `images` pictures, each written as one image token, in the order of
+    /// [`order_shown`].
     ///
-    /// The picture, written as `image_copies` image tokens, comes before the text of the first question. A last
-    /// question is closed so that the model answers it; a last answer is left open so that the model continues it.
+    /// Pictures that no turn has a place for come before the text of the first question, each followed by the
+    /// format's `image_end`; where a turn places a picture itself, its text says what is around it. A last question is
+    /// closed so that the model answers it; a last answer is left open so that the model continues it.
     ///
     /// # Errors
     /// [`Error::Request`] if the conversation is empty, does not begin with a question, if the speakers do not
-    /// take turns, if a question is blank, if a text contains the image token, or if the format has no place for
-    /// system instructions.
-    pub fn render(&self, turns: &[Turn], image_copies: usize) -> Result<String> {
+    /// take turns, if a question is blank, if a text contains the image token, if a picture cannot be shown
+    /// ([`order_shown`]), or if the format has no place for system instructions.
+    pub fn render(&self, turns: &[Turn], images: usize) -> Result<String> {
         self.check(turns)?;
+        let placed: usize = turns.iter().map(|turn| turn.images.len()).sum();
+        let in_front = order_shown(turns, images)?.len() - placed;
         let mut prompt = String::new();
         let mut first = true;
         let mut turns = turns.iter().peekable();
         while let Some(turn) = turns.next() {
             match turn.role {
+                Role::System if turn.text.trim().is_empty() => {}
                 Role::System => {
                     let (before, after) = self.system.ok_or_else(|| {
                         let what =
@@ -210,10 +159,9 @@ impl ChatFormat {
                 Role::User => {
                     prompt += self.before;
                     if std::mem::take(&mut first) {
-                        prompt += &self.image.repeat(image_copies);
-                        prompt += self.image_end;
+                        prompt += &[self.image, self.image_end].concat().repeat(in_front);
                     }
-                    prompt += &turn.text;
+                    prompt += &turn.with_images(self.image);
                     prompt += self.after;
                 }
                 Role::Assistant => {
@@ -257,18 +205,22 @@ impl ChatFormat {
         if turns.iter().any(|turn| turn.text.contains(self.image)) {
             let what =
                 format!("a text of the conversation contains `{}`, which stands for the picture", self.image);
-            return Err(Error::request(what, "remove it; the picture is added to the first question"));
+            return Err(Error::request(what, "remove it; pictures are shown at their places without it"));
         }
         Ok(())
     }
 
     /// Whether `text` of the generated tokens ends the answer: without its CR and LF it ends with the stop word.
     pub fn is_stopped(&self, text: &str) -> bool {
-        let Some(word) = self.stop_word else { return false };
-        // Read from the end, so that no copy of a long text is made for every token.
-        let mut characters = text.chars().rev().filter(|c| !matches!(c, '\r' | '\n'));
-        word.chars().rev().all(|c| characters.next() == Some(c))
+        self.stop_word.is_some_and(|word| ends_with(text, word))
     }
+}
+
+/// Whether `text` without its CR and LF ends with `word`.
+pub(crate) fn ends_with(text: &str, word: &str) -> bool {
+    // Read from the end, so that no copy of a long text is made for every token.
+    let mut characters = text.chars().rev().filter(|c| !matches!(c, '\r' | '\n'));
+    word.chars().rev().all(|c| characters.next() == Some(c))
 }
 
 /// [`ChatFormat::render`] of [`VICUNA`] with one image token.
@@ -292,7 +244,24 @@ mod tests {
             ask(&LLAMA3),
             "<|start_header_id|>user<|end_header_id|>\n\n<image>\nX<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
         );
-        assert!(DEEPSEEK.render(&[Turn::user("X")], 3).unwrap().contains(&"<image_placeholder>".repeat(3)));
+    }
+
+    #[test]
+    fn several_pictures_are_shown_in_front_or_among_the_words() {
+        assert_eq!(VICUNA.render(&[Turn::user("X")], 2).unwrap(), "USER: <image>\n<image>\nX ASSISTANT:");
+        let three = "User: <image_placeholder><image_placeholder><image_placeholder>X\n\nAssistant:";
+        assert_eq!(DEEPSEEK.render(&[Turn::user("X")], 3).unwrap(), three);
+        let among = Turn::user("").show(0).say("the whole image, ").show(1).say("the image region");
+        assert_eq!(
+            DEEPSEEK.render(std::slice::from_ref(&among), 2).unwrap(),
+            "User: <image_placeholder>the whole image, <image_placeholder>the image region\n\nAssistant:"
+        );
+        let turns = [Turn::user("X"), Turn::assistant("Y"), Turn::user("Z ").show(0)];
+        assert_eq!(
+            VICUNA.render(&turns, 2).unwrap(),
+            "USER: <image>\nX ASSISTANT: Y</s>USER: Z <image> ASSISTANT:"
+        );
+        assert!(VICUNA.render(&[among], 1).is_err());
     }
 
     #[test]
@@ -308,6 +277,8 @@ mod tests {
         let turns = [Turn::system("S"), Turn::user("A")];
         assert_eq!(vicuna(&turns).unwrap(), "S USER: <image>\nA ASSISTANT:");
         assert!(GEMMA.render(&turns, 1).is_err());
+        let none = [Turn::system(" "), Turn::user("A")];
+        assert_eq!(GEMMA.render(&none, 1).unwrap(), GEMMA.render(&none[1..], 1).unwrap());
     }
 
     #[test]

@@ -8,9 +8,11 @@ mod decoder;
 mod generate;
 mod rope;
 pub mod sampling;
+pub mod stop;
 pub mod stream;
 pub mod template;
 pub mod tokenizer;
+mod turn;
 
 pub(crate) use attend::round_to;
 pub use attend::{attend, scaled_scores};

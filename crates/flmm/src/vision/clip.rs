@@ -102,8 +102,11 @@ impl ClipVision {
         let embeddings = params.pp("embeddings");
         let trained = config.trained_size / patch;
         let positions = embeddings.pp("position_embedding").get(&[1 + trained * trained, width], "weight")?;
-        let layers =
-            (0..config.blocks_used).map(|index| Block::load(&config, &params.pp("encoder.layers").pp(index)));
+        let layers = (0..config.blocks_used).map(|index| {
+            let params = params.pp("encoder.layers").pp(index);
+            params.claim(&[]);
+            Block::load(&config, &params)
+        });
         Ok(Self {
             class_embedding: embeddings.get(&[width], "class_embedding")?,
             patch_embedding: embeddings.pp("patch_embedding").get(&[width, 3, patch, patch], "weight")?,

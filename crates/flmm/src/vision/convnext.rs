@@ -2,10 +2,12 @@
 //!
 //! Maps are kept channels-last, `[h, w, channels]`: norms and feed-forward layers then need no transposition.
 
+use std::ops::Range;
+
 use candle_core::{DType, Tensor};
 
 use crate::error::Result;
-use crate::nn::{DepthwiseConv2d, LayerNorm, Linear, bilinear, gelu};
+use crate::nn::{DepthwiseConv2d, LayerNorm, Linear, bilinear_rows, gelu};
 use crate::weights::Params;
 
 const EPS: f64 = 1e-6;
@@ -72,18 +74,48 @@ impl ConvNext {
         STEM
     }
 
-    /// `pixel_values [1, 3, H, W]` → `[channels, H / 4, W / 4]`: the outputs of all stages, resized to the first
-    /// one's size (bilinear, in f32, rounded back) and concatenated.
-    pub fn feature_map(&self, pixel_values: &Tensor) -> Result<Tensor> {
+    /// `pixel_values [1, 3, H, W]` → a map `[channels, H / 4, W / 4]`.
+    pub fn feature_map(&self, pixel_values: &Tensor) -> Result<FeatureMap> {
         let pixels = pixel_values.to_dtype(self.stem.dtype())?.squeeze(0)?.permute((1, 2, 0))?;
         let mut x = self.stem_norm.forward(&self.stem.forward(&pixels)?)?;
         let (height, width, _) = x.dims3()?;
-        let mut maps = Vec::with_capacity(self.stages.len());
+        let mut stages = Vec::with_capacity(self.stages.len());
         for stage in &self.stages {
             x = stage.forward(x)?;
-            maps.push(bilinear(&x.permute((2, 0, 1))?.contiguous()?, height, width)?);
+            stages.push(x.permute((2, 0, 1))?.contiguous()?);
         }
-        Ok(Tensor::cat(&maps, 0)?)
+        Ok(FeatureMap { stages, height, width })
+    }
+}
+
+/// The outputs of all stages, to be seen as one map `[channels, height, width]`: all resized to the first one's size
+/// (bilinear, in f32, rounded back) and concatenated.
+///
+/// That map is eight times as large as they are (gigabytes for the largest pictures), so it is made row by row.
+#[derive(Debug, Clone)]
+pub struct FeatureMap {
+    /// `[width, h, w]` of every stage.
+    stages: Vec<Tensor>,
+    height: usize,
+    width: usize,
+}
+
+impl FeatureMap {
+    /// Rows and columns.
+    pub fn size(&self) -> (usize, usize) {
+        (self.height, self.width)
+    }
+
+    /// The rows `rows`: `[channels, rows, width]`.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Tensor> {
+        let parts =
+            self.stages.iter().map(|stage| bilinear_rows(stage, self.height, self.width, rows.clone()));
+        Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?)
+    }
+
+    /// All of it.
+    pub fn whole(&self) -> Result<Tensor> {
+        self.rows(0..self.height)
     }
 }
 

@@ -14,6 +14,9 @@ pub use super::resample::{Filter, pillow_resize};
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 
+/// Raised whenever pixels of the same picture change: feature caches of another version are refused.
+pub const VERSION: u32 = 1;
+
 /// Per-channel mapping of bytes to the numbers a tower was trained on.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Normalisation {

@@ -160,7 +160,10 @@ impl SiglipVision {
             }
         };
         let blocks = params.pp(if timm { "blocks" } else { "encoder.layers" });
-        let layers = (0..config.blocks_used).map(|index| Block::load(&config, &blocks.pp(index)));
+        let layers = (0..config.blocks_used).map(|index| {
+            blocks.pp(index).claim(&[]);
+            Block::load(&config, &blocks.pp(index))
+        });
         let norm = params.pp(if timm { "norm" } else { "post_layernorm" });
         let norm = config.final_norm.then(|| LayerNorm::load(width, config.layer_norm_eps, &norm));
         Ok(Self {

@@ -85,6 +85,21 @@ pub(crate) fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries.collect::<Result<Vec<_>>>()?.into_iter().filter(|path| path.is_file()).collect())
 }
 
+/// The folders directly in a folder, in no order.
+pub(crate) fn list_folders(folder: &Path) -> Result<Vec<PathBuf>> {
+    if let Some(files) = embedded(folder) {
+        let first = |rest: &Path| rest.components().next().map(|name| folder.join(name));
+        let below = files.iter().filter(|(rest, _)| rest.components().count() > 1);
+        let mut folders: Vec<PathBuf> = below.filter_map(|(rest, _)| first(rest)).collect();
+        folders.sort();
+        folders.dedup();
+        return Ok(folders);
+    }
+    let failed = |e| Error::io(folder, e);
+    let entries = std::fs::read_dir(folder).map_err(failed)?.map(|entry| Ok(entry.map_err(failed)?.path()));
+    Ok(entries.collect::<Result<Vec<_>>>()?.into_iter().filter(|path| path.is_dir()).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,6 +3,7 @@
 mod checkpoint;
 mod element;
 pub mod files;
+mod fingerprint;
 mod mmap;
 mod outline;
 mod params;
@@ -16,6 +17,7 @@ pub(crate) use checkpoint::{KNOWN, is_weight_file};
 pub use checkpoint::{
     checkpoint_bytes, checkpoint_files, load_checkpoint, load_checkpoint_some, load_checkpoint_with, outline,
 };
+pub use fingerprint::fingerprint;
 pub use outline::TensorInfo;
 pub use params::{Params, Problem};
 pub use pth::{load_pth, load_pth_bytes};

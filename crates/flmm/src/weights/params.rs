@@ -30,6 +30,8 @@ struct Shared {
 struct State {
     used: BTreeSet<String>,
     problems: Vec<Problem>,
+    /// Prefixes below which every tensor must be used, and parts of names that are excepted.
+    claims: Vec<(String, &'static [&'static str])>,
 }
 
 /// A tensor that is not as a model needs it.
@@ -101,6 +103,25 @@ impl Params {
         Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?)
     }
 
+    /// Says that every tensor below the prefix is the module's: what nobody asks for there is an error of
+    /// [`Params::finish`], because the module would not be the one that was trained (a layer too few, a bias left out).
+    /// Names that contain one of `constants` are excepted.
+    pub fn claim(&self, constants: &'static [&'static str]) {
+        let mut state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        state.claims.push((self.prefix.clone(), constants));
+    }
+
+    /// Names below a claimed prefix that were never asked for, sorted.
+    fn unexpected(&self) -> Vec<String> {
+        let mut unused = self.unused();
+        let state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        unused.retain(|name| {
+            let claims = state.claims.iter().filter(|(prefix, _)| name.starts_with(prefix.as_str()));
+            claims.into_iter().any(|(_, constants)| !constants.iter().any(|part| name.contains(part)))
+        });
+        unused
+    }
+
     /// Names that were never asked for, sorted.
     pub fn unused(&self) -> Vec<String> {
         let state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -126,13 +147,18 @@ impl Params {
         &self.shared.file
     }
 
-    /// Fails with every missing and misshapen tensor in one error; not in a rehearsal ([`super::rehearse`]).
+    /// Fails with every missing, misshapen and unexpected tensor in one error; not in a rehearsal
+    /// ([`super::rehearse`]).
     pub fn finish(&self, hint: &str) -> Result<()> {
-        let problems = self.problems();
-        if problems.is_empty() || rehearsal::is_running() {
+        if rehearsal::is_running() {
             return Ok(());
         }
-        let lines: Vec<String> = problems.iter().map(Problem::to_string).collect();
+        let unexpected = self.unexpected();
+        let mut lines: Vec<String> = self.problems().iter().map(Problem::to_string).collect();
+        lines.extend(unexpected.iter().map(|name| format!("unexpected tensor `{name}`")));
+        if lines.is_empty() {
+            return Ok(());
+        }
         Err(Error::weights(&self.shared.file, lines.join("\n"), hint))
     }
 

@@ -5,6 +5,7 @@ use candle_core::{DType, Tensor};
 use crate::error::{Error, Result};
 use crate::nn::{LayerNorm, Linear, bilinear_scaled, softmax_last_dim};
 use crate::text::round_to;
+use crate::vision::convnext::FeatureMap;
 use crate::weights::Params;
 
 /// Layer norm and linear layer: `vlm_uni_*_projector.{0,1}`.
@@ -47,47 +48,53 @@ impl PatchMining {
         })
     }
 
-    /// `features [views, grid², width]` and `map [channels, h, h]` → main plus mined tokens `[tokens, width]`.
+    /// `features [views, grid², width]` and a square `map` → main plus mined tokens `[tokens, width]`.
     ///
     /// One view looks at the whole map. Of several, the last is the global one, which looks at the map reduced to
     /// the size of a crop's part; its tokens come first, then the crops' (`spec/models.md` §8).
-    pub(super) fn forward(&self, features: &Tensor, map: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(&self, features: &Tensor, map: &FeatureMap) -> Result<Tensor> {
         let (views, _, _) = features.dims3()?;
-        let (_, height, _) = map.dims3()?;
+        let (height, _) = map.size();
         let Some(crops) = views.checked_sub(1).filter(|&crops| crops > 0) else {
-            return self.mine(&features.get(0)?, map, 1);
+            return self.mine(&features.get(0)?, map, (0, 0, height), 1);
         };
         let across = crops.isqrt();
         let side = height / across;
-        let mut tokens = vec![self.mine(&features.get(crops)?, map, across)?];
+        let mut tokens = vec![self.mine(&features.get(crops)?, map, (0, 0, height), across)?];
         for crop in 0..across * across {
             let (top, left) = (crop / across * side, crop % across * side);
-            let tile = map.narrow(1, top, side)?.narrow(2, left, side)?;
-            tokens.push(self.mine(&features.get(crop)?, &tile, 1)?);
+            tokens.push(self.mine(&features.get(crop)?, map, (top, left, side), 1)?);
         }
         Ok(Tensor::cat(&tokens, 0)?)
     }
 
-    /// `main [grid², width]` and the part of the map it shows, which is first reduced `shrink` times.
+    /// `main [grid², width]` and the part of the map it shows, `(top, left, side)`, which is first reduced `shrink` times.
     ///
-    /// One row of patches at a time: keys and values of a whole map would take gigabytes. Reducing by a whole number
+    /// One row of patches at a time: keys and values of a whole map, and the map itself, would take gigabytes. Reducing by a whole number
     /// mixes no cells of two rows of patches.
-    fn mine(&self, main: &Tensor, map: &Tensor, shrink: usize) -> Result<Tensor> {
+    fn mine(
+        &self,
+        main: &Tensor,
+        map: &FeatureMap,
+        (top, left, side): (usize, usize, usize),
+        shrink: usize,
+    ) -> Result<Tensor> {
         let (tokens, _) = main.dims2()?;
-        let (channels, height, _) = map.dims3()?;
         let grid = tokens.isqrt();
-        let patch = height / shrink / grid.max(1);
-        if patch == 0 || patch * grid * shrink != height || grid * grid != tokens {
-            let what = format!("{tokens} tokens for an auxiliary map of {height} cells per side");
+        let patch = side / shrink / grid.max(1);
+        if patch == 0 || patch * grid * shrink != side || grid * grid != tokens {
+            let what = format!("{tokens} tokens for an auxiliary map of {side} cells per side");
             return Err(Error::image(what, "prepare the picture with the model that reads it"));
         }
         let queries = self.query.forward(main)?;
         let mut mined = Vec::with_capacity(grid);
         for row in 0..grid {
-            let mut strip = map.narrow(1, row * patch * shrink, patch * shrink)?;
+            let first = top + row * patch * shrink;
+            let mut strip = map.rows(first..first + patch * shrink)?.narrow(2, left, side)?;
             if shrink > 1 {
                 strip = bilinear_scaled(&strip, 1.0 / shrink as f64)?;
             }
+            let channels = strip.dim(0)?;
             let patches = strip.reshape((channels, patch, grid, patch))?.permute((2, 1, 3, 0))?.reshape((
                 grid,
                 patch * patch,

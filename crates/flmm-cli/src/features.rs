@@ -1,0 +1,136 @@
+//! `flmm features`: a feature cache, built without training; and how `flmm train` is told of one.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+
+use clap::{Args, ValueEnum};
+use flmm::Error;
+use flmm_train::Watch;
+use flmm_train::cache::{MapValues, Part, Values};
+use flmm_train::config::Config;
+use flmm_train::features::{FeatureOptions, build_features};
+use indicatif::ProgressBar;
+
+use crate::failure::{Failure, Result};
+use crate::talk::Talk;
+use crate::train::{ModelsArgs, models, precision, stop_on_signal, usage};
+
+#[derive(Debug, Args)]
+pub(crate) struct FeaturesArgs {
+    /// What will be trained: a TOML file, or the name of a built-in configuration such as llava-1.5-7b.
+    #[arg(long, value_name = "FILE|NAME")]
+    config: PathBuf,
+    /// Folder with the datasets, `coco/` in it; see `flmm data check`.
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// Folder of the cache, new, or of one that goes on.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Change one key of the configuration, may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Make part I of N only, so that several machines share the work.
+    #[arg(long, value_name = "I/N", value_parser = part, default_value = "1/1", hide_default_value = true)]
+    shard: Part,
+    #[command(flatten)]
+    stored: StoredArgs,
+    #[command(flatten)]
+    models: ModelsArgs,
+}
+
+/// How numbers are stored in a cache.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct StoredArgs {
+    /// Numbers of a feature cache; f32 changes no bit of the training.
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
+    feature_type: Numbers,
+    /// Store attention maps in one byte per value.
+    #[arg(long)]
+    feature_maps_int8: bool,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum Numbers {
+    F32,
+    #[default]
+    F16,
+    Bf16,
+}
+
+impl StoredArgs {
+    /// The cache in `dir`.
+    pub(crate) fn options(self, dir: PathBuf) -> FeatureOptions {
+        let values = match self.feature_type {
+            Numbers::F32 => Values::F32,
+            Numbers::F16 => Values::F16,
+            Numbers::Bf16 => Values::Bf16,
+        };
+        let maps = if self.feature_maps_int8 { MapValues::Int8 } else { MapValues::Same };
+        FeatureOptions { dir, values, maps }
+    }
+}
+
+/// `2/4` is the second of four parts.
+fn part(text: &str) -> std::result::Result<Part, String> {
+    let parse = |text: &str| text.trim().parse::<usize>().ok().filter(|number| *number > 0);
+    let numbers = text.split_once('/').and_then(|(index, count)| Some((parse(index)?, parse(count)?)));
+    match numbers {
+        Some((index, count)) if index <= count => Ok(Part { index: index - 1, count }),
+        _ => Err("expected I/N with 1 ≤ I ≤ N, for example 2/4".into()),
+    }
+}
+
+pub(crate) fn run(args: &FeaturesArgs, talk: &Talk) -> Result<()> {
+    let mut settings = args.set.clone();
+    settings.extend(precision(&args.models));
+    let config = Config::load(&args.config, &settings).map_err(usage)?;
+    let models = models(&args.models, &config, talk)?;
+    let options = args.stored.options(args.out.clone());
+    let stop = stop_on_signal()?;
+    let bar = talk.bar(0);
+    let on_sample = |done: usize, of: usize| {
+        bar.set_length(of as u64);
+        bar.set_position(done as u64);
+        if stop.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let mut told = Told { talk, bar: &bar };
+    let built = build_features(&config, &models, &args.data, &options, args.shard, &mut told, on_sample);
+    bar.finish_and_clear();
+    let built = built?;
+    if built.broken > 0 {
+        talk.note(format_args!("{} samples could not be made; `flmm data check` tells why", built.broken));
+    }
+    match built.complete {
+        true => talk.print(&format!("{} samples added to {}", built.added, args.out.display())),
+        false => Err(Failure::Library(Error::request(
+            format!("stopped; {} samples were added and stay", built.added),
+            "give the same command again to go on",
+        ))),
+    }
+}
+
+/// Notes above the bar.
+struct Told<'a> {
+    talk: &'a Talk,
+    bar: &'a ProgressBar,
+}
+
+impl Watch for Told<'_> {
+    fn note(&mut self, text: &str) {
+        self.bar.suspend(|| self.talk.note(text));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_counted_from_one() {
+        assert_eq!(part("2/4"), Ok(Part { index: 1, count: 4 }));
+        for wrong in ["", "2", "0/3", "4/3", "a/b", "1/0", "-1/2"] {
+            assert!(part(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,363 @@
+//! Is a download complete? Files, counts, pictures and masks of the training and validation data, and where to get
+//! what is missing (`training.md` §1).
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use flmm::{Error, Result};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::images::ImageStore;
+use crate::narratives::Narratives;
+use crate::refcoco::RefCoco;
+
+/// Problems of one part that are told one by one; the rest is counted.
+const TOLD: usize = 10;
+
+/// Which data is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CheckOptions {
+    /// The parts that training needs.
+    pub train: bool,
+    /// The parts that validation needs.
+    pub val: bool,
+    /// Decodes every picture and mask instead of looking at headers.
+    pub decode: bool,
+}
+
+/// How a part was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Complete.
+    Complete,
+    /// As far as it goes it is right, but the published data has another number of entries.
+    Different,
+    /// Something is missing or damaged.
+    Incomplete,
+    /// Nothing of it is there.
+    Missing,
+}
+
+/// One part of the data.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Part {
+    /// What it is: `narratives train2017`, `pictures coco/train2014`.
+    pub name: String,
+    /// How it was found.
+    pub status: Status,
+    /// What is counted.
+    pub unit: &'static str,
+    /// How many there are.
+    pub found: u64,
+    /// How many the published data has.
+    pub published: Option<u64>,
+    /// The first problems.
+    pub problems: Vec<String>,
+    /// Number of all problems.
+    pub problem_count: u64,
+    /// What to fetch for what is missing or damaged.
+    pub fetch: Vec<Fetch>,
+}
+
+/// Where a part comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Fetch {
+    /// Where it is published.
+    pub url: &'static str,
+    /// What to do with it.
+    pub into: &'static str,
+}
+
+/// What [`check`] found.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// Every part that was looked for.
+    pub parts: Vec<Part>,
+}
+
+impl Report {
+    /// Whether nothing is missing or damaged.
+    pub fn is_usable(&self) -> bool {
+        self.parts.iter().all(|part| matches!(part.status, Status::Complete | Status::Different))
+    }
+}
+
+const NARRATIVES: Fetch = Fetch {
+    url: "https://bcv-uniandes.github.io/panoptic-narrative-grounding/",
+    into: "put png_coco_train2017.json and png_coco_val2017.json into coco/annotations/",
+};
+const PANOPTIC: Fetch = Fetch {
+    url: "http://images.cocodataset.org/annotations/panoptic_annotations_trainval2017.zip",
+    into: "unpack below coco/, then annotations/panoptic_train2017.zip and panoptic_val2017.zip beside themselves",
+};
+
+fn pictures(folder: &str) -> Vec<Fetch> {
+    let into = "put it below coco/ as it is, or unpacked";
+    let url = match folder {
+        "coco/train2017" => "http://images.cocodataset.org/zips/train2017.zip",
+        "coco/val2017" => "http://images.cocodataset.org/zips/val2017.zip",
+        "coco/train2014" => "http://images.cocodataset.org/zips/train2014.zip",
+        _ => return Vec::new(),
+    };
+    vec![Fetch { url, into }]
+}
+
+fn referring(dataset: &str) -> Vec<Fetch> {
+    let into = "unpack it below coco/";
+    let url = match dataset {
+        "refcoco" => "https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcoco.zip",
+        "refcoco+" => "https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcoco+.zip",
+        "refcocog" => "https://bvisionweb1.cs.unc.edu/licheng/referit/data/refcocog.zip",
+        _ => return Vec::new(),
+    };
+    vec![Fetch { url, into }]
+}
+
+/// Pictures with referred objects in the published splits.
+fn published_images(dataset: &str, split: &str) -> Option<u64> {
+    Some(match (dataset, split) {
+        ("refcoco", "train") => 16_994,
+        ("refcoco+", "train") => 16_992,
+        ("refcocog", "train") => 21_899,
+        ("refcoco" | "refcoco+", "val") => 1_500,
+        ("refcocog", "val") => 1_300,
+        _ => return None,
+    })
+}
+
+/// Told what is looked at: part, how many are done, how many there are.
+pub type Progress<'a> = &'a (dyn Fn(&str, u64, u64) + Sync);
+
+/// Looks for everything below `root` that training (and validation) needs.
+///
+/// Missing and damaged data is reported, not an error; an error only if `root` is no folder.
+pub fn check(root: &Path, options: CheckOptions, progress: Progress<'_>) -> Result<Report> {
+    let images = ImageStore::open(root)?;
+    let mut checker = Checker { root, images, options, progress, parts: Vec::new(), wanted: BTreeMap::new() };
+    for (wanted, split) in [(options.train, "train"), (options.val, "val")] {
+        if wanted {
+            checker.narratives(split);
+            for dataset in ["refcoco", "refcoco+", "refcocog"] {
+                checker.referring(dataset, split);
+            }
+        }
+    }
+    checker.pictures();
+    Ok(Report { parts: checker.parts })
+}
+
+struct Checker<'a> {
+    root: &'a Path,
+    images: ImageStore,
+    options: CheckOptions,
+    progress: Progress<'a>,
+    parts: Vec<Part>,
+    /// Pictures that annotations name, by folder, with height and width.
+    wanted: BTreeMap<String, BTreeMap<String, [u32; 2]>>,
+}
+
+impl Checker<'_> {
+    fn narratives(&mut self, split: &str) {
+        let name = format!("narratives {split}2017");
+        let published = if split == "train" { Some(134_272) } else { None };
+        let narratives = match Narratives::open_split(self.root, &format!("{split}2017")) {
+            Ok(narratives) => narratives,
+            Err(error) => {
+                let there = |file: String| self.root.join("coco/annotations").join(file).is_file();
+                let mut fetch = Vec::new();
+                if !there(format!("png_coco_{split}2017.json")) {
+                    fetch.push(NARRATIVES);
+                }
+                if !there(format!("panoptic_{split}2017.json")) || fetch.is_empty() {
+                    fetch.push(PANOPTIC);
+                }
+                self.wanted.entry(format!("coco/{split}2017")).or_default();
+                return self.absent(name, "narratives", published, &error, fetch);
+            }
+        };
+        let total = narratives.len() as u64;
+        let folder = format!("coco/{split}2017");
+        let mut places: BTreeMap<String, [u32; 2]> = BTreeMap::new();
+        let mut problems = Problems::default();
+        for index in 0..narratives.len() {
+            match narratives.picture(index) {
+                Ok((file, size)) => drop(places.insert(file.to_owned(), size)),
+                Err(error) => problems.add(error),
+            }
+        }
+        let masks = self.all(&name, narratives.len(), |index| match self.options.decode {
+            true => narratives.sample(index).map(drop),
+            false => narratives.check_mask_file(index),
+        });
+        problems.join(masks);
+        self.wanted.entry(folder).or_default().extend(places);
+        self.finish(name, "narratives", total, published, problems, vec![PANOPTIC]);
+    }
+
+    fn referring(&mut self, dataset: &str, split: &str) {
+        let name = format!("{dataset} {split}");
+        let published = published_images(dataset, split);
+        let data = match RefCoco::open_split(self.root, dataset, split) {
+            Ok(data) => data,
+            Err(error) => {
+                self.wanted.entry("coco/train2014".into()).or_default();
+                return self.absent(name, "pictures", published, &error, referring(dataset));
+            }
+        };
+        let sizes = data.images.iter().map(|image| (image.file_name.clone(), image.size));
+        self.wanted.entry("coco/train2014".into()).or_default().extend(sizes);
+        let problems = match self.options.decode {
+            false => Problems::default(),
+            true => self.all(&name, data.images.len(), |index| {
+                let image = &data.images[index];
+                (0..image.objects.len()).try_for_each(|object| data.mask(image, object).map(drop))
+            }),
+        };
+        self.finish(name, "pictures", data.images.len() as u64, published, problems, referring(dataset));
+    }
+
+    /// Every picture that an annotation names.
+    fn pictures(&mut self) {
+        for (folder, files) in std::mem::take(&mut self.wanted) {
+            let files: Vec<(String, [u32; 2])> = files.into_iter().collect();
+            let name = format!("pictures {folder}");
+            if files.is_empty() {
+                self.unnamed(name, &folder);
+                continue;
+            }
+            let problems = self.all(&name, files.len(), |index| {
+                let (file, [height, width]) = &files[index];
+                let path = format!("{folder}/{file}");
+                let size = match self.options.decode {
+                    true => self.images.read(&path)?.dimensions(),
+                    false => self.images.dimensions(&path)?,
+                };
+                match size == (*width, *height) {
+                    true => Ok(()),
+                    false => Err(Error::image(
+                        format!(
+                            "`{path}` is {} × {}, its annotations say {width} × {height}",
+                            size.0, size.1
+                        ),
+                        "download it again",
+                    )),
+                }
+            });
+            let found = files.len() as u64 - problems.count;
+            let status = match (found, problems.count) {
+                (_, 0) => Status::Complete,
+                (0, _) => Status::Missing,
+                _ => Status::Incomplete,
+            };
+            let fetch = if status == Status::Complete { Vec::new() } else { pictures(&folder) };
+            let (problems, problem_count) = (problems.first, problems.count);
+            let published = Some(files.len() as u64);
+            self.parts.push(Part {
+                name,
+                status,
+                unit: "pictures",
+                found,
+                published,
+                problems,
+                problem_count,
+                fetch,
+            });
+        }
+    }
+
+    /// Pictures that no annotation names, because there is none: whether there are any at all.
+    fn unnamed(&mut self, name: String, folder: &str) {
+        let files = std::fs::read_dir(self.root.join(folder)).map_or(0, Iterator::count);
+        let packed = self.images.archives(folder).into_iter().flatten().map(|(_, entries)| entries);
+        let found = (files + packed.sum::<usize>()) as u64;
+        let (status, problems) = match found {
+            0 => (Status::Missing, vec![format!("neither {folder}/ nor an archive of it is there")]),
+            _ => (Status::Incomplete, vec!["not looked at: there are no annotations".to_owned()]),
+        };
+        let fetch = if found == 0 { pictures(folder) } else { Vec::new() };
+        let (unit, problem_count) = ("pictures", 1);
+        self.parts.push(Part { name, status, unit, found, published: None, problems, problem_count, fetch });
+    }
+
+    /// Looks at entries `0..count` on all threads.
+    fn all(&self, name: &str, count: usize, look: impl Fn(usize) -> Result<()> + Sync) -> Problems {
+        let (problems, done) = (Mutex::new(Problems::default()), AtomicU64::new(0));
+        (0..count).into_par_iter().for_each(|index| {
+            if let Err(error) = look(index)
+                && let Ok(mut problems) = problems.lock()
+            {
+                problems.add(error);
+            }
+            (self.progress)(name, done.fetch_add(1, Ordering::Relaxed) + 1, count as u64);
+        });
+        let mut problems = problems.into_inner().unwrap_or_default();
+        // Threads end in any order; a report is the same every time.
+        problems.first.sort();
+        problems
+    }
+
+    fn absent(
+        &mut self,
+        name: String,
+        unit: &'static str,
+        published: Option<u64>,
+        error: &Error,
+        fetch: Vec<Fetch>,
+    ) {
+        let missing =
+            matches!(error, Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound);
+        let status = if missing { Status::Missing } else { Status::Incomplete };
+        let problems = vec![one_line(error)];
+        self.parts.push(Part { name, status, unit, found: 0, published, problems, problem_count: 1, fetch });
+    }
+
+    fn finish(
+        &mut self,
+        name: String,
+        unit: &'static str,
+        found: u64,
+        published: Option<u64>,
+        problems: Problems,
+        fetch: Vec<Fetch>,
+    ) {
+        let status = match (problems.count, published) {
+            (1.., _) => Status::Incomplete,
+            (0, Some(published)) if published != found => Status::Different,
+            (0, _) => Status::Complete,
+        };
+        let fetch = if status == Status::Incomplete { fetch } else { Vec::new() };
+        let (problems, problem_count) = (problems.first, problems.count);
+        self.parts.push(Part { name, status, unit, found, published, problems, problem_count, fetch });
+    }
+}
+
+/// The decoders' messages may have several lines.
+fn one_line(error: &Error) -> String {
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The first problems and the number of all.
+#[derive(Default)]
+struct Problems {
+    first: Vec<String>,
+    count: u64,
+}
+
+impl Problems {
+    fn add(&mut self, error: Error) {
+        self.count += 1;
+        if self.first.len() < TOLD {
+            self.first.push(one_line(&error));
+        }
+    }
+
+    fn join(&mut self, other: Self) {
+        self.count += other.count;
+        self.first.extend(other.first);
+        self.first.truncate(TOLD);
+    }
+}

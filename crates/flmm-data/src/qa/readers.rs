@@ -1,0 +1,475 @@
+//! From the published files of each benchmark to questions.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use flmm::{Error, Result};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::parquet::ParquetFile;
+use super::table::Row;
+use super::tsv::TsvFile;
+use super::{Benchmark, Picture, QaData, Question, Table};
+use crate::coco::{malformed, parse_json, read_json};
+use crate::images::ImageStore;
+
+/// Pictures of COCO's validation set of 2014.
+const COCO: &str = "coco/val2014";
+
+/// Reads the questions of `benchmark` below `root`.
+pub(super) fn read(root: &Path, benchmark: Benchmark) -> Result<QaData> {
+    let folder = root.join(benchmark.folder());
+    if !folder.is_dir() {
+        let what = format!("there is no folder `{}`", folder.display());
+        return Err(Error::request(what, format!("put there {}", benchmark.source())));
+    }
+    let mut files = Vec::new();
+    list(&folder, 0, &mut files)?;
+    let data = QaData { questions: Vec::new(), tables: Vec::new(), pictures: ImageStore::open(root)? };
+    let mut reading = Reading { root, folder: &folder, files, data };
+    match benchmark {
+        Benchmark::Mme => {
+            reading.tables(&["test", ""], mme)?;
+            reading.number_within_groups();
+        }
+        Benchmark::MmBench => reading.tables(&["mmbench_dev", "dev", ""], mmbench)?,
+        Benchmark::Ai2d => reading.tables(&["test", ""], ai2d)?,
+        Benchmark::MmVet => match reading.file("mm-vet.json") {
+            Some(path) => reading.mm_vet(&path)?,
+            None => reading.tables(&["test", ""], mm_vet)?,
+        },
+        Benchmark::LlavaBench => match reading.file("questions.jsonl") {
+            Some(path) => reading.llava_bench(&path)?,
+            None => reading.tables(&["train", "test", ""], llava_bench)?,
+        },
+        Benchmark::Pope => reading.pope()?,
+        Benchmark::Gqa => match reading.file("testdev_balanced_questions.json") {
+            Some(path) => reading.gqa(&path)?,
+            None => reading.gqa_tables()?,
+        },
+        Benchmark::VqaV2 => match reading.file("v2_OpenEnded_mscoco_val2014_questions.json") {
+            Some(path) => reading.vqa(&path)?,
+            None => reading.tables(&["validation", ""], vqa)?,
+        },
+    }
+    Ok(reading.data)
+}
+
+/// The files below `folder`, by name; not deeper than data sets of the hub go.
+fn list(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
+    let entries = std::fs::read_dir(folder).map_err(|error| Error::io(folder, error))?;
+    let mut inside = Vec::new();
+    for entry in entries {
+        inside.push(entry.map_err(|error| Error::io(folder, error))?.path());
+    }
+    inside.sort();
+    for path in inside {
+        // Pictures are looked up by name, not listed; hidden folders hold what download tools leave.
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        match path.is_dir() {
+            true if depth < 3 && name != "images" && !name.starts_with('.') => list(&path, depth + 1, files)?,
+            true => {}
+            false => files.push(path),
+        }
+    }
+    Ok(())
+}
+
+struct Reading<'a> {
+    root: &'a Path,
+    folder: &'a Path,
+    files: Vec<PathBuf>,
+    data: QaData,
+}
+
+/// Makes a question of a table's row.
+type Make = fn(&Row) -> Result<Question>;
+
+impl Reading<'_> {
+    fn file(&self, name: &str) -> Option<PathBuf> {
+        self.files.iter().find(|path| path.file_name().is_some_and(|found| found == name)).cloned()
+    }
+
+    /// The folder with pictures beside an annotation file, relative to the data root.
+    fn images(&self, file: &Path) -> String {
+        let folder = file.strip_prefix(self.root).unwrap_or(file).with_file_name("images");
+        folder.to_string_lossy().replace('\\', "/")
+    }
+
+    /// Reads the Parquet or TSV files whose name begins with the first of `prefixes` that any has.
+    fn tables(&mut self, prefixes: &[&str], make: Make) -> Result<()> {
+        // The data set of MMBench holds other languages beside English.
+        let foreign = |path: &Path| path.iter().any(|part| part == "cn" || part == "cc");
+        let table = |path: &&PathBuf| extension(path, "parquet") || extension(path, "tsv");
+        let tables: Vec<PathBuf> =
+            self.files.iter().filter(table).filter(|path| !foreign(path)).cloned().collect();
+        let begins = |path: &Path, prefix: &str| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().to_lowercase().starts_with(prefix))
+        };
+        let chosen: Option<Vec<&PathBuf>> = prefixes.iter().find_map(|prefix| {
+            let found: Vec<_> = tables.iter().filter(|path| begins(path, prefix)).collect();
+            (!found.is_empty()).then_some(found)
+        });
+        for path in chosen.unwrap_or_default() {
+            self.table(path, make)?;
+        }
+        Ok(())
+    }
+
+    fn table(&mut self, path: &Path, make: Make) -> Result<()> {
+        let mut made = Vec::new();
+        self.rows(path, &mut |row| {
+            made.push(make(row)?);
+            Ok(())
+        })?;
+        // Files without ids count on from one another.
+        for question in &mut made {
+            if question.id.is_empty() {
+                question.id = (self.data.questions.len() + 1).to_string();
+            }
+            let question = std::mem::take(question);
+            self.data.questions.push(question);
+        }
+        Ok(())
+    }
+
+    /// Gives questions that share a picture's name ids of their own: `name#1`, `name#2`.
+    fn number_within_groups(&mut self) {
+        let mut counts: HashMap<String, usize> = HashMap::new();
+        for question in &mut self.data.questions {
+            let count = counts.entry(question.group.clone()).or_default();
+            *count += 1;
+            question.id = format!("{}#{count}", question.group);
+        }
+    }
+
+    fn rows(&mut self, path: &Path, visit: &mut dyn FnMut(&Row) -> Result<()>) -> Result<()> {
+        let number = self.data.tables.len();
+        let table = match extension(path, "tsv") {
+            true => Table::Tsv(TsvFile::read(path, number, visit)?),
+            false => Table::Parquet(ParquetFile::read(path, number, visit)?),
+        };
+        self.data.tables.push(table);
+        Ok(())
+    }
+
+    fn pope(&mut self) -> Result<()> {
+        let sets = ["random", "popular", "adversarial"];
+        let files = sets.map(|set| (set, self.file(&format!("coco_pope_{set}.json"))));
+        if files.iter().all(|(_, file)| file.is_none()) {
+            return self.tables(&["test", ""], pope);
+        }
+        for (set, file) in files {
+            // One set alone would give other numbers under the same name.
+            let file = file.ok_or_else(|| {
+                let hint = "all three sets are needed: random, popular, adversarial";
+                malformed(self.folder, format!("there is no `coco_pope_{set}.json`"), hint)
+            })?;
+            lines(&file, |row| {
+                self.data.questions.push(Question {
+                    id: format!("{set}-{}", row.text("question_id")?),
+                    question: row.text("text")?,
+                    answers: vec![row.text("label")?],
+                    category: set.to_owned(),
+                    group: row.text("image")?,
+                    picture: Picture::File(format!("{COCO}/{}", plain_name(row, "image")?)),
+                    ..Question::default()
+                });
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn gqa(&mut self, path: &Path) -> Result<()> {
+        let entries: Map<String, Value> = read_json(path)?;
+        let images = self.images(path);
+        for (number, (id, value)) in entries.into_iter().enumerate() {
+            let row = json_row(path, number, value)?;
+            let image = plain_name(&row, "imageId")?;
+            self.data.questions.push(Question {
+                id,
+                question: row.text("question")?,
+                answers: vec![row.text("answer")?],
+                picture: Picture::File(format!("{images}/{image}.jpg")),
+                group: image,
+                ..Question::default()
+            });
+        }
+        Ok(())
+    }
+
+    /// Questions and pictures are two tables, joined by the picture's id.
+    fn gqa_tables(&mut self) -> Result<()> {
+        let in_folder = |part: &str| -> Vec<PathBuf> {
+            let parquet = self.files.iter().filter(|path| extension(path, "parquet"));
+            parquet.filter(|path| path.iter().any(|p| p == part)).cloned().collect()
+        };
+        let (texts, images) =
+            (in_folder("testdev_balanced_instructions"), in_folder("testdev_balanced_images"));
+        let mut pictures = HashMap::new();
+        for path in images {
+            self.rows(&path, &mut |row| {
+                pictures.insert(row.text("id")?, row.picture()?);
+                Ok(())
+            })?;
+        }
+        for path in texts {
+            let mut made = Vec::new();
+            self.rows(&path, &mut |row| {
+                let image = row.text("imageId")?;
+                let picture = pictures.get(&image).cloned().ok_or_else(|| {
+                    row.error(
+                        format!("no picture `{image}`"),
+                        "put testdev_balanced_images/ beside the questions",
+                    )
+                })?;
+                made.push(Question {
+                    id: row.text("id")?,
+                    question: row.text("question")?,
+                    answers: vec![row.text("answer")?],
+                    group: image,
+                    picture,
+                    ..Question::default()
+                });
+                Ok(())
+            })?;
+            self.data.questions.append(&mut made);
+        }
+        Ok(())
+    }
+
+    fn vqa(&mut self, path: &Path) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Questions {
+            questions: Vec<Value>,
+        }
+        #[derive(Deserialize)]
+        struct Annotations {
+            annotations: Vec<Value>,
+        }
+        let annotations_path = path.with_file_name("v2_mscoco_val2014_annotations.json");
+        let mut answers = HashMap::new();
+        for (number, value) in
+            read_json::<Annotations>(&annotations_path)?.annotations.into_iter().enumerate()
+        {
+            let row = json_row(&annotations_path, number, value)?;
+            answers.insert(row.number("question_id")?, row.texts("answers", "answer")?);
+        }
+        for (number, value) in read_json::<Questions>(path)?.questions.into_iter().enumerate() {
+            let row = json_row(path, number, value)?;
+            let (id, image) = (row.number("question_id")?, row.number("image_id")?);
+            let answers = answers.remove(&id).ok_or_else(|| {
+                let hint = "both files must be of the same split";
+                row.error(format!("question {id} has no answers in {}", annotations_path.display()), hint)
+            })?;
+            self.data.questions.push(Question {
+                id: id.to_string(),
+                question: row.text("question")?,
+                answers,
+                group: image.to_string(),
+                picture: Picture::File(format!("{COCO}/COCO_val2014_{image:012}.jpg")),
+                ..Question::default()
+            });
+        }
+        Ok(())
+    }
+
+    fn mm_vet(&mut self, path: &Path) -> Result<()> {
+        let images = self.images(path);
+        for (number, (id, value)) in read_json::<Map<String, Value>>(path)?.into_iter().enumerate() {
+            let row = json_row(path, number, value)?;
+            self.data.questions.push(Question {
+                id,
+                question: row.text("question")?,
+                answers: vec![row.text("answer")?],
+                capabilities: row.texts("capability", "")?,
+                picture: Picture::File(format!("{images}/{}", plain_name(&row, "imagename")?)),
+                ..Question::default()
+            });
+        }
+        Ok(())
+    }
+
+    fn llava_bench(&mut self, path: &Path) -> Result<()> {
+        let (images, answers_path) = (self.images(path), path.with_file_name("answers_gpt4.jsonl"));
+        let (mut answers, mut contexts) = (HashMap::new(), HashMap::new());
+        lines(&answers_path, |row| {
+            answers.insert(row.text("question_id")?, row.text("text")?);
+            Ok(())
+        })?;
+        lines(&path.with_file_name("context.jsonl"), |row| {
+            contexts.insert(row.text("image")?, row.text("caption")?);
+            Ok(())
+        })?;
+        lines(path, |row| {
+            let (id, image) = (row.text("question_id")?, plain_name(row, "image")?);
+            let hint = "all three files must be of the same release";
+            let answer = answers.remove(&id);
+            let answer =
+                answer.ok_or_else(|| row.error(format!("question {id} has no reference answer"), hint))?;
+            let context = contexts.get(&image).cloned();
+            self.data.questions.push(Question {
+                id,
+                question: row.text("text")?,
+                answers: vec![answer],
+                category: row.text("category")?,
+                context: context.ok_or_else(|| row.error(format!("no context for `{image}`"), hint))?,
+                picture: Picture::File(format!("{images}/{image}")),
+                group: image,
+                ..Question::default()
+            });
+            Ok(())
+        })
+    }
+}
+
+fn mme(row: &Row) -> Result<Question> {
+    Ok(Question {
+        // Both questions about a picture have its name as id.
+        group: row.text("question_id")?,
+        question: row.text("question")?,
+        answers: vec![row.text("answer")?],
+        category: row.text("category")?,
+        picture: row.picture()?,
+        ..Question::default()
+    })
+}
+
+fn mmbench(row: &Row) -> Result<Question> {
+    let index = row.number("index")?;
+    let options = row.lettered_options()?;
+    let answer = row.optional_text("answer")?.ok_or_else(|| {
+        row.error("no `answer`", "the test split is scored by the benchmark's server only: use the dev split")
+    })?;
+    let answer = answer.trim().to_owned();
+    if !options.iter().any(|(letter, _)| answer == letter.to_string()) {
+        return Err(
+            row.error(format!("answer {answer:?} is none of the options"), "compare with the published file")
+        );
+    }
+    let l2 = row.optional_text("l2-category")?;
+    Ok(Question {
+        id: index.to_string(),
+        question: row.text("question")?,
+        hint: row.optional_text("hint")?.unwrap_or_default(),
+        options,
+        answers: vec![answer],
+        category: row.optional_text("category")?.unwrap_or_default(),
+        l2_category: l2
+            .map_or_else(|| row.optional_text("L2-category"), |l2| Ok(Some(l2)))?
+            .unwrap_or_default(),
+        group: (index % 1_000_000).to_string(),
+        picture: row.picture()?,
+        ..Question::default()
+    })
+}
+
+fn ai2d(row: &Row) -> Result<Question> {
+    let options = match row.cells.contains_key("options") {
+        true => ('A'..='Z').zip(row.texts("options", "")?).collect(),
+        false => row.lettered_options()?,
+    };
+    let gold = row.text("answer")?;
+    let letter = match gold.trim().parse::<usize>() {
+        Ok(index) => options.get(index).map(|(letter, _)| *letter),
+        Err(_) => options.iter().map(|(letter, _)| *letter).find(|letter| gold.trim() == letter.to_string()),
+    };
+    let letter = letter.ok_or_else(|| {
+        let hint = "expected an option's letter, or its number counted from 0";
+        row.error(format!("answer {gold:?} is none of the {} options", options.len()), hint)
+    })?;
+    Ok(Question {
+        question: row.text("question")?,
+        options,
+        answers: vec![letter.to_string()],
+        picture: row.picture()?,
+        ..Question::default()
+    })
+}
+
+fn pope(row: &Row) -> Result<Question> {
+    let category = row.text("category")?;
+    Ok(Question {
+        id: format!("{category}-{}", row.text("question_id")?),
+        question: row.text("question")?,
+        answers: vec![row.text("answer")?],
+        category,
+        picture: row.picture()?,
+        ..Question::default()
+    })
+}
+
+fn vqa(row: &Row) -> Result<Question> {
+    Ok(Question {
+        id: row.text("question_id")?,
+        question: row.text("question")?,
+        answers: row.texts("answers", "answer")?,
+        picture: row.picture()?,
+        ..Question::default()
+    })
+}
+
+fn mm_vet(row: &Row) -> Result<Question> {
+    Ok(Question {
+        id: row.text("question_id")?,
+        question: row.text("question")?,
+        answers: vec![row.text("answer")?],
+        capabilities: row.texts("capability", "")?,
+        picture: row.picture()?,
+        ..Question::default()
+    })
+}
+
+fn llava_bench(row: &Row) -> Result<Question> {
+    Ok(Question {
+        id: row.text("question_id")?,
+        question: row.text("question")?,
+        answers: vec![row.text("gpt_answer")?],
+        category: row.text("category")?,
+        context: row.texts_or_text("caption")?,
+        picture: row.picture()?,
+        ..Question::default()
+    })
+}
+
+fn extension(path: &Path, wanted: &str) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(wanted))
+}
+
+/// A cell that becomes part of a path: one name.
+fn plain_name(row: &Row, cell: &str) -> Result<String> {
+    let name = row.text(cell)?;
+    match name.contains(['/', '\\']) || name == ".." {
+        false => Ok(name),
+        true => Err(row
+            .error(format!("`{cell}` is {name:?}, expected a file name"), "compare with the published file")),
+    }
+}
+
+fn json_row(file: &Path, number: usize, value: Value) -> Result<Row<'_>> {
+    let mut row = Row { file, number: number as u64 + 1, cells: Map::new(), picture: Picture::Missing };
+    match value {
+        Value::Object(cells) => row.cells = cells,
+        other => {
+            return Err(row.error(format!("{other} is not an object"), "compare with the published file"));
+        }
+    }
+    Ok(row)
+}
+
+/// Hands every line of a JSON-lines file to `visit`; blank lines are skipped.
+fn lines(file: &Path, mut visit: impl FnMut(&Row) -> Result<()>) -> Result<()> {
+    let text = std::fs::read(file).map_err(|error| Error::io(file, error))?;
+    for (number, line) in text.split(|&byte| byte == b'\n').enumerate() {
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        let value = parse_json(file, line).map_err(|error| {
+            malformed(file, format!("line {}: {error}", number + 1), "expected one JSON object per line")
+        })?;
+        visit(&json_row(file, number, value)?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,240 @@
+//! Language models that grade answers, through any endpoint that speaks OpenAI's chat protocol
+//! (`spec/evaluation.md` §5.4, §6).
+
+mod cache;
+pub mod offline;
+pub mod parse;
+pub mod prompt;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use flmm::{Error, Result};
+use serde_json::{Value, json};
+use ureq::Agent;
+use ureq::http::{StatusCode, header};
+
+use cache::Cache;
+pub use prompt::{Prompt, Question, Role};
+
+/// Longest pause between two attempts, also where the server asks for a longer one.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Longest reply that is read, bytes.
+const LONGEST_REPLY: u64 = 4 << 20;
+/// Asked once per judge before anything is computed.
+const CHECK: &str = "Write the word ready and nothing else.";
+
+/// Which judge, and how patiently it is asked.
+#[derive(Clone)]
+pub struct JudgeSettings {
+    /// Base address, for example `https://api.openai.com/v1`; `/chat/completions` is added unless it is there.
+    pub url: String,
+    /// The model's name there.
+    pub model: String,
+    /// The key that is sent, if any.
+    pub key: Option<String>,
+    /// Folder for replies; without one nothing is kept.
+    pub cache: Option<PathBuf>,
+    /// Folder with prompt files of the user's own.
+    pub prompts: Option<PathBuf>,
+    /// How often a question is sent before it counts as failed.
+    pub attempts: u32,
+    /// Pause before the second attempt; doubled for every further one.
+    pub pause: Duration,
+    /// How long one attempt may take.
+    pub timeout: Duration,
+}
+
+impl JudgeSettings {
+    /// Five attempts of a minute, pauses from 2 seconds on; no key, no cache.
+    pub fn new(url: impl Into<String>, model: impl Into<String>) -> Self {
+        Self {
+            url: url.into(),
+            model: model.into(),
+            key: None,
+            cache: None,
+            prompts: None,
+            attempts: 5,
+            pause: Duration::from_secs(2),
+            timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// A judge. Questions are asked one after the other.
+pub struct Judge {
+    agent: Agent,
+    settings: JudgeSettings,
+    endpoint: String,
+    cache: Option<Cache>,
+    prompts: [Prompt; 4],
+    sent: AtomicUsize,
+}
+
+impl std::fmt::Debug for Judge {
+    /// Without the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Judge")
+            .field("endpoint", &self.endpoint)
+            .field("model", &self.settings.model)
+            .finish()
+    }
+}
+
+/// What a judge says, or why it says nothing.
+pub type Reply = std::result::Result<String, String>;
+
+/// Why an attempt brought nothing.
+enum Fault {
+    /// Worth another attempt, after this pause if the server names one.
+    Passing(String, Option<Duration>),
+    /// Would be refused again.
+    Final(Error),
+}
+
+impl Judge {
+    /// Reads the prompts and opens the cache; nothing is sent.
+    ///
+    /// # Errors
+    /// If the address is not one, a prompt file is wrong, or the cache's folder cannot be made.
+    pub fn new(settings: JudgeSettings) -> Result<Self> {
+        let url = settings.url.trim_end_matches('/');
+        if !url.starts_with("https://") && !url.starts_with("http://") {
+            return Err(Error::request(
+                format!("the judge's address is {url:?}"),
+                "expected one that begins with https:// or http://, for example https://api.openai.com/v1",
+            ));
+        }
+        const PATH: &str = "/chat/completions";
+        let endpoint = if url.ends_with(PATH) { url.to_owned() } else { format!("{url}{PATH}") };
+        let load = |role| Prompt::load(role, settings.prompts.as_deref());
+        let [viscot, mmvet, llavabench, mmbench] = Role::ALL.map(load);
+        let prompts = [viscot?, mmvet?, llavabench?, mmbench?];
+        let cache = settings.cache.as_deref().map(Cache::open).transpose()?;
+        let agent: Agent = Agent::config_builder()
+            .http_status_as_error(false)
+            .user_agent(concat!("flmm/", env!("CARGO_PKG_VERSION")))
+            .timeout_global(Some(settings.timeout))
+            .build()
+            .into();
+        Ok(Self { agent, settings, endpoint, cache, prompts, sent: AtomicUsize::new(0) })
+    }
+
+    /// Asks something trivial, so that a wrong address, key or model is known before anything is computed.
+    pub fn check(&self) -> Result<()> {
+        let question =
+            Question { temperature: 0.0, max_tokens: 8, system: String::new(), user: CHECK.into() };
+        self.ask(&question, 0)?.map(|_| ()).map_err(|reason| {
+            let what = format!("the judge at {} gives no reply: {reason}", self.endpoint);
+            Error::request(what, "check --judge-url and whether the server is up")
+        })
+    }
+
+    /// What results depend on: kept with them.
+    pub fn describe(&self, role: Role) -> Value {
+        let prompt = &self.prompts[role as usize];
+        json!({ "model": self.settings.model, "prompt": format!("{:016x}", fingerprint(&format!("{prompt:?}"))) })
+    }
+
+    /// How many requests were sent; replies from the cache do not count.
+    pub fn requests(&self) -> usize {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Asks in `role`, with `values` in the places of its prompt: the judge's reply, or why there is none after all
+    /// attempts at sending. Another `attempt` (from 0) is another question to the cache.
+    ///
+    /// # Errors
+    /// If the judge refuses for good (key, model, address), or a reply cannot be kept.
+    pub fn grade(&self, role: Role, values: &[(&str, &str)], attempt: usize) -> Result<Reply> {
+        self.ask(&self.prompts[role as usize].fill(values), attempt)
+    }
+
+    fn ask(&self, question: &Question, attempt: usize) -> Result<Reply> {
+        let mut messages = Vec::new();
+        if !question.system.is_empty() {
+            messages.push(json!({ "role": "system", "content": question.system }));
+        }
+        messages.push(json!({ "role": "user", "content": question.user }));
+        let body = json!({
+            "model": self.settings.model,
+            "messages": messages,
+            "temperature": question.temperature,
+            "max_tokens": question.max_tokens,
+        });
+        let request = json!({ "url": self.endpoint, "attempt": attempt, "body": body });
+        if let Some(reply) = self.cache.as_ref().and_then(|cache| cache.get(&request)) {
+            return Ok(Ok(reply));
+        }
+        let mut reason = String::new();
+        let mut pause = self.settings.pause;
+        for left in (0..self.settings.attempts.max(1)).rev() {
+            match self.send(&body) {
+                Ok(reply) => {
+                    if let Some(cache) = &self.cache {
+                        cache.put(&request, &reply)?;
+                    }
+                    return Ok(Ok(reply));
+                }
+                Err(Fault::Final(error)) => return Err(error),
+                Err(Fault::Passing(why, wait)) => {
+                    reason = why;
+                    if left > 0 {
+                        std::thread::sleep(wait.unwrap_or(pause).min(LONGEST_PAUSE));
+                        pause *= 2;
+                    }
+                }
+            }
+        }
+        Ok(Err(reason))
+    }
+
+    fn send(&self, body: &Value) -> Result<String, Fault> {
+        let passing = |error: ureq::Error| Fault::Passing(error.to_string(), None);
+        self.sent.fetch_add(1, Ordering::Relaxed);
+        let mut request = self.agent.post(&self.endpoint).header(header::CONTENT_TYPE, "application/json");
+        if let Some(key) = &self.settings.key {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
+        }
+        let mut answer = request.send(body.to_string()).map_err(passing)?;
+        let status = answer.status();
+        let wait =
+            answer.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        let text = answer.body_mut().with_config().limit(LONGEST_REPLY).read_to_string().map_err(passing)?;
+        if !status.is_success() {
+            return Err(self.refused(status, &text, wait.map(Duration::from_secs)));
+        }
+        let reply: Option<Value> = serde_json::from_str(&text).ok();
+        let content = reply.as_ref().and_then(|reply| reply["choices"][0]["message"]["content"].as_str());
+        match content {
+            Some(content) => Ok(content.to_owned()),
+            None => Err(Fault::Passing("the reply is not a chat completion".into(), None)),
+        }
+    }
+
+    fn refused(&self, status: StatusCode, text: &str, wait: Option<Duration>) -> Fault {
+        if matches!(status.as_u16(), 408 | 409 | 425 | 429 | 500..=599) {
+            return Fault::Passing(format!("status {status}"), wait);
+        }
+        let said: Option<Value> = serde_json::from_str(text).ok();
+        let said = said.as_ref().and_then(|said| said["error"]["message"].as_str()).map(|m| format!(": {m}"));
+        let hint = match status.as_u16() {
+            401 | 403 => "give a key that the server knows in the environment variable OPENAI_API_KEY",
+            404 => "check --judge-url and --judge-model",
+            _ => "check --judge-url and --judge-model, and the prompt files if you have your own",
+        };
+        let what = format!(
+            "the judge at {} answers with status {status}{}",
+            self.endpoint,
+            said.unwrap_or_default()
+        );
+        Fault::Final(Error::request(what, hint))
+    }
+}
+
+/// A short name for a text (FNV-1a).
+fn fingerprint(text: &str) -> u64 {
+    text.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}

@@ -1,0 +1,115 @@
+//! The visual chain of thought on every model of the registry, with small random weights and a random head.
+
+mod common;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use flmm::grounder::{GroundingHead, HeadSizes, overlay};
+use flmm::image_input::read_image;
+use flmm::lmm::{self, Lmm};
+use flmm::mask_head::{UNet, UNetConfig};
+use flmm::sam::{Refiner, Sam, SamConfig};
+use flmm::weights::{Params, load_checkpoint};
+use flmm::{Grounder, Result};
+use flmm_eval::viscot::chain::{Chain, Protocol, Variant, answer};
+use image::RgbImage;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+const CPU: &Device = &Device::Cpu;
+
+/// Folders of models, in order.
+fn models() -> Vec<PathBuf> {
+    let Some(folder) = common::golden_dir("lmm") else { return Vec::new() };
+    let mut found: Vec<PathBuf> =
+        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path().join("model")).collect();
+    found.retain(|model| model.is_dir());
+    found.sort();
+    found
+}
+
+fn grounder(model: &Path) -> Result<Grounder> {
+    let lmm = lmm::open(model, DType::F32, CPU)?;
+    let sam = common::golden_dir("lmm/_sam").unwrap();
+    let (config, file) = (sam.join("sam_config.json"), sam.join("sam_vit_tiny.pth"));
+    let sam_tensors = load_checkpoint(&file, Some(DType::F32), CPU)?;
+    let sizes = HeadSizes {
+        channels: lmm.spec().channels,
+        layers: lmm.spec().layers,
+        hidden_size: lmm.decoder().config().hidden_size,
+        sam: SamConfig::from_file(&config)?,
+    };
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let unet = UNetConfig { in_channels: sizes.channels, base_channels: 8, input_size: 64 };
+    let mut head: HashMap<String, Tensor> = HashMap::new();
+    let named = UNet::init(&unet, &mut rng)?.into_iter().map(|(name, t)| (format!("mask_head.{name}"), t));
+    head.extend(named);
+    let refiner = Refiner::init(&sizes.sam, &mut rng)?.into_iter();
+    head.extend(refiner.map(|(name, tensor)| (format!("sam.model.{name}"), tensor)));
+    let width = sizes.sam.prompt_embed_dim;
+    head.insert("text_proj.weight".into(), Tensor::zeros((width, sizes.hidden_size), DType::F32, CPU)?);
+    head.insert("text_proj.bias".into(), Tensor::zeros(width, DType::F32, CPU)?);
+    head.insert("text_layer_weights".into(), Tensor::zeros(sizes.layers, DType::F32, CPU)?);
+    let params = Params::new(&file, overlay(&file, &sam_tensors, head)?);
+    let head = GroundingHead::from_params(&sizes, &params)?;
+    let sam = Sam::load(&sizes.sam, &params.pp("sam.model"))?;
+    params.finish("")?;
+    Ok(Grounder::from_parts(lmm, sam, head))
+}
+
+fn picture() -> RgbImage {
+    let folder = common::golden_dir("lmm/llava15").unwrap().join("images");
+    read_image(folder.join("a.png")).unwrap()
+}
+
+fn ask(grounder: &Grounder, variant: Variant, protocol: Protocol) -> Chain {
+    let asked = ("What is on the left?", "\nAnswer the question using a single word or phrase.");
+    answer(grounder, &picture(), asked, variant, &protocol, 5).unwrap()
+}
+
+#[test]
+fn every_variant_runs_on_every_model() {
+    for model in models() {
+        let grounder = grounder(&model).unwrap();
+        let name = model.display();
+        let plain = ask(&grounder, Variant::V3, Protocol::default());
+        let whole = [0, 0, picture().width(), picture().height()];
+        assert_eq!((plain.box_in_image, plain.mask.is_none()), (whole, true), "{name}");
+        for variant in [Variant::V1, Variant::V2] {
+            for sam in [false, true] {
+                let protocol = Protocol { sam, box_scale: 1.0 };
+                let chain = ask(&grounder, variant, protocol);
+                let [x0, y0, x1, y1] = chain.box_in_image;
+                assert!(x0 <= x1 && x1 <= whole[2] && y0 <= y1 && y1 <= whole[3], "{name}: {chain:?}");
+                assert_eq!(
+                    chain.thought.is_empty(),
+                    variant == Variant::V2 || chain.mask.is_none(),
+                    "{name}"
+                );
+                if let Some(mask) = &chain.mask {
+                    assert_eq!([mask.width() as u32, mask.height() as u32], whole[2..], "{name}");
+                }
+                assert_eq!(chain, ask(&grounder, variant, protocol), "{name}");
+            }
+        }
+    }
+}
+
+/// The question's tokens are those of the instruction wrapper, and end where the question ends.
+#[test]
+fn the_question_is_grounded_behind_the_wrapper() {
+    for model in models() {
+        let grounder = grounder(&model).unwrap();
+        let lmm: &dyn Lmm = grounder.lmm();
+        let ids = flmm_eval::viscot::chain::wrapped(lmm, "What is on the left?").unwrap();
+        let full =
+            lmm.prompt(&[flmm::lmm::Turn::user("What is on the left?"), flmm::lmm::Turn::opening("")], 1);
+        let full = full.unwrap();
+        assert_eq!(ids.iter().filter(|&&id| id == lmm.image_token()).count(), 1, "{}", model.display());
+        assert_eq!(full[..ids.len()], ids, "{}", model.display());
+        let text = lmm.tokenizer().decode(&ids, false);
+        assert!(text.trim_end().ends_with("left?"), "{}: {text:?}", model.display());
+    }
+}

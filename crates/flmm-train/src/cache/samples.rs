@@ -1,0 +1,207 @@
+//! Samples that are read from a cache, and made by the frozen models where it lacks them.
+
+use std::ops::ControlFlow;
+
+use flmm::{Error, Result};
+
+use super::record::{Encoded, encode};
+use super::store::FeatureCache;
+use super::writer::Part;
+use crate::head::HeadSample;
+use crate::samples::Samples;
+
+/// Any samples behind a [`FeatureCache`].
+///
+/// A sample comes out the same whether it was read or just made: the cache's rounding is applied either way. The inner
+/// samples are asked only for what the cache lacks, so they may open the frozen models when they are first asked.
+/// Samples that are drawn anew every epoch have new names every epoch; then a cache saves nothing.
+pub struct CachedSamples<'a> {
+    cache: &'a FeatureCache,
+    inner: &'a dyn Samples<HeadSample>,
+    notice: Option<Notice<'a>>,
+}
+
+/// Is told what training can go on without.
+type Notice<'a> = Box<dyn Fn(&str) + Send + Sync + 'a>;
+
+/// What filling a cache has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Filled {
+    /// Samples that were added.
+    pub added: usize,
+    /// Samples that could not be made.
+    pub broken: usize,
+    /// Whether nothing was left for another time.
+    pub complete: bool,
+}
+
+/// What filling a cache will take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Estimate {
+    /// Samples that are missing.
+    pub missing: usize,
+    /// Samples in all.
+    pub samples: usize,
+    /// Bytes of a sample, on average over those that were tried; without its picture.
+    pub bytes_per_sample: u64,
+    /// Bytes of a picture's SAM embedding.
+    pub bytes_per_picture: u64,
+    /// Bytes that will be written at most: pictures that samples share are counted once for each.
+    pub bytes: u64,
+    /// Bytes that are free in the cache's folder, where the system tells.
+    pub free: Option<u64>,
+}
+
+impl std::fmt::Display for Estimate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let size = |bytes: u64| indicatif::HumanBytes(bytes).to_string();
+        write!(
+            f,
+            "{} of {} samples to add, {} each and {} per picture: at most {}",
+            self.missing,
+            self.samples,
+            size(self.bytes_per_sample),
+            size(self.bytes_per_picture),
+            size(self.bytes)
+        )?;
+        self.free.map_or(Ok(()), |free| write!(f, "; {} free", size(free)))
+    }
+}
+
+impl<'a> CachedSamples<'a> {
+    /// `inner`, whose samples are stored in `cache` under their keys.
+    pub fn new(cache: &'a FeatureCache, inner: &'a dyn Samples<HeadSample>) -> Self {
+        Self { cache, inner, notice: None }
+    }
+
+    /// Tells `notice` what training can go on without: a damaged record that is made again, a full disk. Unless given,
+    /// that is left to [`FeatureCache::take_notices`].
+    pub fn with_notices(mut self, notice: impl Fn(&str) + Send + Sync + 'a) -> Self {
+        self.notice = Some(Box::new(notice));
+        self
+    }
+
+    /// Numbers of the samples of `epoch` that the cache lacks.
+    pub fn missing(&self, epoch: u64) -> Vec<usize> {
+        (0..self.inner.len()).filter(|&index| !self.cache.contains(&self.inner.key(index, epoch))).collect()
+    }
+
+    /// How much would be written to complete epoch 0 of `part`, from `probes` samples that are made (and kept).
+    ///
+    /// # Errors
+    /// [`Error::Request`] if there is not enough room on the disk.
+    pub fn estimate(&self, part: Part, probes: usize) -> Result<Estimate> {
+        let range = part.range(self.inner.len());
+        let missing: Vec<usize> = self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
+        let mut estimate = Estimate {
+            missing: missing.len(),
+            samples: range.len(),
+            bytes_per_sample: 0,
+            bytes_per_picture: 0,
+            bytes: 0,
+            free: fs4::available_space(existing(self.cache.dir())).ok(),
+        };
+        let count = probes.min(missing.len());
+        let tried: Vec<usize> = (0..count).map(|i| missing[i * missing.len() / count]).collect();
+        if tried.is_empty() {
+            return Ok(estimate);
+        }
+        let mut measured = 0u64;
+        for &index in &tried {
+            // Samples that cannot be made are told of when they are asked for.
+            let Ok(sample) = self.sample(index, 0) else { continue };
+            measured += 1;
+            let Encoded { sample, picture, .. } = encode(&sample, self.cache.key())?;
+            estimate.bytes_per_sample += sample.len() as u64;
+            estimate.bytes_per_picture = picture.len() as u64;
+        }
+        estimate.bytes_per_sample /= measured.max(1);
+        estimate.bytes = (estimate.bytes_per_sample + estimate.bytes_per_picture) * missing.len() as u64;
+        if let Some(free) = estimate.free.filter(|free| *free < estimate.bytes) {
+            return Err(Error::request(
+                format!(
+                    "{}: the feature cache needs {}, but only {} are free",
+                    self.cache.dir().display(),
+                    indicatif::HumanBytes(estimate.bytes),
+                    indicatif::HumanBytes(free)
+                ),
+                "choose a folder on a larger disk, store narrower values or int8 maps, or cache fewer samples",
+            ));
+        }
+        Ok(estimate)
+    }
+
+    /// Adds every sample of `part` that the cache lacks and completes the shard; what is there is passed over.
+    ///
+    /// A sample whose error is `tolerable` is passed over and counted. `on_sample(done, of)` is called after every
+    /// sample; when it breaks, the rest is left for another time.
+    ///
+    /// # Errors
+    /// The first other error of a sample; [`Error::Request`] if the disk refuses (what was added before stays).
+    pub fn fill(
+        &self,
+        part: Part,
+        tolerable: impl Fn(&Error) -> bool,
+        mut on_sample: impl FnMut(usize, usize) -> ControlFlow<()>,
+    ) -> Result<Filled> {
+        let range = part.range(self.inner.len());
+        let missing: Vec<usize> = self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
+        let mut filled = Filled { added: 0, broken: 0, complete: true };
+        for (done, &index) in missing.iter().enumerate() {
+            match self.sample(index, 0) {
+                Ok(_) => filled.added += 1,
+                Err(error) if tolerable(&error) => filled.broken += 1,
+                Err(error) => return Err(error),
+            }
+            if self.cache.is_full() {
+                return Err(Error::request(
+                    format!(
+                        "{}: the disk takes no more; the samples that were added before stay",
+                        self.cache.dir().display()
+                    ),
+                    "make room and run the same command again: it goes on where it stopped",
+                ));
+            }
+            if on_sample(done + 1, missing.len()).is_break() {
+                filled.complete = done + 1 == missing.len();
+                break;
+            }
+        }
+        self.cache.commit()?;
+        Ok(filled)
+    }
+
+    fn tell(&self) {
+        if let Some(told) = &self.notice {
+            self.cache.take_notices().iter().for_each(|notice| told(notice));
+        }
+    }
+}
+
+impl Samples<HeadSample> for CachedSamples<'_> {
+    fn len(&self) -> usize {
+        self.inner.len()
+    }
+
+    fn sample(&self, index: usize, epoch: u64) -> Result<HeadSample> {
+        let key = self.inner.key(index, epoch);
+        let found = self.cache.get(&key);
+        self.tell();
+        if let Some(sample) = found {
+            return Ok(sample);
+        }
+        let made = self.inner.sample(index, epoch)?;
+        let sample = self.cache.insert(&key, &made);
+        self.tell();
+        sample
+    }
+
+    fn key(&self, index: usize, epoch: u64) -> String {
+        self.inner.key(index, epoch)
+    }
+}
+
+/// `path` or the nearest folder above it that exists.
+fn existing(path: &std::path::Path) -> &std::path::Path {
+    path.ancestors().find(|path| path.exists()).unwrap_or(std::path::Path::new("."))
+}

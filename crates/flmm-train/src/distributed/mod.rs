@@ -1,0 +1,151 @@
+//! Data-parallel training: every rank computes the gradients of its share of each batch, and all take the same step.
+//!
+//! A rank is one process (or, in tests, one thread). Launchers tell a process its place by torchrun's variables
+//! ([`Launch`]); how ranks talk is a [`Communicator`]. `docs/distributed.md` has launch lines.
+
+mod launch;
+mod local;
+#[cfg(feature = "mpi")]
+mod mpi;
+
+use flmm::{Error, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+pub use launch::{Launch, from_env};
+pub use local::{Local, local};
+#[cfg(feature = "mpi")]
+pub use mpi::Mpi;
+
+/// How the ranks of one run talk. Every rank makes the same calls in the same order.
+///
+/// Every call fails, and does not wait for ever, when another rank has ended.
+pub trait Communicator: Send + Sync {
+    /// This rank, `0 ≤ rank < world`.
+    fn rank(&self) -> usize;
+
+    /// The number of ranks.
+    fn world(&self) -> usize;
+
+    /// Adds `values` of all ranks element by element; every rank gets the sum, the same bits.
+    fn all_reduce_sum(&self, values: &mut [f32]) -> Result<()>;
+
+    /// Replaces `bytes` by those of rank `root`; all ranks give equally many.
+    fn broadcast(&self, bytes: &mut [u8], root: usize) -> Result<()>;
+
+    /// Returns when all ranks have called it.
+    fn barrier(&self) -> Result<()>;
+}
+
+/// One rank on its own.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Single;
+
+impl Communicator for Single {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn world(&self) -> usize {
+        1
+    }
+
+    fn all_reduce_sum(&self, _: &mut [f32]) -> Result<()> {
+        Ok(())
+    }
+
+    fn broadcast(&self, _: &mut [u8], _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn barrier(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// What rank `root` has (the others' `value` is not looked at), on every rank.
+pub(crate) fn share<T: Serialize + DeserializeOwned>(
+    communicator: &dyn Communicator,
+    value: &T,
+    root: usize,
+) -> Result<T> {
+    let mine = serde_json::to_vec(value).map_err(|e| garbled(&e))?;
+    let mut length = (mine.len() as u64).to_le_bytes();
+    communicator.broadcast(&mut length, root)?;
+    let mut bytes = mine;
+    bytes.resize(u64::from_le_bytes(length) as usize, 0);
+    communicator.broadcast(&mut bytes, root)?;
+    serde_json::from_slice(&bytes).map_err(|e| garbled(&e))
+}
+
+/// A value, or the text and the hint of an error.
+type Told<T> = std::result::Result<T, [String; 2]>;
+
+/// Every rank's value, in the order of ranks.
+///
+/// # Errors
+/// The first rank's error if any has one: so all ranks end when one does, instead of waiting for it.
+pub(crate) fn gather<T: Serialize + DeserializeOwned>(
+    communicator: &dyn Communicator,
+    value: Result<T>,
+) -> Result<Vec<T>> {
+    if communicator.world() == 1 {
+        return Ok(vec![value?]);
+    }
+    let told: Told<&T> = match &value {
+        Ok(value) => Ok(value),
+        Err(e) => Err([e.to_string(), e.hint().unwrap_or_default().to_owned()]),
+    };
+    let told = serde_json::to_value(&told).map_err(|e| garbled(&e))?;
+    let mut all = Vec::with_capacity(communicator.world());
+    let mut failed = None;
+    for rank in 0..communicator.world() {
+        let found = share(communicator, &told, rank)?;
+        let found: Told<T> = serde_json::from_value(found).map_err(|e| garbled(&e))?;
+        match found {
+            Ok(value) => all.push(value),
+            Err([what, hint]) if failed.is_none() => {
+                failed = Some(Error::request(format!("rank {rank}: {what}"), hint));
+            }
+            Err(_) => {}
+        }
+    }
+    match (value, failed) {
+        // A rank's own error keeps its kind.
+        (Err(own), _) => Err(own),
+        (Ok(_), Some(other)) => Err(other),
+        (Ok(_), None) => Ok(all),
+    }
+}
+
+fn garbled(error: &serde_json::Error) -> Error {
+    Error::request(
+        format!("ranks do not understand one another: {error}"),
+        "start all ranks with the same program and the same configuration",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_one_rank_reaches_all() {
+        let found: Vec<String> = std::thread::scope(|scope| {
+            let ranks = local(3).into_iter().map(|rank| {
+                scope.spawn(move || {
+                    assert_eq!(gather(&rank, Ok(rank.rank() * 2)).unwrap(), [0, 2, 4]);
+                    assert_eq!(share(&rank, &vec![rank.rank(); rank.rank() + 1], 2).unwrap(), [2, 2, 2]);
+                    let broken = match rank.rank() {
+                        1 => Err(Error::request("no picture", "look for it")),
+                        _ => Ok(()),
+                    };
+                    gather(&rank, broken).unwrap_err().to_string()
+                })
+            });
+            let ranks: Vec<_> = ranks.collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        });
+        assert_eq!(found, ["rank 1: no picture", "no picture", "rank 1: no picture"]);
+    }
+}

@@ -1,0 +1,109 @@
+//! Grounding of a given text, read as if the model had said it.
+
+use std::time::Instant;
+
+use image::RgbImage;
+
+use super::spans::{self, Span};
+use super::{Caption, GroundOptions, GroundedAnswer, Grounder, Session, Timings};
+use crate::capture::Capture;
+use crate::error::{Error, Result};
+use crate::lmm::{GROUNDING_INSTRUCTION, Turn};
+use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
+
+impl Grounder {
+    /// Grounds phrases of a given `text`, read as if the model had said it about `picture`.
+    ///
+    /// Given phrases and noun phrases are encoded segment by segment, as in training; with the keyword selector
+    /// the text is encoded in one piece.
+    pub fn ground(
+        &self,
+        picture: &RgbImage,
+        text: &str,
+        choice: &PhraseChoice,
+        options: &GroundOptions,
+    ) -> Result<GroundedAnswer> {
+        self.ground_in(&mut self.start(picture)?, text, choice, options)
+    }
+
+    /// As [`Grounder::ground`], for a session: other texts about its picture reuse what is already computed.
+    pub fn ground_in(
+        &self,
+        session: &mut Session,
+        text: &str,
+        choice: &PhraseChoice,
+        options: &GroundOptions,
+    ) -> Result<GroundedAnswer> {
+        if text.trim().is_empty() {
+            return Err(Error::request(
+                "the text to ground is empty",
+                "give a text that describes the picture",
+            ));
+        }
+        session.input(options.image)?;
+        let tokenizer = self.lmm.tokenizer();
+        let ranges = match choice {
+            PhraseChoice::Keywords if self.head.keyword_selector.is_some() => None,
+            PhraseChoice::Keywords | PhraseChoice::NounPhrases => Some(noun_phrases(text)),
+            PhraseChoice::Given(phrases) => Some(find_phrases(text, phrases)?),
+        };
+        let mut caption = match &ranges {
+            Some(ranges) if !spans::overlapping(ranges) => Caption::from_ranges(tokenizer, text, ranges)?,
+            _ => Caption::from_segments(tokenizer, [(text, None)])?,
+        };
+        let clock = Instant::now();
+        let prompt = session.prompt(self.lmm(), &[Turn::user(GROUNDING_INSTRUCTION)])?;
+        let capture = self.read_caption(session, prompt, &mut caption)?;
+        let timings = Timings { read: clock.elapsed(), ..Timings::default() };
+
+        let positions: Vec<usize> = capture.positions().collect();
+        let probs = self.head.keyword_probs(&capture.hidden_rows(&positions)?)?;
+        let mut result = GroundedAnswer {
+            answer: text.to_owned(),
+            token_ids: caption.token_ids.clone(),
+            phrases: Vec::new(),
+            timings,
+        };
+        let spans = match &ranges {
+            Some(ranges) if !spans::overlapping(ranges) => {
+                let phrases = caption.phrases()?;
+                let spans = ranges.iter().zip(&phrases).map(|(chars, tokens)| Span {
+                    chars: chars.clone(),
+                    tokens: tokens[0]..tokens[0] + tokens.len(),
+                });
+                spans.collect()
+            }
+            _ => {
+                let (text, offsets) = spans::token_offsets(tokenizer, &caption.token_ids);
+                result.answer = text;
+                spans::select(choice, &result.answer, &offsets, probs.as_deref(), options.keyword_threshold)?
+            }
+        };
+        self.ground_spans(session, &capture, &mut result, &spans, probs.as_deref(), options)?;
+        Ok(result)
+    }
+
+    /// Reads the ids of a prompt and a caption; the capture holds the caption's rows. A caption that is too long for a model that
+    /// cuts sequences off is cut.
+    pub(super) fn read_caption(
+        &self,
+        session: &mut Session,
+        prompt: Vec<u32>,
+        caption: &mut Caption,
+    ) -> Result<Capture> {
+        if caption.token_ids.is_empty() {
+            return Err(Error::request(
+                "the text to ground has no tokens",
+                "give a text that describes the picture",
+            ));
+        }
+        let mut ids = prompt;
+        if let Some(limit) = self.lmm.reads_at_most() {
+            caption.cut(limit.saturating_sub(ids.len()))?;
+        }
+        let mut capture = Capture::from_position(ids.len());
+        ids.extend_from_slice(&caption.token_ids);
+        session.read(self.lmm(), &ids, Some(&mut capture))?;
+        Ok(capture)
+    }
+}

@@ -1,0 +1,91 @@
+//! Opening a model from its parts.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+
+use super::head::{self, load_head_tensors};
+use super::{Grounder, GroundingHead, HeadSettings, HeadSizes, RefinerKind, overlay};
+use crate::error::Result;
+use crate::lmm::{self, Lmm, OpenOptions};
+use crate::sam::{Sam, SamConfig, read_checkpoint};
+use crate::training_free::{TrainingFree, TrainingFreeOptions};
+use crate::weights::Params;
+
+/// Where the three parts of a model lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelPaths {
+    /// The LMM: a Hugging Face folder.
+    pub model: PathBuf,
+    /// SAM: a checkpoint file, or a folder with one.
+    pub sam: PathBuf,
+    /// The grounding head: a folder with `head.safetensors`, or a released `.safetensors` or `.pth` file; or
+    /// [`NO_HEAD`].
+    pub head: PathBuf,
+}
+
+/// In the place of a head's path: masks are made without one ([`crate::training_free`]).
+pub const NO_HEAD: &str = "none";
+
+impl ModelPaths {
+    /// A bundle: one folder with `lmm/`, `sam/` and `head/`.
+    pub fn bundle(dir: &Path) -> Self {
+        Self { model: dir.join("lmm"), sam: dir.join("sam"), head: dir.join("head") }
+    }
+}
+
+impl Grounder {
+    /// Opens the three parts. The LMM computes in `dtype`; SAM and the head in f32.
+    ///
+    /// Public SAM tensors are loaded first, the head's are laid over them (`spec/pipeline.md` §7).
+    ///
+    /// # Errors
+    /// [`Error::Weights`](crate::Error::Weights) with every missing, misshapen or unexpected tensor of a part,
+    /// [`Error::Config`](crate::Error::Config).
+    pub fn open(paths: &ModelPaths, device: &Device, dtype: DType) -> Result<Self> {
+        Self::open_with(paths, &OpenOptions::new(dtype, device))
+    }
+
+    /// As [`Grounder::open`], with what else the LMM's family may need.
+    pub fn open_with(paths: &ModelPaths, options: &OpenOptions) -> Result<Self> {
+        let device = &options.device;
+        let lmm = lmm::open_with(&paths.model, options)?;
+        if paths.head.as_os_str() == NO_HEAD {
+            return Self::open_without_head(lmm, &paths.sam, device);
+        }
+        let settings = HeadSettings::read(&paths.head)?;
+        let (sam, sam_tensors) = match settings.refiner {
+            RefinerKind::Sam => read_checkpoint(&paths.sam, device)?,
+            RefinerKind::None => (SamConfig::vit_l(), HashMap::new()),
+        };
+        let sizes = sizes(lmm.as_ref(), sam);
+        let tensors = overlay(&paths.head, &sam_tensors, load_head_tensors(&paths.head, device)?)?;
+        let params = Params::new(&paths.head, tensors);
+        let head = GroundingHead::from_params_as(&sizes, &settings, &params)?;
+        let sam = match settings.refiner {
+            RefinerKind::Sam => Some(Sam::load(&sizes.sam, &params.pp("sam.model"))?),
+            RefinerKind::None => None,
+        };
+        params.finish(head::WRONG_HEAD)?;
+        Ok(Self { lmm, sam, head, training_free: None })
+    }
+
+    /// Masks come from attention and the SAM at `sam` alone.
+    fn open_without_head(lmm: Box<dyn Lmm>, sam: &Path, device: &Device) -> Result<Self> {
+        let sam = Sam::open(sam, device)?;
+        let head = GroundingHead::blank(&sizes(lmm.as_ref(), sam.config().clone()), device)?;
+        let training_free = TrainingFree::new(sam.refiner().clone(), TrainingFreeOptions::default());
+        Ok(Self { lmm, sam: Some(sam), head, training_free: Some(training_free) })
+    }
+}
+
+/// What a head for `lmm` and `sam` must fit.
+fn sizes(lmm: &dyn Lmm, sam: SamConfig) -> HeadSizes {
+    HeadSizes {
+        channels: lmm.spec().channels,
+        layers: lmm.spec().layers,
+        hidden_size: lmm.decoder().config().hidden_size,
+        sam,
+    }
+}
