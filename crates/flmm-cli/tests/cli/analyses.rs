@@ -25,7 +25,7 @@ fn ranks_are_right_or_as_published() {
     let own = r#"{"models": ["a", "b"], "chat": [{"name": "x", "scores": [1, 2]}],
         "grounding": [{"name": "y", "scores": [3, 4]}]}"#;
     place.write("own.json", own.as_bytes());
-    let ranks = json(&place.run(&["eval", "ranks", "--scores", "own.json", "--json"]).ok());
+    let ranks = json(place.run(&["eval", "ranks", "--scores", "own.json", "--json"]).ok());
     assert_eq!((ranks["chat"][0].as_f64(), ranks["pearson"].as_f64()), (Some(2.0), Some(1.0)));
     place.write("bad.json", own.replace("[3, 4]", "[3]").as_bytes());
     let bad = place.run(&["eval", "ranks", "--scores", "bad.json"]);
@@ -52,7 +52,7 @@ fn a_world_is_looked_at() {
     assert!(again.ok().is_empty() && again.err.contains("1 were there"), "{}", again.err);
 
     let atlas = place.run(&["eval", "atlas", "--data", "w", "--out", "a.png", "--limit", "2", "--json"]);
-    let table = &json(&atlas.ok())["table"];
+    let table = &json(atlas.ok())["table"];
     let chance = table["chance"].as_f64().unwrap();
     let best = table["peak"].as_array().unwrap().iter().flat_map(|row| row.as_array().unwrap());
     let best = best.filter_map(Value::as_f64).fold(0.0, f64::max);
