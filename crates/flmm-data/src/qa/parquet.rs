@@ -1,6 +1,7 @@
 //! Parquet tables as the hub distributes data sets: pictures as `{bytes, path}` inside rows.
 
 use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -98,6 +99,10 @@ impl ParquetFile {
 
     /// The bytes of the picture in `row`, counted from 0. Going back means reading the row's group from its start.
     pub(super) fn picture(&self, row: u64) -> Result<Vec<u8>> {
+        guarded(&self.path, || self.read_picture(row))
+    }
+
+    fn read_picture(&self, row: u64) -> Result<Vec<u8>> {
         let mut cursor = self.cursor.lock().unwrap_or_else(PoisonError::into_inner);
         // Left empty by an error, so that the next picture starts afresh.
         let mut at = match cursor.take().filter(|cursor| (cursor.next..cursor.end).contains(&row)) {
@@ -144,6 +149,12 @@ impl ParquetFile {
             "the file changed while it was read",
         )
     }
+}
+
+/// Turns a panic into an error: the library that reads rows takes the levels of damaged pages for granted.
+fn guarded<T>(path: &Path, read: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(read))
+        .unwrap_or_else(|_| Err(malformed(path, "its pages are damaged", "download the file again")))
 }
 
 fn broken(path: &Path, error: &ParquetError) -> Error {

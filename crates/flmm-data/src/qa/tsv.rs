@@ -34,11 +34,7 @@ pub(super) struct TsvFile {
 
 impl TsvFile {
     /// Opens `path` and hands every row to `visit`, with pictures as rows of table number `table`.
-    pub(super) fn read(
-        path: &Path,
-        table: usize,
-        visit: &mut dyn FnMut(&Row) -> Result<()>,
-    ) -> Result<Self> {
+    pub(super) fn read(path: &Path, table: usize, visit: &mut dyn FnMut(&Row) -> Result<()>) -> Result<Self> {
         let mut records = Records::open(path)?;
         let names = records.next(path)?.unwrap_or_default();
         let column = names.iter().position(|name| name == COLUMN).ok_or_else(|| {

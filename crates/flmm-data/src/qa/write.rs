@@ -12,6 +12,9 @@ use parquet::file::properties::WriterProperties;
 use parquet::file::writer::{SerializedColumnWriter, SerializedFileWriter};
 use parquet::schema::types::{Type, TypePtr};
 
+/// Fills one leaf column.
+type Fill<'a> = dyn FnMut(&mut SerializedColumnWriter<'_>) -> Result<(), ParquetError> + 'a;
+
 /// A column of a Parquet table.
 #[derive(Debug, Clone)]
 pub enum Column {
@@ -70,9 +73,7 @@ impl Column {
         &self,
         from: usize,
         to: usize,
-        next: &mut dyn FnMut(
-            &mut dyn FnMut(&mut SerializedColumnWriter) -> Result<(), ParquetError>,
-        ) -> Result<(), ParquetError>,
+        next: &mut dyn FnMut(&mut Fill<'_>) -> Result<(), ParquetError>,
     ) -> Result<(), ParquetError> {
         let mut bytes = |values: &[ByteArray], definition: &[i16], repetition: Option<&[i16]>| {
             next(&mut |leaf| {

@@ -215,7 +215,7 @@ impl Judge {
 
     fn refused(&self, status: StatusCode, text: &str, wait: Option<Duration>) -> Fault {
         if matches!(status.as_u16(), 408 | 409 | 425 | 429 | 500..=599) {
-            return Fault::Passing(format!("status {status}"), wait);
+            return Fault::Passing(format!("status {}", status.as_u16()), wait);
         }
         let said: Option<Value> = serde_json::from_str(text).ok();
         let said = said.as_ref().and_then(|said| said["error"]["message"].as_str()).map(|m| format!(": {m}"));
@@ -225,8 +225,9 @@ impl Judge {
             _ => "check --judge-url and --judge-model, and the prompt files if you have your own",
         };
         let what = format!(
-            "the judge at {} answers with status {status}{}",
+            "the judge at {} answers with status {}{}",
             self.endpoint,
+            status.as_u16(),
             said.unwrap_or_default()
         );
         Fault::Final(Error::request(what, hint))
