@@ -39,18 +39,18 @@ pub(crate) enum Command {
     Ground(GroundArgs),
     /// Train a grounding head for a frozen LMM on the published datasets; a run that was stopped goes on.
     Train(crate::train::TrainArgs),
+    /// Keep what the frozen models see of training samples, so that epochs need not show it to them again.
+    Features(crate::features::FeaturesArgs),
     /// Look after the datasets on this disk.
     Data(crate::data::DataArgs),
     /// Run benchmarks: the tables of the paper, for a model or for predictions of any system.
-    Eval(eval::EvalArgs),
+    Eval(Box<eval::EvalArgs>),
     /// Make pictures with exact masks and true sentences, in the published dataset formats.
     World(WorldArgs),
     /// Look inside: the models known, one model, the attention behind a mask.
     Inspect(InspectArgs),
     /// Turn released checkpoints into the files this program keeps: checked, safe to read, only what is needed.
     Convert(ConvertArgs),
-    /// Keep what the frozen models see of training samples, so that epochs need not show it to them again.
-    Features(crate::features::FeaturesArgs),
     /// Measure how fast parts of this program are on this machine.
     Bench(crate::bench::BenchArgs),
     /// Say whose work is included and under which licences.
