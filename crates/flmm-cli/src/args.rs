@@ -42,7 +42,7 @@ pub(crate) enum Command {
     /// Look after the datasets on this disk.
     Data(crate::data::DataArgs),
     /// Run benchmarks: the tables of the paper, for a model or for predictions of any system.
-    Eval(eval::EvalArgs),
+    Eval(Box<eval::EvalArgs>),
     /// Make pictures with exact masks and true sentences, in the published dataset formats.
     World(WorldArgs),
     /// Look inside: the models known, one model, the attention behind a mask.
