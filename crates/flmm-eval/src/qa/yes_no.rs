@@ -153,8 +153,8 @@ pub fn mme(scores: &[MmeScore]) -> MmeScores {
     };
     let categories: BTreeMap<String, f64> =
         pictures.iter().map(|(&category, pictures)| (category.to_owned(), mean(pictures))).collect();
-    // Not `sum`, whose value of nothing is −0.
-    let sum = |names: &[&str]| names.iter().filter_map(|&name| categories.get(name)).fold(0.0, |a, b| a + b);
+    // The sum of nothing is −0.
+    let sum = |names: &[&str]| names.iter().filter_map(|&name| categories.get(name)).sum::<f64>() + 0.0;
     MmeScores { perception: sum(&MME_PERCEPTION), cognition: sum(&MME_COGNITION), categories }
 }
 
