@@ -24,7 +24,7 @@ pub(crate) struct EvaluateArgs {
     /// Scenes of the test split.
     #[arg(long, default_value_t = 500)]
     pub(crate) scenes: u64,
-    /// Seed of the test scenes; training uses 1, 3 and 5, the gates 7.
+    /// Seed of the test scenes; training and gates use others, and other splits.
     #[arg(long, default_value_t = 2026)]
     pub(crate) seed: u64,
     /// Scenes of the validation split on which the best head is chosen.
