@@ -50,6 +50,10 @@ impl ParquetFile {
     /// Opens `path` and hands every row to `visit`, with pictures as rows of table number `table`. Columns with
     /// pictures, and those of kinds that no benchmark uses, are not read.
     pub(super) fn read(path: &Path, table: usize, visit: &mut dyn FnMut(&Row) -> Result<()>) -> Result<Self> {
+        guarded(path, || Self::read_rows(path, table, visit))
+    }
+
+    fn read_rows(path: &Path, table: usize, visit: &mut dyn FnMut(&Row) -> Result<()>) -> Result<Self> {
         let file = File::open(path).map_err(|error| Error::io(path, error))?;
         let reader = SerializedFileReader::new(file).map_err(|error| broken(path, &error))?;
         let root = reader.metadata().file_metadata().schema_descr().root_schema();
