@@ -84,7 +84,8 @@ impl Grounder {
 
     /// Begins a conversation about several pictures, which [`Turn::show`] and [`GroundOptions::image`] count from 0.
     ///
-    /// Fails with [`Error::Request`] for a model that takes one picture ([`lmm::LmmSpec::several_images`]).
+    /// Fails with [`Error::Request`](crate::Error::Request) for a model that takes one picture
+    /// ([`LmmSpec::several_images`](crate::lmm::LmmSpec::several_images)).
     pub fn start_with<'a>(&self, pictures: impl IntoIterator<Item = &'a RgbImage>) -> Result<Session> {
         Session::new(self.lmm(), pictures)
     }

@@ -151,7 +151,7 @@ pub fn parquet(columns: &[(&str, Column)], rows_per_group: usize) -> Result<Vec<
     write().map_err(|error| Error::request(format!("cannot write a Parquet table: {error}"), "this is a bug"))
 }
 
-/// A tab-separated table with a header; pictures go into it through [`base64`].
+/// A tab-separated table with a header; pictures go into it through [`base64()`].
 pub fn tsv<R: AsRef<[String]>>(header: &[&str], rows: &[R]) -> String {
     let quoted = |cell: &str| match cell.contains(['\t', '"', '\n', '\r']) {
         true => format!("\"{}\"", cell.replace('"', "\"\"")),
