@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """One training step of a grounding head in PyTorch beside the same step of `flmm bench train-step`.
 
-    python3 -m venv /tmp/bench && /tmp/bench/bin/pip install torch numpy
+    python3 -m venv target/bench && target/bench/bin/pip install torch numpy
     cargo build --release
-    /tmp/bench/bin/python benches/compare_pytorch.py target/release/flmm --rounds 9 --threads 1
+    target/bench/bin/python benches/compare_pytorch.py target/release/flmm --rounds 9 --threads 1
 
 Both compute the mask head and SAM's decoder, the four losses, all gradients, clipping and AdamW, in f32 on the
 processor. The rounds take turns, so that whatever else the machine does hits both, and medians are compared.

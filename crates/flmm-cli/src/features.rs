@@ -6,32 +6,25 @@ use std::sync::atomic::Ordering;
 
 use clap::{Args, ValueEnum};
 use flmm::Error;
+use flmm_data::Part;
 use flmm_train::Watch;
-use flmm_train::cache::{MapValues, Part, Values};
-use flmm_train::config::Config;
+use flmm_train::cache::{MapValues, Values};
 use flmm_train::features::{FeatureOptions, build_features};
 use indicatif::ProgressBar;
 
 use crate::failure::{Failure, Result};
 use crate::talk::Talk;
-use crate::train::{ModelsArgs, models, precision, stop_on_signal, usage};
+use crate::train::{ModelsArgs, WorkArgs, models, precision, stop_on_signal};
 
 #[derive(Debug, Args)]
 pub(crate) struct FeaturesArgs {
-    /// What will be trained: a TOML file, or the name of a built-in configuration such as llava-1.5-7b.
-    #[arg(long, value_name = "FILE|NAME")]
-    config: PathBuf,
-    /// Folder with the datasets, `coco/` in it; see `flmm data check`.
-    #[arg(long, value_name = "DIR")]
-    data: PathBuf,
+    #[command(flatten)]
+    work: WorkArgs,
     /// Folder of the cache, new, or of one that goes on.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Change one key of the configuration, may be repeated.
-    #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
     /// Make part I of N only, so that several machines share the work.
-    #[arg(long, value_name = "I/N", value_parser = part, default_value = "1/1", hide_default_value = true)]
+    #[arg(long, value_name = "I/N", default_value = "1/1", hide_default_value = true)]
     shard: Part,
     #[command(flatten)]
     stored: StoredArgs,
@@ -71,20 +64,8 @@ impl StoredArgs {
     }
 }
 
-/// `2/4` is the second of four parts.
-fn part(text: &str) -> std::result::Result<Part, String> {
-    let parse = |text: &str| text.trim().parse::<usize>().ok().filter(|number| *number > 0);
-    let numbers = text.split_once('/').and_then(|(index, count)| Some((parse(index)?, parse(count)?)));
-    match numbers {
-        Some((index, count)) if index <= count => Ok(Part { index: index - 1, count }),
-        _ => Err("expected I/N with 1 ≤ I ≤ N, for example 2/4".into()),
-    }
-}
-
 pub(crate) fn run(args: &FeaturesArgs, talk: &Talk) -> Result<()> {
-    let mut settings = args.set.clone();
-    settings.extend(precision(&args.models));
-    let config = Config::load(&args.config, &settings).map_err(usage)?;
+    let config = args.work.config(precision(&args.models))?;
     let models = models(&args.models, &config, talk)?;
     let options = args.stored.options(args.out.clone());
     let stop = stop_on_signal()?;
@@ -95,7 +76,7 @@ pub(crate) fn run(args: &FeaturesArgs, talk: &Talk) -> Result<()> {
         if stop.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
     let mut told = Told { talk, bar: &bar };
-    let built = build_features(&config, &models, &args.data, &options, args.shard, &mut told, on_sample);
+    let built = build_features(&config, &models, &args.work.data, &options, args.shard, &mut told, on_sample);
     bar.finish_and_clear();
     let built = built?;
     if built.broken > 0 {
@@ -119,18 +100,5 @@ struct Told<'a> {
 impl Watch for Told<'_> {
     fn note(&mut self, text: &str) {
         self.bar.suspend(|| self.talk.note(text));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parts_are_counted_from_one() {
-        assert_eq!(part("2/4"), Ok(Part { index: 1, count: 4 }));
-        for wrong in ["", "2", "0/3", "4/3", "a/b", "1/0", "-1/2"] {
-            assert!(part(wrong).is_err(), "{wrong}");
-        }
     }
 }

@@ -27,18 +27,11 @@ use crate::talk::{Spinner, Talk};
 
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
-    /// What to train and how: a TOML file, or the name of a built-in configuration such as llava-1.5-7b.
-    #[arg(long, value_name = "FILE|NAME")]
-    config: PathBuf,
-    /// Folder with the datasets, `coco/` in it; see `flmm data check`.
-    #[arg(long, value_name = "DIR")]
-    data: PathBuf,
+    #[command(flatten)]
+    work: WorkArgs,
     /// Folder of the run, new, or of a run that was stopped and goes on.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Change one key of the configuration, may be repeated.
-    #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
     /// Train the keyword selector alone, for the head given by --head.
     #[arg(long, requires = "head")]
     selector_only: bool,
@@ -49,6 +42,28 @@ pub(crate) struct TrainArgs {
     stored: StoredArgs,
     #[command(flatten)]
     models: ModelsArgs,
+}
+
+/// What is trained, and on which data.
+#[derive(Debug, Args)]
+pub(crate) struct WorkArgs {
+    /// What to train and how: a TOML file, or the name of a built-in configuration such as llava-1.5-7b.
+    #[arg(long, value_name = "FILE|NAME")]
+    config: PathBuf,
+    /// Folder with the datasets, `coco/` in it; see `flmm data check`.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: PathBuf,
+    /// Change one key of the configuration, may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+impl WorkArgs {
+    /// The configuration, with what was typed and what other options stand for.
+    pub(crate) fn config(&self, options: impl IntoIterator<Item = String>) -> Result<Config> {
+        let settings: Vec<String> = self.set.iter().cloned().chain(options).collect();
+        Config::load(&self.config, &settings).map_err(usage)
+    }
 }
 
 /// Which models a head is trained with.
@@ -86,19 +101,15 @@ pub(crate) enum Numbers {
 }
 
 pub(crate) fn run(args: &TrainArgs, talk: &Talk) -> Result<()> {
-    let mut settings = args.set.clone();
-    if args.selector_only {
-        settings.push("mode=selector".into());
-    }
-    settings.extend(precision(&args.models));
-    let config = Config::load(&args.config, &settings).map_err(usage)?;
+    let mode = args.selector_only.then(|| "mode=selector".to_owned());
+    let config = args.work.config(mode.into_iter().chain(precision(&args.models)))?;
     let models = models(&args.models, &config, talk)?;
     let stop = stop_on_signal()?;
     let mut view = View::new(&config, stop, talk);
     let communicator = from_env()?;
     let features = args.feature_cache.clone().map(|dir| args.stored.options(dir));
     let extras = Extras { features, communicator: communicator.as_ref() };
-    let outcome = flmm_train::run_with(&config, &models, &args.data, &args.out, &extras, &mut view);
+    let outcome = flmm_train::run_with(&config, &models, &args.work.data, &args.out, &extras, &mut view);
     view.clear();
     let outcome = outcome?;
     if outcome.skipped > 0 {
@@ -127,7 +138,7 @@ pub(crate) fn precision(args: &ModelsArgs) -> Option<String> {
 }
 
 /// What was typed wrong, in a file or on the command line.
-pub(crate) fn usage(error: Error) -> Failure {
+fn usage(error: Error) -> Failure {
     match error {
         Error::Request { what, hint } => Failure::usage(what, hint),
         other => other.into(),

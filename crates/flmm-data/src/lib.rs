@@ -9,7 +9,8 @@
 //! - [`check`]: whether a download is complete,
 //! - [`world`]: made-up scenes with exact masks and true sentences, in memory or written in all of these formats.
 //!
-//! The same types read the files and write them. Readers know no tokenizer and decode no picture but panoptic masks and those of [`images`].
+//! The same types read the files and write them. Readers know no tokenizer and decode no picture but panoptic masks and
+//! those of [`images`]. [`Part`] shares samples out over processes.
 
 pub mod check;
 pub mod coco;
@@ -18,6 +19,7 @@ pub mod grefcoco;
 pub mod images;
 mod mask;
 pub mod narratives;
+mod part;
 pub mod polygons;
 pub mod qa;
 pub mod reasonseg;
@@ -27,3 +29,4 @@ pub mod world;
 
 pub use images::ImageStore;
 pub use mask::Mask;
+pub use part::Part;

@@ -2,11 +2,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use flmm::{Error, Grounder, Result, atomic};
+use flmm_data::Part;
 use serde_json::{Value, json};
 
 use crate::record::{Prediction, Record, Row};
@@ -21,49 +20,9 @@ pub struct RunOptions {
     /// Only so many samples, the first ones.
     pub limit: Option<usize>,
     /// Which part of them.
-    pub shard: Shard,
+    pub shard: Part,
     /// Masks to be scored besides the refined ones.
     pub rows: Rows,
-}
-
-/// Part `index` (from 1) of `count` parts, each of samples that follow each other: they often share their picture.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shard {
-    index: usize,
-    count: usize,
-}
-
-impl Default for Shard {
-    fn default() -> Self {
-        Self { index: 1, count: 1 }
-    }
-}
-
-impl Shard {
-    /// The numbers of its samples among `total`.
-    pub fn samples(self, total: usize) -> Range<usize> {
-        (self.index - 1) * total / self.count..self.index * total / self.count
-    }
-
-    /// `<start>.jsonl`, with the shard in its name if there are several.
-    fn file(self, out: &Path, start: &str) -> PathBuf {
-        match self.count {
-            1 => out.join(format!("{start}.jsonl")),
-            count => out.join(format!("{start}.{}-of-{count}.jsonl", self.index)),
-        }
-    }
-}
-
-impl FromStr for Shard {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
-        match parts {
-            Some((index, count)) if index >= 1 && index <= count => Ok(Self { index, count }),
-            _ => Err("expected i/n with i from 1 to n, for example 2/8".into()),
-        }
-    }
 }
 
 /// Is told how a run goes on.
@@ -111,7 +70,7 @@ pub fn run(
         of: samples.ids().len(),
     };
     claim(out, &header)?;
-    let path = options.shard.file(out, &format!("samples_{task}"));
+    let path = shard_file(options, &format!("samples_{task}"));
     let mut file = open_to_append(&path)?;
     let mut known = Scores::default();
     for file in samples_files(out, task)? {
@@ -121,7 +80,7 @@ pub fn run(
     let total = options.limit.unwrap_or(usize::MAX).min(samples.ids().len());
     let ids = samples.ids();
     let (found, todo): (Vec<usize>, Vec<usize>) =
-        options.shard.samples(total).partition(|&index| known.contains(&ids[index]));
+        options.shard.range(total).partition(|&index| known.contains(&ids[index]));
     drop(known);
     watch.begin(task, found.len(), found.len() + todo.len());
     let mut ran = Ran { found: found.len(), ..Ran::default() };
@@ -148,8 +107,16 @@ pub fn run(
         }
     }
     file.sync_all().map_err(|e| Error::io(&path, e))?;
-    list_failures(&options.shard.file(out, &format!("failed_{task}")), &failures)?;
+    list_failures(&shard_file(options, &format!("failed_{task}")), &failures)?;
     Ok(ran)
+}
+
+/// `<start>.jsonl` of the run, with the shard in its name if there are several.
+fn shard_file(options: &RunOptions, start: &str) -> PathBuf {
+    options.out.join(match options.shard {
+        Part { count: 1, .. } => format!("{start}.jsonl"),
+        shard => format!("{start}.{shard}.jsonl"),
+    })
 }
 
 /// The record of a prediction: the prediction's scores, and those of its other masks.
@@ -253,17 +220,6 @@ fn list_failures(path: &Path, failures: &[Value]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn shards_share_out_all_samples() {
-        assert!(
-            ["", "1", "0/3", "4/3", "a/b", "1/0", "-1/2"].iter().all(|text| text.parse::<Shard>().is_err())
-        );
-        let mut all: Vec<usize> =
-            (1..=3).flat_map(|i| format!("{i}/3").parse::<Shard>().unwrap().samples(8)).collect();
-        all.sort_unstable();
-        assert_eq!(all, (0..8).collect::<Vec<_>>());
-    }
 
     #[test]
     fn a_torn_line_is_cut_off() {

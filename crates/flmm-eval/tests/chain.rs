@@ -1,5 +1,6 @@
 //! The visual chain of thought on every model of the registry, with small random weights and a random head.
 
+#[path = "../../flmm-data/tests/common/mod.rs"]
 mod common;
 
 use std::collections::HashMap;

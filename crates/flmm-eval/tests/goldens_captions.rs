@@ -4,6 +4,7 @@
 //! METEOR's tables belong to others and are not in this repository. `tests/data/fetch_meteor.sh DIR` fetches them from
 //! the package registry; `FLMM_METEOR=DIR` points these tests at them. Without, METEOR's exact parts are skipped.
 
+#[path = "../../flmm-data/tests/common/mod.rs"]
 mod common;
 mod files;
 

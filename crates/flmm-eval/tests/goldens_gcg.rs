@@ -1,6 +1,7 @@
 //! Grounded captions against recorded numbers: `goldens/metrics/gcg.json` (1e-9), COCO statistics of random predictions
 //! (`tests/data/coco.json`, 1e-9), a tiny BERT (`tests/data/bert`, 1e-5).
 
+#[path = "../../flmm-data/tests/common/mod.rs"]
 mod common;
 mod files;
 

@@ -1,6 +1,7 @@
 //! Question answering and visual chain of thought against recorded numbers (`goldens/metrics/{qa,cot}.json`): parsed
 //! texts, letters, boxes exact; scores within 1e-9.
 
+#[path = "../../flmm-data/tests/common/mod.rs"]
 mod common;
 
 use std::collections::BTreeMap;

@@ -1,5 +1,6 @@
 //! Rank analysis against `goldens/metrics/ranks.json`: 1e-9 (what was recorded in f32: one unit of it).
 
+#[path = "../../flmm-data/tests/common/mod.rs"]
 mod common;
 mod files;
 

@@ -4,9 +4,9 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use flmm::{Error, Result};
-use flmm_data::ImageStore;
+use flmm_data::{ImageStore, Part};
 
-use crate::cache::{CacheOptions, CachedSamples, FeatureCache, MapValues, Part, Values};
+use crate::cache::{CacheOptions, CachedSamples, FeatureCache, MapValues, Values};
 use crate::config::{Config, Mode};
 use crate::frozen::{Frozen, Seen, sam_of};
 use crate::mixture::{Expressions, Mixture};

@@ -219,7 +219,7 @@ impl Mixture {
         let (part, member) = self.place(index);
         match &part.source {
             Source::Narratives(narratives) => {
-                let member = self.grounded(part, narratives, index, epoch).unwrap_or(member);
+                let member = self.grounded(part, narratives, (index, member), epoch).unwrap_or(member);
                 self.narrative_key(part, member)
             }
             Source::Expressions(data) => self.image_key(part, &data.images[member], epoch),
@@ -240,7 +240,7 @@ impl Mixture {
         let (part, member) = self.place(index);
         match &part.source {
             Source::Narratives(narratives) => {
-                let member = self.grounded(part, narratives, index, epoch).ok_or_else(|| {
+                let member = self.grounded(part, narratives, (index, member), epoch).ok_or_else(|| {
                     Error::request("no narrative has a grounded phrase", "check the narrative file")
                 })?;
                 let key = self.narrative_key(part, member);
@@ -281,10 +281,15 @@ impl Mixture {
         panic!("sample beyond the end of the mixture")
     }
 
-    /// The narrative that stands at `index` in `epoch`: itself, or a random other one if it has no phrase.
-    /// `None` if the part has no grounded narrative at all.
-    fn grounded(&self, part: &Part, narratives: &Narratives, index: usize, epoch: u64) -> Option<usize> {
-        let (_, member) = self.place(index);
+    /// The narrative that stands for narrative `member` at `index` in `epoch`: itself, or a random other one if it has no
+    /// phrase. `None` if the part has no grounded narrative at all.
+    fn grounded(
+        &self,
+        part: &Part,
+        narratives: &Narratives,
+        (index, member): (usize, usize),
+        epoch: u64,
+    ) -> Option<usize> {
         if self.empty_narratives == EmptyNarratives::Keep || narratives.is_grounded(member) {
             return Some(member);
         }

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use flmm::Result;
 use flmm::lmm::OpenOptions;
-use flmm_data::ImageStore;
+use flmm_data::{ImageStore, Part};
 use serde_json::Value;
 
-use crate::cache::{CachedSamples, Part};
+use crate::cache::CachedSamples;
 use crate::config::{Config, Mode};
 use crate::distributed::{Communicator, Single};
 use crate::features::{Both, FeatureOptions, PROBES};

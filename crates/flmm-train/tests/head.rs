@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use candle_core::{Device, Tensor};
-use flmm::grounder::{HeadSizes, Observation};
-use flmm::sam::{PromptOptions, Refiner, SamConfig, SamGeometry};
+use flmm::grounder::Observation;
+use flmm::sam::{PromptOptions, Refiner, SamGeometry};
 use flmm::{Geometry, Result};
 use flmm_train::head::{init, trainable};
 use flmm_train::optim::{Gradients, accumulate, gradients};
@@ -17,26 +17,10 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
-fn sizes() -> HeadSizes {
-    let sam = SamConfig {
-        image_size: 32,
-        patch_size: 8,
-        window_size: 2,
-        mlp_ratio: 2.0,
-        decoder_num_heads: 2,
-        decoder_depth: 2,
-        mask_in_chans: 16,
-        embed_dim: 8,
-        depth: 1,
-        num_heads: 2,
-        global_attn_indexes: vec![0],
-        prompt_embed_dim: 16,
-        mlp_dim: 16,
-        attention_downsample_rate: 2,
-        iou_head_hidden_dim: None,
-    };
-    HeadSizes { channels: 4, layers: 2, hidden_size: 6, sam }
-}
+#[path = "common/small_head.rs"]
+mod small_head;
+
+use small_head::sizes;
 
 /// Two phrases of 1 and 2 tokens in a picture of 24 × 32 that the LMM saw padded to a square.
 fn sample() -> HeadSample {

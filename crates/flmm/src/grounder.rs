@@ -22,7 +22,6 @@ use image::RgbImage;
 
 use crate::capture::Capture;
 use crate::error::Result;
-use crate::layout::Merge;
 use crate::lmm::{GROUNDING_INSTRUCTION, Lmm, Turn};
 use crate::masks::Mask;
 use crate::nn::bilinear;
@@ -196,12 +195,8 @@ impl Grounder {
         phrases: Vec<Vec<usize>>,
     ) -> Result<Observation> {
         let (sam_embedding, sam_geometry) = session.sam(self.sam(), image)?;
-        let rows = capture.positions();
-        let positions: Vec<Vec<usize>> =
-            phrases.iter().map(|phrase| phrase.iter().map(|token| rows.start + token).collect()).collect();
-        let input = session.input(image)?;
-        let maps = capture.phrase_maps(&session.cache, &input.layout, &positions, Merge::Mean)?;
-        let hidden = capture.hidden_rows(&rows.collect::<Vec<_>>())?;
+        let (maps, input) = session.phrase_maps(image, capture, &phrases)?;
+        let hidden = capture.hidden_rows(&capture.positions().collect::<Vec<_>>())?;
         Ok(Observation { maps, hidden, phrases, geometry: input.geometry, sam_embedding, sam_geometry })
     }
 

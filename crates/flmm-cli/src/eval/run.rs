@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use flmm::Error;
+use flmm_data::Part;
 use flmm_eval::Rows;
 use flmm_eval::results::build;
-use flmm_eval::run::{Ran, RunOptions, Shard, Watch, run as run_task};
+use flmm_eval::run::{Ran, RunOptions, Watch, run as run_task};
 use indicatif::ProgressBar;
 
 use super::{DataArgs, numbers, tasks};
@@ -31,7 +32,7 @@ pub(crate) struct RunArgs {
     limit: Option<usize>,
     /// Part i of n, for several processes with the same --out.
     #[arg(long, value_name = "i/n", default_value = "1/1", hide_default_value = true)]
-    shard: Shard,
+    shard: Part,
     /// Score these masks of the same phrases too.
     #[arg(long, value_name = "ROWS", value_delimiter = ',')]
     rows: Vec<Row>,

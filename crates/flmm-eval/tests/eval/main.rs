@@ -1,6 +1,6 @@
 //! The harness: recorded numbers, files with faults, order and shards, and whole runs.
 
-#[path = "../common/mod.rs"]
+#[path = "../../../flmm-data/tests/common/mod.rs"]
 mod common;
 mod end_to_end;
 mod goldens_metrics;

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use flmm::Grounder;
 use flmm::grounder::ModelPaths;
+use flmm_data::Part;
 use flmm_data::world::{Level, Split, write};
-use flmm_eval::run::{RunOptions, Shard, Watch};
+use flmm_eval::run::{RunOptions, Watch};
 use flmm_eval::{Rows, Settings};
 
 pub(crate) fn repository() -> PathBuf {
@@ -33,7 +34,7 @@ pub(crate) fn tiny() -> Grounder {
 }
 
 pub(crate) fn options(out: &Path, limit: usize, rows: Rows) -> RunOptions {
-    RunOptions { out: out.to_owned(), limit: Some(limit), shard: Shard::default(), rows }
+    RunOptions { out: out.to_owned(), limit: Some(limit), shard: Part::default(), rows }
 }
 
 /// Counts what it is told; any failure ends the test.

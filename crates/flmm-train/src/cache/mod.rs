@@ -15,4 +15,3 @@ mod writer;
 pub use key::{CacheKey, MapValues, Rows, Values};
 pub use samples::{CachedSamples, Estimate, Filled};
 pub use store::{CacheOptions, Contents, FeatureCache};
-pub use writer::Part;

@@ -3,10 +3,10 @@
 use std::ops::ControlFlow;
 
 use flmm::{Error, Result};
+use flmm_data::Part;
 
 use super::record::{Encoded, encode};
 use super::store::FeatureCache;
-use super::writer::Part;
 use crate::head::HeadSample;
 use crate::samples::Samples;
 

@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use candle_core::Tensor;
 use flmm::{Error, Result};
+use flmm_data::Part;
 
 use super::key::CacheKey;
 use super::record::{Encoded, Stored, decode_picture, decode_sample, encode};
 use super::shard::{EXTENSION, Entry, Kind, Shard};
-use super::writer::{Part, Writer};
+use super::writer::Writer;
 use crate::head::HeadSample;
 
 /// How a cache is written.

@@ -5,36 +5,10 @@ use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use flmm::{Error, Result};
+use flmm_data::Part;
 
 use super::key::CacheKey;
 use super::shard::{EXTENSION, Entry, Kind, Shard, header, record, write_index};
-
-/// Which of several writers this is; each has shards of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Part {
-    /// From 0.
-    pub index: usize,
-    /// How many there are.
-    pub count: usize,
-}
-
-impl Default for Part {
-    fn default() -> Self {
-        Self { index: 0, count: 1 }
-    }
-}
-
-impl Part {
-    /// The numbers of the samples that fall to this part: a run of neighbours, which often share their picture.
-    pub fn range(&self, samples: usize) -> std::ops::Range<usize> {
-        let start = |part: usize| (part as u128 * samples as u128 / self.count.max(1) as u128) as usize;
-        start(self.index)..start(self.index + 1)
-    }
-
-    fn prefix(&self) -> String {
-        format!("{}-of-{}", self.index + 1, self.count)
-    }
-}
 
 /// Appends records to one shard after another.
 #[derive(Debug)]
@@ -63,7 +37,7 @@ impl Writer {
     /// [`Error::Request`] if another process is writing this part; [`Error::Io`].
     pub(super) fn new(dir: &Path, part: Part, key: &CacheKey) -> Result<Self> {
         std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-        let prefix = part.prefix();
+        let prefix = part.to_string();
         let path = dir.join(format!("{prefix}.lock"));
         let lock = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let lock = lock.map_err(|e| Error::io(&path, e))?;
@@ -167,20 +141,5 @@ impl Writer {
         write_index(&open.path, open.end, &open.records)?;
         self.open = None;
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parts_share_out_all_samples() {
-        for samples in [0, 1, 7, 100] {
-            for count in 1..9 {
-                let parts = (0..count).flat_map(|index| Part { index, count }.range(samples));
-                assert!(parts.eq(0..samples));
-            }
-        }
     }
 }

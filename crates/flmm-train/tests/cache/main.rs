@@ -11,7 +11,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use flmm::Result;
-use flmm_train::cache::{CacheKey, CacheOptions, CachedSamples, FeatureCache, MapValues, Part, Rows, Values};
+use flmm_data::Part;
+use flmm_train::cache::{CacheKey, CacheOptions, CachedSamples, FeatureCache, MapValues, Rows, Values};
 use flmm_train::{HeadSample, Samples};
 
 fn key(values: Values) -> CacheKey {

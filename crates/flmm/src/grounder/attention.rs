@@ -6,7 +6,7 @@ use image::RgbImage;
 use super::{Caption, Grounder};
 use crate::error::Result;
 use crate::geometry::Geometry;
-use crate::layout::{ImageLayout, Merge};
+use crate::layout::ImageLayout;
 use crate::lmm::{GROUNDING_INSTRUCTION, Turn};
 
 /// Where the phrases of a caption look.
@@ -28,13 +28,7 @@ impl Grounder {
         let mut session = self.start(picture)?;
         let prompt = session.prompt(self.lmm(), &[Turn::user(GROUNDING_INSTRUCTION)])?;
         let capture = self.read_caption(&mut session, prompt, &mut caption)?;
-        let first = capture.positions().start;
-        let phrases = caption.phrases()?;
-        let positions: Vec<Vec<usize>> =
-            phrases.iter().map(|tokens| tokens.iter().map(|token| first + token).collect()).collect();
-        let input = session.input(0)?;
-        let layout = input.layout.clone();
-        let maps = capture.phrase_maps(&session.cache, &layout, &positions, Merge::Mean)?;
-        Ok(Attention { maps, geometry: input.geometry, layout })
+        let (maps, input) = session.phrase_maps(0, &capture, &caption.phrases()?)?;
+        Ok(Attention { maps, geometry: input.geometry, layout: input.layout.clone() })
     }
 }

@@ -5,7 +5,7 @@ use image::RgbImage;
 
 use crate::capture::Capture;
 use crate::error::{Error, Result};
-use crate::layout::ImageLayout;
+use crate::layout::{ImageLayout, Merge};
 use crate::lmm::shared::embed_with_images;
 use crate::lmm::{ImageInput, Lmm, Prepared, Turn, order_shown};
 use crate::sam::{Sam, SamConfig, SamGeometry};
@@ -88,6 +88,21 @@ impl Session {
     /// Picture number `image` as the LMM sees it.
     pub(super) fn input(&self, image: usize) -> Result<&ImageInput> {
         self.pictures.get(image).map(|picture| &picture.input).ok_or_else(|| self.no_picture(image))
+    }
+
+    /// Where `phrases`, token numbers of the text whose rows are in `capture`, look in picture number `image`:
+    /// `[N, C, gh, gw]`; and that picture as the LMM sees it.
+    pub(super) fn phrase_maps(
+        &self,
+        image: usize,
+        capture: &Capture,
+        phrases: &[Vec<usize>],
+    ) -> Result<(Tensor, &ImageInput)> {
+        let first = capture.positions().start;
+        let positions: Vec<Vec<usize>> =
+            phrases.iter().map(|phrase| phrase.iter().map(|token| first + token).collect()).collect();
+        let input = self.input(image)?;
+        Ok((capture.phrase_maps(&self.cache, &input.layout, &positions, Merge::Mean)?, input))
     }
 
     /// SAM's embedding of picture number `image`, computed once; an empty one where there is no SAM.
