@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device};
 use flmm::Grounder;
-use flmm::grounder::{HeadSettings, ModelPaths, NO_HEAD, RefinerKind};
+use flmm::grounder::{HeadSettings, ModelPaths, RefinerKind};
 use flmm::hub::Hub;
 use flmm::lmm::{LoadProgress, OpenOptions};
 
@@ -53,15 +53,19 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
 /// Where public SAM checkpoints come from; the method was made with this size.
 pub(crate) const SAM_SOURCE: &str = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth";
 
+/// What is typed for a head where masks are to be made without one.
+const NO_HEAD: &str = "none";
+
 /// Name and files of the chosen model.
 fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
     // Before anything is downloaded.
     let part =
         |path: &Option<PathBuf>, hint: &str| path.as_deref().map(|path| Part::new(path, hint)).transpose();
     let sam = part(&args.sam, &format!("check the path; public SAM checkpoints: {SAM_SOURCE}"))?;
-    let head = match &args.head {
-        Some(path) if path.as_os_str() == NO_HEAD => Some(Part::Local(NO_HEAD.into())),
-        head => part(head, "check the path; `flmm convert head` makes a folder of a released head")?,
+    let without_head = args.head.as_deref().is_some_and(|head| head.as_os_str() == NO_HEAD);
+    let head = match without_head {
+        true => None,
+        false => part(&args.head, "check the path; `flmm convert head` makes a folder of a released head")?,
     };
     let bring = |part: &Option<Part>| part.as_ref().map(|part| part.bring(talk)).transpose();
     let Some(model) = &args.model else {
@@ -71,17 +75,17 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
                 "give --model, --sam and --head, or build with models/flmm-tiny",
             )
         })?;
-        let bundle = ModelPaths::bundle(&bundle);
         // The embedded model with another head, one that was trained for it.
-        let head = bring(&head)?.unwrap_or(bundle.head);
-        return Ok((embedded::NAME.to_owned(), ModelPaths { head, ..bundle }));
+        let paths = paths(&bundle, true, None, bring(&head)?, without_head);
+        return Ok((embedded::NAME.to_owned(), paths));
     };
     // A head on the hub is taken to need SAM, which nearly all do.
     let refines = match &head {
         Some(Part::Local(head)) => HeadSettings::read(head)?.refiner != RefinerKind::None,
         _ => true,
     };
-    let check = |is_bundle: bool| match is_bundle || (head.is_some() && (sam.is_some() || !refines)) {
+    let known = (head.is_some() || without_head) && (sam.is_some() || !refines);
+    let check = |is_bundle: bool| match is_bundle || known {
         true => Ok(()),
         false => Err(Failure::usage(
             format!("`{}` is not a bundle: its SAM and its grounding head are not known", model.display()),
@@ -93,11 +97,13 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
             let is_bundle =
                 !folder.join("config.json").is_file() && ModelPaths::bundle(&folder).model.is_dir();
             check(is_bundle)?;
-            let paths = paths(&folder, is_bundle, bring(&sam)?, bring(&head)?);
-            let needs_sam = HeadSettings::read(&paths.head)?.refiner != RefinerKind::None;
-            let needs_head = paths.head.as_os_str() != NO_HEAD;
-            for (path, needed) in [(&paths.sam, needs_sam), (&paths.head, needs_head)] {
-                if needed && !path.exists() {
+            let paths = paths(&folder, is_bundle, bring(&sam)?, bring(&head)?, without_head);
+            let needs_sam = match &paths.head {
+                Some(head) => HeadSettings::read(head)?.refiner != RefinerKind::None,
+                None => true,
+            };
+            for path in needs_sam.then_some(&paths.sam).into_iter().chain(&paths.head) {
+                if !path.exists() {
                     let what = format!("`{}`: no such file or folder", path.display());
                     return Err(Failure::usage(
                         what,
@@ -112,20 +118,26 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
             let plan = hub.plan(&repo)?;
             // A model that cannot be used for want of its parts is not downloaded.
             check(plan.is_bundle())?;
-            let paths = paths(plan.folder(), plan.is_bundle(), bring(&sam)?, bring(&head)?);
+            let paths = paths(plan.folder(), plan.is_bundle(), bring(&sam)?, bring(&head)?, without_head);
             fetch::download(&hub, &repo, &plan, talk)?;
             Ok((repo.to_string(), paths))
         }
     }
 }
 
-/// The three parts of the model in `folder`: its own, or those given.
-fn paths(folder: &Path, is_bundle: bool, sam: Option<PathBuf>, head: Option<PathBuf>) -> ModelPaths {
+/// The three parts of the model in `folder`: its own, or those given, or no head.
+fn paths(
+    folder: &Path,
+    is_bundle: bool,
+    sam: Option<PathBuf>,
+    head: Option<PathBuf>,
+    without_head: bool,
+) -> ModelPaths {
     let bundle = ModelPaths::bundle(folder);
     ModelPaths {
         model: if is_bundle { bundle.model } else { folder.to_owned() },
         sam: sam.unwrap_or(bundle.sam),
-        head: head.unwrap_or(bundle.head),
+        head: if without_head { None } else { head.or(bundle.head) },
     }
 }
 

@@ -52,12 +52,7 @@ fn grounder(model: &Path) -> Result<Grounder> {
     let sam = common::golden_dir("lmm/_sam").unwrap();
     let (config, file) = (sam.join("sam_config.json"), sam.join("sam_vit_tiny.pth"));
     let sam_tensors = load_checkpoint(&file, Some(DType::F32), CPU)?;
-    let sizes = HeadSizes {
-        channels: lmm.spec().channels,
-        layers: lmm.spec().layers,
-        hidden_size: lmm.decoder().config().hidden_size,
-        sam: SamConfig::from_file(&config)?,
-    };
+    let sizes = HeadSizes::of(lmm.as_ref(), SamConfig::from_file(&config)?);
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let unet = UNetConfig { in_channels: sizes.channels, base_channels: 8, input_size: 64 };
     let mut head: HashMap<String, Tensor> = HashMap::new();

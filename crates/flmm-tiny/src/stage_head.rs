@@ -9,7 +9,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use flmm::Grounder;
 use flmm::grounder::{Caption, GroundingHead, HeadSizes};
-use flmm::lmm::{GROUNDING_INSTRUCTION, Lmm, Turn};
+use flmm::lmm::{GROUNDING_INSTRUCTION, Turn};
 use flmm::sam::Sam;
 use flmm::weights::{Params, load_checkpoint};
 use flmm_data::world::{self, Link, Question, Scene, SegmentRef, Split, WorldConfig};
@@ -166,16 +166,6 @@ fn sample(
     Ok(HeadSample { observation, masks, token_labels })
 }
 
-/// What a head for `lmm` and flmm-tiny's SAM must fit.
-fn sizes(lmm: &dyn Lmm) -> HeadSizes {
-    HeadSizes {
-        channels: lmm.spec().channels,
-        layers: lmm.spec().layers,
-        hidden_size: lmm.decoder().config().hidden_size,
-        sam: stage_sam::config(),
-    }
-}
-
 /// Trains on the frozen parts in `bundle` and returns the head's tensors.
 pub(crate) fn run(
     args: &HeadArgs,
@@ -185,7 +175,7 @@ pub(crate) fn run(
     folder: &Path,
 ) -> Result<BTreeMap<String, Tensor>> {
     let lmm = flmm::lmm::open(&bundle.join("lmm"), DType::F32, &Device::Cpu)?;
-    let sizes = sizes(lmm.as_ref());
+    let sizes = HeadSizes::of(lmm.as_ref(), stage_sam::config());
     let sam: HashMap<String, Tensor> = load_checkpoint(bundle.join("sam"), Some(DType::F32), &Device::Cpu)?;
     let selector = SelectorConfig { positive_rate: 0.4, ..SelectorConfig::default() };
     let mut tensors = head::init(&sizes, BASE_CHANNELS, Some(&selector), Some(&sam), args.seed)?;

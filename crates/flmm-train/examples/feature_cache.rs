@@ -58,12 +58,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let samples = CachedSamples::new(&cache, &named);
 
     let lmm = grounder.lmm();
-    let sizes = HeadSizes {
-        channels: lmm.spec().channels,
-        layers: lmm.spec().layers,
-        hidden_size: lmm.decoder().config().hidden_size,
-        sam: read_checkpoint(&bundle.join("sam"), &Device::Cpu)?.0,
-    };
+    let sizes = HeadSizes::of(lmm, read_checkpoint(&bundle.join("sam"), &Device::Cpu)?.0);
     let tensors = init(&sizes, BASE_CHANNELS, None, None, 1)?;
     let (head, vars) = trainable(&sizes, &tensors)?;
     let task = HeadTask::new(head, HeadConfig::default())?;

@@ -40,12 +40,7 @@ impl Frozen {
         let (opened, _) = rehearse(|| lmm::open_with(&models.lmm, &models.options));
         let opened = opened?;
         let spec = *opened.spec();
-        let sizes = HeadSizes {
-            channels: spec.channels,
-            layers: spec.layers,
-            hidden_size: opened.decoder().config().hidden_size,
-            sam,
-        };
+        let sizes = HeadSizes::of(opened.as_ref(), sam);
         let (grounder, opening) = (OnceLock::new(), Mutex::new(()));
         Ok(Self { models: models.clone(), sizes, spec, refiner, grounder, opening })
     }

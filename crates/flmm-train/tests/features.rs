@@ -85,7 +85,7 @@ fn few_maps_and_no_refiner_make_a_head_that_answers() {
     let head = outcome.head.unwrap();
     assert_eq!(HeadSettings::read(&head).unwrap().channels_used.unwrap().len(), 4);
 
-    let paths = ModelPaths { model: models.lmm, sam: models.sam, head };
+    let paths = ModelPaths { model: models.lmm, sam: models.sam, head: Some(head) };
     let grounder = Grounder::open(&paths, &Device::Cpu, DType::F32).unwrap();
     assert!(grounder.sam().is_none());
     let config = world::WorldConfig::new(Level::One);

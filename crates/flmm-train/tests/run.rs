@@ -114,7 +114,7 @@ fn a_head_is_trained_resumed_and_used() {
     }
 
     // The head works where released heads do.
-    let paths = ModelPaths { head, ..ModelPaths::bundle(&bundle()) };
+    let paths = ModelPaths { head: Some(head), ..ModelPaths::bundle(&bundle()) };
     let grounder = Grounder::open(&paths, &Device::Cpu, DType::F32).unwrap();
     let picture = image::RgbImage::from_pixel(240, 180, image::Rgb([200, 220, 240]));
     let options = AnswerOptions { max_new_tokens: 4, ..AnswerOptions::default() };

@@ -36,7 +36,7 @@ pub use answer::{
 pub use attention::Attention;
 pub use caption::Caption;
 pub use head::{GroundingHead, HeadSizes, SAM_PREFIX, overlay};
-pub use open::{ModelPaths, NO_HEAD};
+pub use open::ModelPaths;
 pub use session::Session;
 pub use settings::{HeadSettings, RefinerKind};
 
@@ -166,9 +166,24 @@ impl Grounder {
 
     /// Mask logits of every phrase observed; differentiable in the head.
     pub fn decode(&self, observation: &Observation) -> Result<MaskLogits> {
+        let coarse = self.coarse(observation)?;
+        let refined = self.refine(observation, &coarse)?;
+        Ok(MaskLogits { coarse, refined })
+    }
+
+    /// Coarse logits `[N, mh, mw]` of every phrase observed, the LMM's padding cut off.
+    pub fn coarse(&self, observation: &Observation) -> Result<Tensor> {
         match &self.training_free {
-            Some(training_free) => training_free.decode(observation),
-            None => self.head.decode(observation),
+            Some(training_free) => training_free.coarse(observation),
+            None => self.head.coarse(observation),
+        }
+    }
+
+    /// Refined logits `[N, H, W]` at the picture's own size, from coarse logits `[N, mh, mw]` of any size.
+    pub fn refine(&self, observation: &Observation, coarse: &Tensor) -> Result<Tensor> {
+        match &self.training_free {
+            Some(training_free) => training_free.refine(observation, coarse),
+            None => self.head.refine(observation, coarse),
         }
     }
 
@@ -180,9 +195,14 @@ impl Grounder {
 
     /// As [`Grounder::segment`], from logits that are at hand.
     pub fn binarise(&self, logits: &MaskLogits, observation: &Observation) -> Result<Vec<(Mask, Mask)>> {
+        let refined = binary(&logits.refined)?;
+        if self.sam.is_none() {
+            // Without a refiner the refined logits are the coarse ones at the picture's size.
+            return Ok(refined.into_iter().map(|mask| (mask.clone(), mask)).collect());
+        }
         let (height, width) = observation.sam_geometry.original;
         let coarse = bilinear(&logits.coarse.unsqueeze(0)?, height, width)?.squeeze(0)?;
-        Ok(binary(&logits.refined)?.into_iter().zip(binary(&coarse)?).collect())
+        Ok(refined.into_iter().zip(binary(&coarse)?).collect())
     }
 
     /// What the session has seen of picture number `image` and the text whose rows are in `capture`; `phrases` are

@@ -8,7 +8,7 @@
 use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
-use crate::grounder::{MaskLogits, Observation};
+use crate::grounder::Observation;
 use crate::nn::bilinear;
 use crate::sam::{PromptOptions, Refiner};
 
@@ -17,52 +17,37 @@ const SIDE: usize = 64;
 /// Coarse logits reach from −SCALE to SCALE.
 const SCALE: f32 = 8.0;
 
-/// How heads are chosen and combined.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct TrainingFreeOptions {
-    /// Attention heads that are combined for a phrase.
-    pub heads: usize,
-    /// Whether attention is divided by what all phrases look at.
-    pub relative: bool,
-}
-
-impl Default for TrainingFreeOptions {
-    fn default() -> Self {
-        Self { heads: 10, relative: true }
-    }
-}
+/// Attention heads that are combined for a phrase.
+const HEADS: usize = 10;
 
 /// Masks from attention and an untrained SAM.
 #[derive(Debug, Clone)]
 pub struct TrainingFree {
     refiner: Refiner,
-    options: TrainingFreeOptions,
 }
 
 impl TrainingFree {
     /// With the public SAM's own prompt encoder and mask decoder.
-    pub fn new(refiner: Refiner, options: TrainingFreeOptions) -> Self {
-        Self { refiner, options }
+    pub fn new(refiner: Refiner) -> Self {
+        Self { refiner }
     }
 
-    /// Coarse `[N, mh, mw]` and refined `[N, H, W]` logits of every phrase of `observation`.
-    ///
-    /// # Errors
-    /// [`Error::Request`] if the maps are empty.
-    pub fn decode(&self, observation: &Observation) -> Result<MaskLogits> {
-        let coarse = self.coarse(observation)?;
+    /// Refined logits `[N, H, W]` at the picture's own size, from coarse logits `[N, mh, mw]`.
+    pub fn refine(&self, observation: &Observation, coarse: &Tensor) -> Result<Tensor> {
         let options = PromptOptions { text_prompt: false, ..PromptOptions::default() };
         // No words prompt SAM, but their number tells it the number of phrases.
         let none =
             Tensor::zeros((1, self.refiner.config().prompt_embed_dim), coarse.dtype(), coarse.device())?;
         let words = vec![none; coarse.dim(0)?];
         let (embedding, geometry) = (&observation.sam_embedding, &observation.sam_geometry);
-        let refined = self.refiner.refine(embedding, &coarse, &words, geometry, &options)?;
-        Ok(MaskLogits { coarse, refined })
+        self.refiner.refine(embedding, coarse, &words, geometry, &options)
     }
 
-    /// Logits from attention alone, padding cut off.
-    fn coarse(&self, observation: &Observation) -> Result<Tensor> {
+    /// Logits `[N, mh, mw]` of every phrase from attention alone, the LMM's padding cut off.
+    ///
+    /// # Errors
+    /// [`Error::Request`] if the maps are empty.
+    pub fn coarse(&self, observation: &Observation) -> Result<Tensor> {
         let (n, channels, grid_h, grid_w) = observation.maps.dims4()?;
         let rect = observation.geometry.picture_rect(grid_h, grid_w);
         let cells = rect.height * rect.width;
@@ -84,12 +69,12 @@ impl TrainingFree {
         let mut logits = Vec::with_capacity(n * cells);
         for maps in &maps {
             let mut combined = vec![0f32; cells];
-            for head in telling_heads(maps, self.options.heads) {
+            for head in telling_heads(maps) {
                 let total = maps[head].iter().sum::<f32>().max(f32::MIN_POSITIVE);
                 for ((sum, value), usual) in combined.iter_mut().zip(&maps[head]).zip(&together[head]) {
                     let share = value / total;
                     // With one phrase there is nothing to compare with.
-                    let usual = if self.options.relative && n > 1 { usual * cells as f32 } else { 1.0 };
+                    let usual = if n > 1 { usual * cells as f32 } else { 1.0 };
                     *sum += share / (usual + 0.1);
                 }
             }
@@ -103,8 +88,8 @@ impl TrainingFree {
     }
 }
 
-/// Of the heads that pay the picture at least the average attention, the `count` whose attention is least spread out.
-fn telling_heads(maps: &[Vec<f32>], count: usize) -> Vec<usize> {
+/// Of the heads that pay the picture at least the average attention, the [`HEADS`] whose attention is least spread out.
+fn telling_heads(maps: &[Vec<f32>]) -> Vec<usize> {
     let masses: Vec<f32> = maps.iter().map(|map| map.iter().sum()).collect();
     let average = masses.iter().sum::<f32>() / masses.len() as f32;
     let mut heads: Vec<(f64, usize)> = (0..maps.len())
@@ -112,7 +97,7 @@ fn telling_heads(maps: &[Vec<f32>], count: usize) -> Vec<usize> {
         .map(|head| (entropy(&maps[head], masses[head]), head))
         .collect();
     heads.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-    heads.into_iter().take(count.max(1)).map(|(_, head)| head).collect()
+    heads.into_iter().take(HEADS).map(|(_, head)| head).collect()
 }
 
 /// `−Σ p log p` of a map's shares.
@@ -203,10 +188,11 @@ mod tests {
 
     #[test]
     fn each_phrase_gets_its_corner() {
-        let free = TrainingFree::new(refiner(), TrainingFreeOptions { heads: 2, ..Default::default() });
-        let logits = free.decode(&observation()).unwrap();
-        assert_eq!((logits.coarse.dims(), logits.refined.dims()), (&[2, 64, 64][..], &[2, 32, 32][..]));
-        for (phrase, rows) in logits.coarse.to_vec3::<f32>().unwrap().iter().enumerate() {
+        let (free, observation) = (TrainingFree::new(refiner()), observation());
+        let coarse = free.coarse(&observation).unwrap();
+        assert_eq!(coarse.dims(), [2, 64, 64]);
+        assert_eq!(free.refine(&observation, &coarse).unwrap().dims(), [2, 32, 32]);
+        for (phrase, rows) in coarse.to_vec3::<f32>().unwrap().iter().enumerate() {
             let at = |y: usize, x: usize| rows[y][x] > 0.0;
             assert_eq!((at(6, 6), at(58, 58)), (phrase == 0, phrase == 1), "phrase {phrase}");
             assert!(!at(28, 36), "what all look at drops out");
@@ -215,12 +201,12 @@ mod tests {
 
     #[test]
     fn flat_and_empty_maps_are_no_trouble() {
-        let free = TrainingFree::new(refiner(), TrainingFreeOptions::default());
+        let free = TrainingFree::new(refiner());
         let mut flat = observation();
         flat.maps = flat.maps.zeros_like().unwrap();
-        let coarse = free.decode(&flat).unwrap().coarse.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let coarse = free.coarse(&flat).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert!(coarse.iter().all(|value| value.is_finite()));
         flat.maps = flat.maps.narrow(1, 0, 0).unwrap();
-        assert!(free.decode(&flat).is_err());
+        assert!(free.coarse(&flat).is_err());
     }
 }

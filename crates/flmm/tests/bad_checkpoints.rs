@@ -220,7 +220,7 @@ fn open_with_head(change: impl FnOnce(&mut Tensors)) -> TestResult<Option<flmm::
     save_safetensors(&head, &tensors, &BTreeMap::new())?;
     let sam = ["sam_vit_tiny.safetensors", "sam_vit_tiny.pth"].map(|name| sam.join(name));
     let sam = sam.into_iter().find(|file| file.is_file()).ok_or("no SAM")?;
-    let paths = ModelPaths { model: family.join("model"), sam, head };
+    let paths = ModelPaths { model: family.join("model"), sam, head: Some(head) };
     Ok(Some(Grounder::open(&paths, CPU, DType::F32)))
 }
 

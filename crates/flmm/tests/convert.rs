@@ -75,7 +75,7 @@ fn a_released_head_becomes_a_folder_with_the_same_values() {
     assert_eq!((&about["channels"], &about["format"]), (&8.into(), &1.into()));
     // The folder is what the program opens.
     let sam = common::golden_dir("lmm/_sam").unwrap().join("sam_vit_tiny.pth");
-    Grounder::open(&ModelPaths { model: llava().0, sam, head: out }, CPU, DType::F32).unwrap();
+    Grounder::open(&ModelPaths { model: llava().0, sam, head: Some(out) }, CPU, DType::F32).unwrap();
     let entries: Vec<_> = std::fs::read_dir(place.path().join("heads")).unwrap().collect();
     assert_eq!(entries.len(), 1, "{entries:?}");
 }

@@ -39,7 +39,7 @@ fn ground(paths: &ModelPaths, picture: &Path) -> TestResult<GroundedAnswer> {
 fn an_embedded_bundle_is_the_same_model() -> TestResult {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/lmm");
     let (case, sam) = (fixtures.join("llava15"), fixtures.join("_sam/sam_vit_tiny.pth"));
-    let on_disk = ModelPaths { model: case.join("model"), sam, head: case.join("heads.pth") };
+    let on_disk = ModelPaths { model: case.join("model"), sam, head: Some(case.join("heads.pth")) };
 
     let mut files = embedded("lmm", &case.join("model"), &[])?;
     files.extend(embedded("sam", &fixtures.join("_sam"), &["sam_vit_tiny.pth", "sam_config.json"])?);

@@ -221,7 +221,7 @@ fn long_captions_are_cut_where_the_model_stops_reading() -> TestResult {
     let paths = ModelPaths {
         model: copy.model.clone(),
         sam: sam.join("sam_vit_tiny.pth"),
-        head: family.join("heads.safetensors"),
+        head: Some(family.join("heads.safetensors")),
     };
     let picture = read_image(family.join("images/a.png"))?;
     let open = |limit: usize| -> TestResult<Grounder> {

@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use flmm::grounder::HeadSizes;
+use flmm::lmm::Lmm;
 use flmm::sam::{Sam, SamConfig};
 use flmm::weights::{rehearse, save_safetensors};
 use half::bf16;
@@ -44,18 +45,13 @@ pub(crate) fn write(name: &str, out: &Path, layers: Option<usize>) -> Result<()>
     }
     // Of the parts only CLIP's names begin so.
     let is_clip = |(name, _): &(String, Vec<usize>)| recipe.towers && name.starts_with("vision_model.");
-    let (clip, own): (Shapes, Shapes) = asked_of(&lmm)?.into_iter().partition(is_clip);
+    let (opened, asked) = asked_of(&lmm)?;
+    let (clip, own): (Shapes, Shapes) = asked.into_iter().partition(is_clip);
     if recipe.towers {
         write_shards(&out.join(CLIP_FOLDER), "model", clip)?;
     }
     write_shards(&lmm, "model", own)?;
-    let entry = flmm::lmm::recognise(&lmm)?;
-    let mut spec = entry.spec;
-    if let Some(layers) = layers {
-        spec.channels = spec.channels / spec.layers * layers;
-        spec.layers = layers;
-    }
-    write_heads(out, &spec, hidden_size(&mut folder)?)
+    write_heads(out, opened.as_ref())
 }
 
 /// The part of a `config.json` that describes the decoder.
@@ -79,28 +75,21 @@ fn write_folder(folder: &Path, files: &Folder) -> Result<()> {
 
 type Shapes = Vec<(String, Vec<usize>)>;
 
-/// Names and shapes of what the loader misses.
-fn asked_of(lmm: &Path) -> Result<Shapes> {
+/// The model without its weights, and names and shapes of what the loader misses.
+fn asked_of(lmm: &Path) -> Result<(Box<dyn Lmm>, Shapes)> {
     let (opened, findings) = rehearse(|| flmm::lmm::open(lmm, DType::BF16, &Device::Cpu));
-    opened?;
     let missing = findings.problems.into_iter().filter(|problem| problem.found.is_none());
-    Ok(missing.map(|problem| (problem.name, problem.expected)).collect())
-}
-
-fn hidden_size(folder: &mut Folder) -> Result<usize> {
-    let config = folder.get_mut("config.json").context("no config.json")?;
-    let size = decoder_config(config)["hidden_size"].as_u64();
-    size.map(|size| size as usize).context("config.json has no hidden_size")
+    Ok((opened?, missing.map(|problem| (problem.name, problem.expected)).collect()))
 }
 
 /// SAM-L and a head of the published width, both randomly initialised.
-fn write_heads(out: &Path, spec: &flmm::lmm::LmmSpec, hidden_size: usize) -> Result<()> {
+fn write_heads(out: &Path, lmm: &dyn Lmm) -> Result<()> {
     let sam = SamConfig::vit_l();
     let tensors = Sam::init(&sam, 1)?;
     std::fs::create_dir_all(out.join("sam"))?;
     std::fs::create_dir_all(out.join("head"))?;
     save_safetensors(out.join("sam/sam.safetensors"), &tensors, &BTreeMap::new())?;
-    let sizes = HeadSizes { channels: spec.channels, layers: spec.layers, hidden_size, sam };
+    let (spec, sizes) = (lmm.spec(), HeadSizes::of(lmm, sam));
     let tensors = tensors.into_iter().collect();
     let head = flmm_train::head::init(&sizes, BASE_CHANNELS, Some(&Default::default()), Some(&tensors), 1)?;
     save_safetensors(out.join("head/head.safetensors"), &head, &BTreeMap::new())?;
@@ -244,11 +233,11 @@ mod tests {
             config["text_config"][key] = value.into();
         }
         write_folder(folder.path(), &files)?;
-        let shapes = asked_of(folder.path())?;
+        let (_, shapes) = asked_of(folder.path())?;
         let q = "language_model.model.layers.0.self_attn.q_proj.weight";
         assert!(shapes.contains(&(q.to_owned(), vec![64, 64])), "{shapes:?}");
         write_shards(folder.path(), "model", shapes)?;
-        assert!(asked_of(folder.path())?.is_empty());
+        assert!(asked_of(folder.path())?.1.is_empty());
         flmm::lmm::open(folder.path(), DType::BF16, &Device::Cpu)?;
         Ok(())
     }

@@ -151,9 +151,9 @@ fn one_phrase(token_ids: Vec<u32>) -> Caption {
 /// sees them.
 fn mask(grounder: &Grounder, observation: &Observation, sam: bool) -> Result<Mask> {
     let (height, width) = observation.sam_geometry.original;
-    let coarse = grounder.head().coarse(observation)?;
+    let coarse = grounder.coarse(observation)?;
     let logits = bilinear(&coarse.unsqueeze(0)?, height, width)?.squeeze(0)?;
-    let logits = if sam { grounder.head().refine(observation, &logits)? } else { logits };
+    let logits = if sam { grounder.refine(observation, &logits)? } else { logits };
     Mask::from_logits(&logits.get(0)?)
 }
 

@@ -109,7 +109,7 @@ fn the_real_formats_run_end_to_end() {
     let paths = ModelPaths {
         model: case.join("model"),
         sam: fixtures.join("lmm/_sam/sam_vit_tiny.pth"),
-        head: case.join("heads.pth"),
+        head: Some(case.join("heads.pth")),
     };
     let grounder = Grounder::open(&paths, &Device::Cpu, DType::F32).unwrap();
     let settings = Settings { data: fixtures.join("datasets/tree"), ..Settings::default() };

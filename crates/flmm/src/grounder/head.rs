@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::capture::weighted_hidden;
 use crate::error::{Error, Result};
 use crate::grounder::{HeadSettings, MaskLogits, Observation, RefinerKind};
+use crate::lmm::Lmm;
 use crate::mask_head::{UNet, UNetConfig};
 use crate::nn::{Linear, bilinear};
 use crate::sam::{PromptOptions, Refiner, SamConfig};
@@ -27,6 +28,15 @@ pub struct HeadSizes {
     pub hidden_size: usize,
     /// SAM's sizes.
     pub sam: SamConfig,
+}
+
+impl HeadSizes {
+    /// Those of a head for `lmm` and a SAM of these sizes.
+    pub fn of(lmm: &dyn Lmm, sam: SamConfig) -> Self {
+        let spec = lmm.spec();
+        let hidden_size = lmm.decoder().config().hidden_size;
+        Self { channels: spec.channels, layers: spec.layers, hidden_size, sam }
+    }
 }
 
 /// Everything that is trained, under the names of released checkpoints (`spec/pipeline.md` §7).
@@ -97,22 +107,6 @@ impl GroundingHead {
         tensors.insert("text_layer_weights".into(), layers);
         let settings = HeadSettings { refiner: RefinerKind::None, ..HeadSettings::default() };
         Self::from_params_as(sizes, &settings, &Params::new("no head", tensors))
-    }
-
-    /// Reads a head on its own: a folder with `head.safetensors`, or a released `.safetensors` or `.pth` file.
-    ///
-    /// Tensors the file lacks are taken from `sam` (the public SAM file's tensors, unprefixed names); the rest
-    /// must be in the file. See [`overlay`] for the files' rules.
-    pub fn load(
-        path: &Path,
-        sizes: &HeadSizes,
-        sam: &HashMap<String, Tensor>,
-        device: &Device,
-    ) -> Result<Self> {
-        let params = Params::new(path, overlay(path, sam, load_head_tensors(path, device)?)?);
-        let head = Self::from_params_as(sizes, &HeadSettings::read(path)?, &params)?;
-        params.finish(WRONG_HEAD)?;
-        Ok(head)
     }
 
     /// Coarse logits `[N, mh, mw]` of every phrase, the LMM's padding cut off (`spec/pipeline.md` §4).

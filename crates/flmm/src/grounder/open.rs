@@ -10,7 +10,7 @@ use super::{Grounder, GroundingHead, HeadSettings, HeadSizes, RefinerKind, overl
 use crate::error::Result;
 use crate::lmm::{self, Lmm, OpenOptions};
 use crate::sam::{Sam, SamConfig, read_checkpoint};
-use crate::training_free::{TrainingFree, TrainingFreeOptions};
+use crate::training_free::TrainingFree;
 use crate::weights::Params;
 
 /// Where the three parts of a model lie.
@@ -20,18 +20,15 @@ pub struct ModelPaths {
     pub model: PathBuf,
     /// SAM: a checkpoint file, or a folder with one.
     pub sam: PathBuf,
-    /// The grounding head: a folder with `head.safetensors`, or a released `.safetensors` or `.pth` file; or
-    /// [`NO_HEAD`].
-    pub head: PathBuf,
+    /// The grounding head: a folder with `head.safetensors`, or a released `.safetensors` or `.pth` file. `None`: masks
+    /// are made without one ([`crate::training_free`]).
+    pub head: Option<PathBuf>,
 }
-
-/// In the place of a head's path: masks are made without one ([`crate::training_free`]).
-pub const NO_HEAD: &str = "none";
 
 impl ModelPaths {
     /// A bundle: one folder with `lmm/`, `sam/` and `head/`.
     pub fn bundle(dir: &Path) -> Self {
-        Self { model: dir.join("lmm"), sam: dir.join("sam"), head: dir.join("head") }
+        Self { model: dir.join("lmm"), sam: dir.join("sam"), head: Some(dir.join("head")) }
     }
 }
 
@@ -51,17 +48,17 @@ impl Grounder {
     pub fn open_with(paths: &ModelPaths, options: &OpenOptions) -> Result<Self> {
         let device = &options.device;
         let lmm = lmm::open_with(&paths.model, options)?;
-        if paths.head.as_os_str() == NO_HEAD {
+        let Some(head) = &paths.head else {
             return Self::open_without_head(lmm, &paths.sam, device);
-        }
-        let settings = HeadSettings::read(&paths.head)?;
+        };
+        let settings = HeadSettings::read(head)?;
         let (sam, sam_tensors) = match settings.refiner {
             RefinerKind::Sam => read_checkpoint(&paths.sam, device)?,
             RefinerKind::None => (SamConfig::vit_l(), HashMap::new()),
         };
-        let sizes = sizes(lmm.as_ref(), sam);
-        let tensors = overlay(&paths.head, &sam_tensors, load_head_tensors(&paths.head, device)?)?;
-        let params = Params::new(&paths.head, tensors);
+        let sizes = HeadSizes::of(lmm.as_ref(), sam);
+        let tensors = overlay(head, &sam_tensors, load_head_tensors(head, device)?)?;
+        let params = Params::new(head, tensors);
         let head = GroundingHead::from_params_as(&sizes, &settings, &params)?;
         let sam = match settings.refiner {
             RefinerKind::Sam => Some(Sam::load(&sizes.sam, &params.pp("sam.model"))?),
@@ -74,18 +71,8 @@ impl Grounder {
     /// Masks come from attention and the SAM at `sam` alone.
     fn open_without_head(lmm: Box<dyn Lmm>, sam: &Path, device: &Device) -> Result<Self> {
         let sam = Sam::open(sam, device)?;
-        let head = GroundingHead::blank(&sizes(lmm.as_ref(), sam.config().clone()), device)?;
-        let training_free = TrainingFree::new(sam.refiner().clone(), TrainingFreeOptions::default());
+        let head = GroundingHead::blank(&HeadSizes::of(lmm.as_ref(), sam.config().clone()), device)?;
+        let training_free = TrainingFree::new(sam.refiner().clone());
         Ok(Self { lmm, sam: Some(sam), head, training_free: Some(training_free) })
-    }
-}
-
-/// What a head for `lmm` and `sam` must fit.
-fn sizes(lmm: &dyn Lmm, sam: SamConfig) -> HeadSizes {
-    HeadSizes {
-        channels: lmm.spec().channels,
-        layers: lmm.spec().layers,
-        hidden_size: lmm.decoder().config().hidden_size,
-        sam,
     }
 }

@@ -25,6 +25,7 @@ pub struct Session {
     read: Vec<Token>,
     /// How many tokens the last reading found in the cache.
     reused: usize,
+    coarse_only: bool,
 }
 
 /// One picture; the layout in `input` is where the last prompt shows it.
@@ -52,7 +53,7 @@ impl Session {
         let pictures = pictures.collect::<Result<Vec<_>>>()?;
         let tokens: usize = pictures.iter().map(|picture| picture.input.layout.tokens).sum();
         let cache = KvCache::new(lmm.decoder().config(), tokens + 256);
-        Ok(Self { turns: Vec::new(), cache, pictures, read: Vec::new(), reused: 0 })
+        Ok(Self { turns: Vec::new(), cache, pictures, read: Vec::new(), reused: 0, coarse_only: false })
     }
 
     /// Adds a picture; what is computed of the others is kept.
@@ -60,6 +61,12 @@ impl Session {
         lmm.check_images(self.pictures.len() + 1)?;
         self.pictures.push(Picture::new(lmm, picture)?);
         Ok(())
+    }
+
+    /// SAM does not look at the pictures: for those who want coarse masks alone. Refining what is then observed fails.
+    pub fn coarse_only(mut self) -> Self {
+        self.coarse_only = true;
+        self
     }
 
     /// How many pictures the conversation is about.
@@ -114,7 +121,7 @@ impl Session {
         if let Some(known) = &picture.sam {
             return Ok(known.clone());
         }
-        let encoded = match sam {
+        let encoded = match sam.filter(|_| !self.coarse_only) {
             Some(sam) => sam.encode_image(&picture.picture)?,
             None => {
                 let original = (picture.picture.height() as usize, picture.picture.width() as usize);

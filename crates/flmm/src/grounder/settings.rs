@@ -33,13 +33,14 @@ pub struct HeadSettings {
 }
 
 impl HeadSettings {
-    /// Reads the `head.json` beside the head at `path`; the defaults where there is none.
+    /// Reads the `head.json` of the head at `path`, in the folder or beside the file; the defaults where there is none.
     ///
     /// # Errors
     /// [`Error::Config`] if it cannot be read or names a map twice.
     pub fn read(path: &Path) -> Result<Self> {
-        let file = path.join("head.json");
-        if !files::is_dir(path) || !files::is_file(&file) {
+        let folder = if files::is_dir(path) { path } else { path.parent().unwrap_or(path) };
+        let file = folder.join("head.json");
+        if !files::is_file(&file) {
             return Ok(Self::default());
         }
         let settings: Self = serde_json::from_str(&files::read_text(&file)?).map_err(|e| {

@@ -160,7 +160,7 @@ pub(crate) fn open(dir: &Path, dtype: DType) -> TestResult<Opened> {
         .map(|name| sam.join(name))
         .into_iter()
         .find(|file| file.is_file());
-    let paths = ModelPaths { model, sam: sam.ok_or("no SAM file")?, head };
+    let paths = ModelPaths { model, sam: sam.ok_or("no SAM file")?, head: Some(head) };
     Ok(Opened::Whole(Box::new(Grounder::open_with(&paths, &options)?)))
 }
 
