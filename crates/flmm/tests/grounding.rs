@@ -57,11 +57,11 @@ fn with_selector(dtype: DType, bias: f32) -> TestResult<Option<Grounder>> {
     let sam_tensors = load_checkpoint(&paths.sam, Some(DType::F32), CPU)?;
     let sizes =
         HeadSizes::of(lmm.as_ref(), SamConfig::from_file(&paths.sam.with_file_name("sam_config.json"))?);
-    let head = paths.head.as_ref().ok_or("no head")?;
-    let mut head = load_checkpoint(head, Some(DType::F32), CPU)?;
+    let file = paths.head.as_deref().ok_or("no head")?;
+    let mut head = load_checkpoint(file, Some(DType::F32), CPU)?;
     head.insert("keyword_selector.weight".into(), Tensor::zeros((1, sizes.hidden_size), DType::F32, CPU)?);
     head.insert("keyword_selector.bias".into(), Tensor::new(&[bias], CPU)?);
-    let params = Params::new(&paths.head, overlay(&paths.head, &sam_tensors, head)?);
+    let params = Params::new(file, overlay(file, &sam_tensors, head)?);
     let head = GroundingHead::from_params(&sizes, &params)?;
     let sam = Sam::load(&sizes.sam, &params.pp("sam.model"))?;
     params.finish("")?;
@@ -311,7 +311,8 @@ fn every_wrong_tensor_is_in_one_error() -> TestResult {
     lmm::open(folder.path(), DType::F32, CPU)?;
 
     // A head with a stranger and a gap.
-    let mut head: HashMap<String, Tensor> = load_checkpoint(&paths.head, None, CPU)?;
+    let mut head: HashMap<String, Tensor> =
+        load_checkpoint(paths.head.as_deref().ok_or("no head")?, None, CPU)?;
     let stranger = Tensor::zeros(1, DType::F32, CPU)?;
     head.insert("optimizer.step".into(), stranger);
     let file = folder.path().join("head.safetensors");
