@@ -3,12 +3,13 @@
 //! For an LMM that nobody has trained a head for yet. Heads are chosen for every phrase by how much of their attention
 //! goes to the picture and how concentrated it is there; their attention is taken relative to what all phrases of the
 //! text look at, so that what is looked at anyway (borders, attention sinks) drops out. The places above a threshold
-//! are the coarse mask; the box around them and the coarse mask itself prompt SAM. A trained head is far better.
+//! are the coarse mask; the box around them and the coarse mask itself prompt SAM.
 
 use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::grounder::Observation;
+use crate::layout::maps_in_picture;
 use crate::nn::bilinear;
 use crate::sam::{PromptOptions, Refiner};
 
@@ -49,15 +50,15 @@ impl TrainingFree {
     /// [`Error::Request`] if the maps are empty.
     pub fn coarse(&self, observation: &Observation) -> Result<Tensor> {
         let (n, channels, grid_h, grid_w) = observation.maps.dims4()?;
-        let rect = observation.geometry.picture_rect(grid_h, grid_w);
-        let cells = rect.height * rect.width;
-        if channels == 0 || cells == 0 {
+        if channels == 0 || grid_h * grid_w == 0 {
             return Err(Error::request(
                 format!("attention maps have shape {:?}", observation.maps.dims()),
                 "give maps of an LMM with image tokens",
             ));
         }
-        let maps = observation.maps.narrow(2, rect.y0, rect.height)?.narrow(3, rect.x0, rect.width)?;
+        let maps = maps_in_picture(&observation.maps, &observation.geometry, grid_h, grid_w)?;
+        let (_, _, height, width) = maps.dims4()?;
+        let cells = height * width;
         let maps = maps.to_device(&Device::Cpu)?.reshape((n, channels, cells))?.to_vec3::<f32>()?;
         let mut together = vec![vec![0f32; cells]; channels];
         for maps in &maps {
@@ -80,10 +81,10 @@ impl TrainingFree {
             }
             logits.extend(thresholded(&combined));
         }
-        let logits = Tensor::from_vec(logits, (n, 1, rect.height, rect.width), &Device::Cpu)?;
+        let logits = Tensor::from_vec(logits, (n, 1, height, width), &Device::Cpu)?;
         let factor = SIDE as f64 / grid_h.max(grid_w) as f64;
         let size = |cells: usize| ((cells as f64 * factor).round() as usize).max(1);
-        let logits = bilinear(&logits, size(rect.height), size(rect.width))?.squeeze(1)?;
+        let logits = bilinear(&logits, size(height), size(width))?.squeeze(1)?;
         Ok(logits.to_device(observation.maps.device())?)
     }
 }

@@ -4,15 +4,15 @@ mod common;
 #[path = "common/pickles.rs"]
 mod pickles;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use flmm::convert::{HeadTarget, convert_head, convert_sam, examine_head, head_target};
-use flmm::grounder::{Grounder, ModelPaths};
+use flmm::grounder::{Grounder, HeadSettings, ModelPaths};
 use flmm::mask_head::UNetConfig;
 use flmm::sam::{CONFIG_FILE, Refiner, Sam, SamConfig};
-use flmm::weights::{TensorInfo, load_checkpoint, outline, rehearse};
+use flmm::weights::{TensorInfo, load_checkpoint, outline, rehearse, save_safetensors};
 use half::{bf16, f16};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -204,8 +204,38 @@ fn parameter_counts_of_the_published_heads() {
         let infos: Vec<_> = shapes.into_iter().map(info).collect();
         let (found, problems, unexpected) = examine_head(Path::new("head.pth"), &infos).unwrap();
         assert_eq!((problems, unexpected), (Vec::new(), Vec::new()));
-        assert_eq!((found.parameters, found.layers, found.hidden_size), (count, layers, hidden));
+        assert_eq!((found.parameters, found.layers, found.hidden_size), (count, layers, Some(hidden)));
     }
+}
+
+#[test]
+fn heads_of_few_maps_and_without_a_refiner_are_known_as_such() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = place.path().join("small");
+    std::fs::create_dir(&folder).unwrap();
+    let mut tensors: BTreeMap<String, Tensor> = head().into_iter().collect();
+    tensors.retain(|name, _| !name.starts_with("sam.") && !name.starts_with("text_proj."));
+    let first = "mask_head.encoder.0.0.convs.0.conv.weight";
+    let kept = tensors[first].narrow(1, 0, 3).unwrap().contiguous().unwrap();
+    tensors.insert(first.into(), kept);
+    save_safetensors(folder.join("head.safetensors"), &tensors, &BTreeMap::new()).unwrap();
+    let settings = r#"{"channels_used": [5, 0, 2], "refiner": "none"}"#;
+    std::fs::write(folder.join("head.json"), settings).unwrap();
+
+    let (found, problems, unexpected) = examine_head(&folder, &outline(&folder).unwrap()).unwrap();
+    assert_eq!((problems, unexpected), (Vec::new(), Vec::new()));
+    assert_eq!((found.channels, found.hidden_size, found.prompt_embed_dim), (3, None, None));
+    // Converted, it is the same head still; the file alone has its description beside it too.
+    for (from, to) in [(folder.clone(), "again"), (folder.join("head.safetensors"), "of the file")] {
+        let out = place.path().join(to);
+        convert_head(&from, &target(), &out, false).unwrap();
+        assert_eq!(HeadSettings::read(&out).unwrap(), HeadSettings::read(&folder).unwrap());
+        let paths = ModelPaths { model: llava().0, sam: "no SAM".into(), head: Some(out) };
+        Grounder::open(&paths, CPU, DType::F32).unwrap();
+    }
+    let fewer = HeadTarget { channels: 4, ..target() };
+    let error = convert_head(&folder, &fewer, &place.path().join("fewer"), false).unwrap_err().to_string();
+    assert!(error.contains("map 5"), "{error}");
 }
 
 #[test]

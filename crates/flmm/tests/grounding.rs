@@ -341,6 +341,43 @@ fn every_wrong_tensor_is_in_one_error() -> TestResult {
 }
 
 #[test]
+fn masks_are_made_without_a_head() -> TestResult {
+    let Some(paths) = paths() else { return Ok(()) };
+    let grounder = Grounder::open(&ModelPaths { head: None, ..paths }, CPU, DType::F32)?;
+    let picture = picture()?;
+    let given = PhraseChoice::Given(vec!["a dog".into(), "a cat".into()]);
+    let options = GroundOptions::default();
+    let answer = grounder.ground(&picture, "There is a dog and a cat.", &given, &options)?;
+    assert_eq!(answer.phrases.len(), 2);
+    for phrase in &answer.phrases {
+        let size = (phrase.coarse_mask.width() as u32, phrase.coarse_mask.height() as u32);
+        assert_eq!(size, picture.dimensions());
+        let area = phrase.coarse_mask.area();
+        assert!(area > 0 && area < (size.0 * size.1) as usize, "{} of {size:?}", phrase.text);
+    }
+    // Without a keyword selector noun phrases are chosen.
+    let chosen = grounder.ground(&picture, "There is a dog.", &PhraseChoice::Keywords, &options)?;
+    assert_eq!(chosen.phrases.iter().map(|phrase| phrase.text.as_str()).collect::<Vec<_>>(), ["a dog"]);
+    Ok(())
+}
+
+#[test]
+fn a_session_that_wants_coarse_masks_alone_does_not_ask_sam() -> TestResult {
+    let Some(paths) = paths() else { return Ok(()) };
+    let grounder = Grounder::open(&paths, CPU, DType::F32)?;
+    let (picture, turns) = (picture()?, [Turn::user("What is shown?")]);
+    let caption = Caption::from_segments(grounder.lmm().tokenizer(), [("A ", None), ("dog", Some(0))])?;
+    let whole = grounder.observe_in(&mut grounder.start(&picture)?, &turns, &caption)?;
+    let coarse = grounder.observe_in(&mut grounder.start(&picture)?.coarse_only(), &turns, &caption)?;
+    assert_eq!(coarse.sam_embedding.elem_count(), 0);
+    assert_eq!(coarse.sam_geometry.original, whole.sam_geometry.original);
+    let values = |x: Tensor| x.flatten_all()?.to_vec1::<f32>();
+    assert_eq!(values(grounder.coarse(&coarse)?)?, values(grounder.coarse(&whole)?)?);
+    assert!(grounder.decode(&coarse).is_err(), "there is nothing to refine with");
+    Ok(())
+}
+
+#[test]
 fn stop_words_of_several_tokens_are_no_part_of_the_answer() -> TestResult {
     let Some(grounder) = with_selector(DType::F32, 5.0)? else { return Ok(()) };
     let ask = |stop_words: Vec<String>, phrases| -> TestResult<(GroundedAnswer, String)> {

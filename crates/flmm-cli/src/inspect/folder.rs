@@ -70,7 +70,8 @@ impl Part {
         if has("mask_head.") {
             return Self::head(path, tensors);
         }
-        if has("image_encoder.") {
+        // As SAM's authors name its tensors, and as `transformers` does.
+        if has("image_encoder.") || has("vision_encoder.") {
             return Self::sam(path, tensors);
         }
         // Neither a known model nor a part of one: say why not.
@@ -108,7 +109,10 @@ impl Part {
     fn head(path: &Path, tensors: Vec<TensorInfo>) -> Result<Self> {
         let (sizes, problems, unused) = examine_head(path, &tensors)?;
         let fits = REGISTRY.iter().map(|entry| entry.spec);
-        let fits = fits.filter(|spec| spec.channels == sizes.channels && spec.layers == sizes.layers);
+        let fits = fits.filter(|spec| {
+            let maps = sizes.settings.channels(spec.channels);
+            spec.layers == sizes.layers && maps.is_ok_and(|maps| maps == sizes.channels)
+        });
         let fits: Vec<&str> = fits.map(|spec| spec.name).collect();
         let facts = json!({
             "kind": "grounding head",
@@ -118,6 +122,8 @@ impl Part {
             "prompt_width": sizes.prompt_embed_dim,
             "trained_parameters": sizes.parameters,
             "keyword_selector": sizes.keyword_selector,
+            "channels_used": sizes.settings.channels_used,
+            "refiner": sizes.settings.refiner,
             "models_of_these_sizes": if fits.is_empty() { "none of the registry".to_owned() } else { fits.join(", ") },
         });
         // What the SAM file supplies is not missing.

@@ -19,6 +19,12 @@ fn parts_are_told_apart() {
     assert!(published.ok().contains("grounding head"));
     let verbose = place.run(&["inspect", "model", &path("lmm/llava15/heads.pth"), "-v"]);
     assert!(verbose.ok().contains("text_proj.weight") && verbose.out.contains("[32, 48]"), "{}", verbose.out);
+    // A SAM under the names of `transformers`.
+    let tensor = candle_core::Tensor::zeros(1, candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+    let named = std::collections::BTreeMap::from([("vision_encoder.pos_embed".to_owned(), tensor)]);
+    flmm::weights::save_safetensors(place.path("sam.safetensors"), &named, &Default::default()).unwrap();
+    let ran = inspect("sam.safetensors");
+    assert!(!ran.out.contains("those of no LMM, SAM or grounding head"), "{} {}", ran.out, ran.err);
     let unknown = inspect(&path("unet_head/small_c12_cases.safetensors"));
     assert!(unknown.ok().contains("unknown"), "{}", unknown.out);
 }

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{Converted, Staging, listed};
 use crate::error::{Error, Result};
-use crate::grounder::{GroundingHead, HeadSizes, SAM_PREFIX};
+use crate::grounder::{GroundingHead, HeadSettings, HeadSizes, RefinerKind, SAM_PREFIX};
 use crate::lmm::{self, LmmSpec};
 use crate::sam::SamConfig;
 use crate::weights::{
@@ -39,20 +39,22 @@ const FROZEN: [&str; 11] = [
 const CONSTANTS: [&str; 2] = ["sam.model.pixel_mean", "sam.model.pixel_std"];
 
 /// What the tensors of a head tell about the model it is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeadSizesFound {
-    /// Attention maps per phrase.
+    /// Attention maps per phrase that the mask head looks at.
     pub channels: usize,
     /// Decoder layers.
     pub layers: usize,
-    /// Width of the hidden states.
-    pub hidden_size: usize,
-    /// Width of SAM's prompts.
-    pub prompt_embed_dim: usize,
+    /// Width of the hidden states; unknown of a head with neither refiner nor keyword selector.
+    pub hidden_size: Option<usize>,
+    /// Width of SAM's prompts; none without a refiner.
+    pub prompt_embed_dim: Option<usize>,
     /// Trained values, buffers left out.
     pub parameters: usize,
     /// Whether there is a keyword selector.
     pub keyword_selector: bool,
+    /// What its `head.json` says, if there is one.
+    pub settings: HeadSettings,
 }
 
 /// The model that a head is for.
@@ -135,8 +137,12 @@ pub fn examine_head(
     };
     let sam =
         |name: &str, axis: usize, public: usize| size(&format!("{SAM_PREFIX}{name}"), axis).unwrap_or(public);
-    let prompt_embed_dim = need("text_proj.weight", 0)?;
+    let settings = HeadSettings::read(file)?;
     let public = SamConfig::vit_l();
+    let (prompt_embed_dim, hidden_size) = match settings.refiner {
+        RefinerKind::Sam => (need("text_proj.weight", 0)?, Some(need("text_proj.weight", 1)?)),
+        RefinerKind::None => (public.prompt_embed_dim, size("keyword_selector.weight", 1)),
+    };
     let layer = |i: usize| size(&format!("sam.model.mask_decoder.transformer.layers.{i}.norm1.weight"), 0);
     let depth = (0..64).take_while(|&i| layer(i).is_some()).count();
     let inner = sam(
@@ -165,22 +171,26 @@ pub fn examine_head(
     let sizes = HeadSizes {
         channels: need("mask_head.encoder.0.0.convs.0.conv.weight", 1)?,
         layers: need("text_layer_weights", 0)?,
-        hidden_size: need("text_proj.weight", 1)?,
+        // Asked for only where there is a tensor that tells it.
+        hidden_size: hidden_size.unwrap_or(1),
         sam: config,
     };
+    // The number of maps is read from the tensors themselves.
+    let whole = HeadSettings { channels_used: None, ..settings.clone() };
     let (built, findings) = rehearse(|| {
         let params = Params::new(file, stand_ins(file, &kept, None, &|_| true)?);
-        GroundingHead::from_params(&sizes, &params)
+        GroundingHead::from_params_as(&sizes, &whole, &params)
     });
     let head = built?;
     let buffer = kept.iter().find(|info| info.name == BUFFER).map_or(0, TensorInfo::elements);
     let found = HeadSizesFound {
         channels: sizes.channels,
         layers: sizes.layers,
-        hidden_size: sizes.hidden_size,
-        prompt_embed_dim,
+        hidden_size,
+        prompt_embed_dim: (settings.refiner == RefinerKind::Sam).then_some(prompt_embed_dim),
         parameters: findings.used_elements.saturating_sub(buffer),
         keyword_selector: head.keyword_selector.is_some(),
+        settings,
     };
     Ok((found, findings.problems, findings.unused))
 }
@@ -210,10 +220,10 @@ pub fn convert_head(file: &Path, target: &HeadTarget, out: &Path, force: bool) -
             lines.push(format!("the head is for {found} {what}, {} has {expected}", target.name));
         }
     };
-    compare("attention maps", found.channels, target.channels);
+    compare("attention maps", found.channels, found.settings.channels(target.channels)?);
     compare("decoder layers", found.layers, target.layers);
-    if let Some(hidden_size) = target.hidden_size {
-        compare("hidden values", found.hidden_size, hidden_size);
+    if let (Some(found), Some(expected)) = (found.hidden_size, target.hidden_size) {
+        compare("hidden values", found, expected);
     }
     lines.extend(problems.iter().filter(|problem| !is_sams(problem)).map(Problem::to_string));
     lines.extend(unexpected.iter().map(|name| format!("unexpected tensor `{name}`")));
@@ -228,10 +238,11 @@ pub fn convert_head(file: &Path, target: &HeadTarget, out: &Path, force: bool) -
     let about = serde_json::json!({
         "format": FORMAT,
         "lmm": target.repo,
-        "channels": found.channels,
+        "channels": target.channels,
         "layers": found.layers,
         "hidden_size": found.hidden_size,
-        "refiner": "sam",
+        "channels_used": found.settings.channels_used,
+        "refiner": found.settings.refiner,
         "merge": "mean",
         "keyword_selector": found.keyword_selector,
         "parameters": found.parameters,

@@ -67,6 +67,7 @@ impl GroundingHead {
     /// As [`GroundingHead::from_params`], for a head with `settings`.
     pub fn from_params_as(sizes: &HeadSizes, settings: &HeadSettings, params: &Params) -> Result<Self> {
         let mask_head = params.pp("mask_head");
+        mask_head.claim(&[]);
         let base_channels = match mask_head.shape("conv_seg.weight").as_deref() {
             Some(&[1, width, 1, 1]) => width,
             _ => 64,
@@ -74,6 +75,7 @@ impl GroundingHead {
         let unet =
             UNetConfig { in_channels: settings.channels(sizes.channels)?, base_channels, input_size: 64 };
         let selector = params.pp("keyword_selector");
+        selector.claim(&[]);
         let keyword_selector = if selector.has("weight") || selector.has("bias") {
             Some(Linear::load(sizes.hidden_size, 1, true, &selector)?)
         } else {
@@ -82,7 +84,9 @@ impl GroundingHead {
         let (mut text_proj, mut refiner) = (None, None);
         if settings.refiner == RefinerKind::Sam {
             let width = sizes.sam.prompt_embed_dim;
-            text_proj = Some(Linear::load(sizes.hidden_size, width, true, &params.pp("text_proj"))?);
+            let projection = params.pp("text_proj");
+            projection.claim(&[]);
+            text_proj = Some(Linear::load(sizes.hidden_size, width, true, &projection)?);
             refiner = Some(Refiner::load(&sizes.sam, &params.pp("sam.model"))?);
         }
         let text_layer_weights = params.get(&[sizes.layers], "text_layer_weights")?;

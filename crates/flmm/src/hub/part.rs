@@ -90,7 +90,8 @@ impl fmt::Display for PartId {
 impl Hub {
     /// As [`Hub::plan`], for a part of a repository. [`Hub::download`] brings it, and [`Plan::place`] tells where it is.
     ///
-    /// A file that is in the cache, or a folder with weights, is used without asking the hub.
+    /// A file that is in the cache is used without asking the hub. What belongs to a folder, or which file of a repository is
+    /// meant, is for the hub to say; where it cannot be asked, what is in the cache is taken.
     ///
     /// # Errors
     /// As [`Hub::plan`], and [`Error::Hub`] if the repository has no such file or folder or no weights there, naming
@@ -101,9 +102,18 @@ impl Hub {
             let folder = cache.snapshot(&commit);
             let files = cache::files_below(&folder, part.path());
             let chosen = part.selection(files.iter().map(String::as_str));
-            if !matches!(cache::state_of(&folder, &chosen), State::Incomplete(_)) {
-                let (repo, part) = (part.repo.clone(), Some(part.clone()));
-                return Ok(Plan { repo, commit, folder, listing: None, part });
+            let state = cache::state_of(&folder, &chosen);
+            if !matches!(state, State::Incomplete(_)) {
+                let named = files.iter().any(|file| file == part.path());
+                let (repo, own) = (part.repo.clone(), Some(part.clone()));
+                let here = Plan { repo, commit, folder, listing: None, part: own };
+                return match named || matches!(state, State::Complete) || self.settings.offline {
+                    true => Ok(here),
+                    // Some weights are here, maybe of another command: what is meant is for the hub to say, if it can.
+                    false => Ok(self
+                        .list(&part.repo, &[])
+                        .map_or(here, |plan| Plan { part: Some(part.clone()), ..plan })),
+                };
             }
         }
         let missing = match part.path.is_empty() {

@@ -136,6 +136,7 @@ impl Mgm {
         let clip = vision.config();
         let side_aux = side_aux(&config, &vision_aux, clip.grid() * image_grid)?;
         let model = params.pp("model");
+        model.pp("mm_projector").claim(&[]);
         let projector = [0, 2].map(|index| model.pp("mm_projector").pp(index));
         let layout = layout(clip.grid(), image_grid);
         let opened = Self {

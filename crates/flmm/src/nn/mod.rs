@@ -30,6 +30,6 @@ pub use gated::silu_mul;
 pub use linear::Linear;
 pub use norm::{LayerNorm, layer_norm, rms_norm};
 pub use pool::max_pool2x2;
-pub use resize::{bilinear, bilinear_rows, bilinear_scaled, nearest};
+pub use resize::{bilinear, bilinear_part, bilinear_scaled, nearest};
 pub use rotary::{RotaryTable, rotary_heads};
 pub use softmax::{PackedMask, packed_softmax, softmax_last_dim};

@@ -17,18 +17,30 @@ pub fn bilinear(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
     resize(x, Taps::by_ratio(x.dim(D::Minus2)?, height), Taps::by_ratio(x.dim(D::Minus1)?, width))
 }
 
-/// The rows `rows` of [`bilinear`], without computing the others: `[.., rows, width]`.
-pub fn bilinear_rows(x: &Tensor, height: usize, width: usize, rows: Range<usize>) -> Result<Tensor> {
-    if rows.end > height || rows.is_empty() {
-        return Err(candle_core::Error::msg(format!("rows {rows:?} of a map of {height}")).into());
+/// The part `rows × columns` of [`bilinear`], without computing the rest: `[.., rows, columns]`.
+pub fn bilinear_part(
+    x: &Tensor,
+    (height, width): (usize, usize),
+    rows: Range<usize>,
+    columns: Range<usize>,
+) -> Result<Tensor> {
+    for (part, whole) in [(&rows, height), (&columns, width)] {
+        if part.end > whole || part.is_empty() {
+            return Err(candle_core::Error::msg(format!("part {part:?} of a side of {whole}")).into());
+        }
     }
-    let (all, columns) =
+    let (all_rows, all_columns) =
         (Taps::by_ratio(x.dim(D::Minus2)?, height), Taps::by_ratio(x.dim(D::Minus1)?, width));
-    if all.is_identity() && columns.is_identity() {
-        return Ok(x.narrow(D::Minus2, rows.start, rows.len())?);
+    if all_rows.is_identity() && all_columns.is_identity() {
+        return Ok(x.narrow(D::Minus2, rows.start, rows.len())?.narrow(
+            D::Minus1,
+            columns.start,
+            columns.len(),
+        )?);
     }
-    let (taps, from, count) = all.of_rows(rows);
-    resize(&x.narrow(D::Minus2, from, count)?, taps, columns)
+    let (rows, top, height) = all_rows.part(rows);
+    let (columns, left, width) = all_columns.part(columns);
+    resize(&x.narrow(D::Minus2, top, height)?.narrow(D::Minus1, left, width)?, rows, columns)
 }
 
 /// Bilinear resize of `x [.., h, w]` by the scale-factor rule: size `int(in · factor)`, scale = 1 / factor.
@@ -88,17 +100,17 @@ impl Taps {
         self.first.len()
     }
 
-    /// The taps of the output positions `rows`, not empty, on the part of the input that they reach: its first position
+    /// The taps of the output positions `part`, not empty, on the part of the input that they reach: its first position
     /// and its size.
-    fn of_rows(&self, rows: Range<usize>) -> (Self, usize, usize) {
-        let from = self.first[rows.start];
-        let count = self.second[rows.end - 1] + 1 - from;
-        let moved = |taps: &[usize]| taps[rows.clone()].iter().map(|tap| tap - from).collect();
+    fn part(&self, part: Range<usize>) -> (Self, usize, usize) {
+        let from = self.first[part.start];
+        let count = self.second[part.end - 1] + 1 - from;
+        let moved = |taps: &[usize]| taps[part.clone()].iter().map(|tap| tap - from).collect();
         let taps = Self {
             input: count,
             first: moved(&self.first),
             second: moved(&self.second),
-            lambda: self.lambda[rows.clone()].to_vec(),
+            lambda: self.lambda[part].to_vec(),
         };
         (taps, from, count)
     }
@@ -289,18 +301,23 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_those_of_the_whole() -> Result<()> {
+    fn parts_are_those_of_the_whole() -> Result<()> {
         for (h, w, height, width) in [(3, 4, 12, 8), (5, 5, 7, 3), (8, 2, 8, 2), (9, 4, 4, 4)] {
             let values: Vec<f32> = (0..2 * h * w).map(|i| (i as f32 * 1.7).sin()).collect();
             let x = Tensor::from_vec(values, (2, h, w), &Device::Cpu)?;
             let whole = bilinear(&x, height, width)?;
-            for (start, end) in [(0, height), (0, 1), (height - 1, height), (1, height - 1)] {
-                let rows = bilinear_rows(&x, height, width, start..end)?;
-                let expected = whole.narrow(1, start, end - start)?;
-                assert_eq!(rows.to_vec3::<f32>()?, expected.to_vec3::<f32>()?);
+            let size = (height, width);
+            for rows in [0..height, 0..1, height - 1..height, 1..height - 1] {
+                for columns in [0..width, 0..1, width - 1..width] {
+                    let part = bilinear_part(&x, size, rows.clone(), columns.clone())?;
+                    let expected = whole.narrow(1, rows.start, rows.len())?;
+                    let expected = expected.narrow(2, columns.start, columns.len())?;
+                    assert_eq!(part.to_vec3::<f32>()?, expected.to_vec3::<f32>()?);
+                }
             }
-            assert!(bilinear_rows(&x, height, width, 0..height + 1).is_err());
-            assert!(bilinear_rows(&x, height, width, 1..1).is_err());
+            assert!(bilinear_part(&x, size, 0..height + 1, 0..1).is_err());
+            assert!(bilinear_part(&x, size, 0..1, width..width + 1).is_err());
+            assert!(bilinear_part(&x, size, 1..1, 0..width).is_err());
         }
         Ok(())
     }

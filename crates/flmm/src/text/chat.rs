@@ -209,11 +209,6 @@ impl ChatFormat {
         }
         Ok(())
     }
-
-    /// Whether `text` of the generated tokens ends the answer: without its CR and LF it ends with the stop word.
-    pub fn is_stopped(&self, text: &str) -> bool {
-        self.stop_word.is_some_and(|word| ends_with(text, word))
-    }
 }
 
 /// Whether `text` without its CR and LF ends with `word`.
@@ -223,14 +218,13 @@ pub(crate) fn ends_with(text: &str, word: &str) -> bool {
     word.chars().rev().all(|c| characters.next() == Some(c))
 }
 
-/// [`ChatFormat::render`] of [`VICUNA`] with one image token.
-pub fn vicuna(turns: &[Turn]) -> Result<String> {
-    VICUNA.render(turns, 1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn vicuna(turns: &[Turn]) -> Result<String> {
+        VICUNA.render(turns, 1)
+    }
 
     #[test]
     fn wrappers_are_the_published_strings() {
@@ -301,11 +295,12 @@ mod tests {
 
     #[test]
     fn stop_words_ignore_line_breaks() {
-        assert!(CHATML.is_stopped("done<|im_\nend|>\r\n"));
-        assert!(!CHATML.is_stopped("done<|im_end|> "));
-        assert!(!CHATML.is_stopped("|>"));
-        assert!(DEEPSEEK.is_stopped("<｜end▁of▁sentence｜>"));
-        assert!(!VICUNA.is_stopped("</s>"));
+        let stops = |format: &ChatFormat, text| format.stop_word.is_some_and(|word| ends_with(text, word));
+        assert!(stops(&CHATML, "done<|im_\nend|>\r\n"));
+        assert!(!stops(&CHATML, "done<|im_end|> "));
+        assert!(!stops(&CHATML, "|>"));
+        assert!(stops(&DEEPSEEK, "<｜end▁of▁sentence｜>"));
+        assert!(!stops(&VICUNA, "</s>"));
     }
 
     #[test]

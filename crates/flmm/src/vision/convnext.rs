@@ -7,7 +7,7 @@ use std::ops::Range;
 use candle_core::{DType, Tensor};
 
 use crate::error::Result;
-use crate::nn::{DepthwiseConv2d, LayerNorm, Linear, bilinear_rows, gelu};
+use crate::nn::{DepthwiseConv2d, LayerNorm, Linear, bilinear_part, gelu};
 use crate::weights::Params;
 
 const EPS: f64 = 1e-6;
@@ -106,16 +106,16 @@ impl FeatureMap {
         (self.height, self.width)
     }
 
-    /// The rows `rows`: `[channels, rows, width]`.
-    pub fn rows(&self, rows: Range<usize>) -> Result<Tensor> {
+    /// The part `rows × columns`: `[channels, rows, columns]`.
+    pub fn part(&self, rows: Range<usize>, columns: Range<usize>) -> Result<Tensor> {
         let parts =
-            self.stages.iter().map(|stage| bilinear_rows(stage, self.height, self.width, rows.clone()));
+            self.stages.iter().map(|stage| bilinear_part(stage, self.size(), rows.clone(), columns.clone()));
         Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?)
     }
 
     /// All of it.
     pub fn whole(&self) -> Result<Tensor> {
-        self.rows(0..self.height)
+        self.part(0..self.height, 0..self.width)
     }
 }
 

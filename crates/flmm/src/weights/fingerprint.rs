@@ -18,8 +18,8 @@ const PIECE: u64 = 64 << 10;
 
 /// A short text that changes when the files of a model folder (or the one file at `path`) change.
 ///
-/// Names, sizes, all of small files (configuration, tokenizer) and pieces of large ones go into it: a few
-/// milliseconds for a model of any size. Training changes every part of a weight file, so another state of the same
+/// Names, sizes, all of small files (configuration, tokenizer) and pieces of large ones go into it: at most 4 MiB of
+/// every file. Training changes every part of a weight file, so another state of the same
 /// model is noticed. Hidden files and Markdown texts do not count.
 ///
 /// # Errors

@@ -17,6 +17,7 @@ struct Projection {
 
 impl Projection {
     fn load(inputs: usize, outputs: usize, params: &Params) -> Result<Self> {
+        params.claim(&[]);
         Ok(Self {
             norm: LayerNorm::load(inputs, 1e-5, &params.pp(0))?,
             linear: Linear::load(inputs, outputs, true, &params.pp(1))?,
@@ -90,7 +91,7 @@ impl PatchMining {
         let mut mined = Vec::with_capacity(grid);
         for row in 0..grid {
             let first = top + row * patch * shrink;
-            let mut strip = map.rows(first..first + patch * shrink)?.narrow(2, left, side)?;
+            let mut strip = map.part(first..first + patch * shrink, left..left + side)?;
             if shrink > 1 {
                 strip = bilinear_scaled(&strip, 1.0 / shrink as f64)?;
             }
