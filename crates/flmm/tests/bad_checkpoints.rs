@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use common::{TestResult, golden_dir, json, max_abs_diff};
+use common::{TestResult, golden_dir, json, max_abs_diff, tiny_sam};
 use flmm::Grounder;
 use flmm::grounder::ModelPaths;
 use flmm::lmm::{self, Lmm, Turn};
@@ -218,9 +218,7 @@ fn open_with_head(change: impl FnOnce(&mut Tensors)) -> TestResult<Option<flmm::
     change(&mut tensors);
     let head = place.path().join("head.safetensors");
     save_safetensors(&head, &tensors, &BTreeMap::new())?;
-    let sam = ["sam_vit_tiny.safetensors", "sam_vit_tiny.pth"].map(|name| sam.join(name));
-    let sam = sam.into_iter().find(|file| file.is_file()).ok_or("no SAM")?;
-    let paths = ModelPaths { model: family.join("model"), sam, head: Some(head) };
+    let paths = ModelPaths { model: family.join("model"), sam: tiny_sam(&sam)?, head: Some(head) };
     Ok(Some(Grounder::open(&paths, CPU, DType::F32)))
 }
 

@@ -4,10 +4,10 @@ mod common;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
-use common::{TestResult, golden_dir};
+use common::{TestResult, golden_dir, tiny_sam};
 use flmm::capture::Capture;
 use flmm::grounder::{
     AnswerOptions, Caption, GroundOptions, GroundedAnswer, GroundingHead, HeadSizes, ModelPaths, Sampling,
@@ -31,16 +31,11 @@ fn fixture() -> Option<(PathBuf, PathBuf)> {
     Some((golden_dir("lmm/llava15")?, golden_dir("lmm/_sam")?))
 }
 
-fn sam_file(sam: &Path) -> PathBuf {
-    let file = sam.join("sam_vit_tiny.safetensors");
-    if file.is_file() { file } else { sam.join("sam_vit_tiny.pth") }
-}
-
 fn paths() -> Option<ModelPaths> {
     let (family, sam) = fixture()?;
     Some(ModelPaths {
         model: family.join("model"),
-        sam: sam_file(&sam),
+        sam: tiny_sam(&sam).ok()?,
         head: Some(family.join("heads.pth")),
     })
 }

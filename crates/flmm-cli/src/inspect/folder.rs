@@ -114,7 +114,7 @@ impl Part {
             spec.layers == sizes.layers && maps.is_ok_and(|maps| maps == sizes.channels)
         });
         let fits: Vec<&str> = fits.map(|spec| spec.name).collect();
-        let facts = json!({
+        let mut facts = json!({
             "kind": "grounding head",
             "channels": sizes.channels,
             "layers": sizes.layers,
@@ -122,10 +122,12 @@ impl Part {
             "prompt_width": sizes.prompt_embed_dim,
             "trained_parameters": sizes.parameters,
             "keyword_selector": sizes.keyword_selector,
-            "channels_used": sizes.settings.channels_used,
             "refiner": sizes.settings.refiner,
             "models_of_these_sizes": if fits.is_empty() { "none of the registry".to_owned() } else { fits.join(", ") },
         });
+        if let Some(used) = &sizes.settings.channels_used {
+            facts["channels_used"] = json!(used);
+        }
         // What the SAM file supplies is not missing.
         let problems =
             problems.into_iter().filter(|p| p.found.is_some() || !p.name.starts_with("sam.")).collect();

@@ -27,6 +27,13 @@ pub fn golden_dir(case: &str) -> Option<PathBuf> {
         .find(|folder| folder.is_dir())
 }
 
+/// The tiny SAM in a golden folder, in whichever format it is there.
+pub fn tiny_sam(folder: &Path) -> TestResult<PathBuf> {
+    let files = ["sam_vit_tiny.safetensors", "sam_vit_tiny.pth"].map(|name| folder.join(name));
+    let found = files.into_iter().find(|file| file.is_file());
+    found.ok_or_else(|| format!("{}: no SAM", folder.display()).into())
+}
+
 /// All tensors of a safetensors file, in their own types.
 pub fn tensors(file: &Path) -> TestResult<HashMap<String, Tensor>> {
     Ok(flmm::weights::load_safetensors(&[file.to_owned()], None, &Device::Cpu)?)

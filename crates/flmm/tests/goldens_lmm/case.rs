@@ -8,7 +8,7 @@ use flmm::grounder::{Caption, ModelPaths};
 use flmm::lmm::{self, Lmm, OpenOptions, Prepared, recognise};
 use serde_json::Value;
 
-use crate::common::{Golden, TestResult, golden_dir, json, rel_l2};
+use crate::common::{Golden, TestResult, golden_dir, json, rel_l2, tiny_sam};
 
 /// A recorded run: one picture and text of one family in one arithmetic.
 pub(crate) struct Case {
@@ -156,11 +156,7 @@ pub(crate) fn open(dir: &Path, dtype: DType) -> TestResult<Opened> {
     let (model, options) = (dir.join("model"), options(dir, dtype)?);
     let Some(head) = head else { return Ok(Opened::Lmm(lmm::open_with(&model, &options)?)) };
     let sam = golden_dir("lmm/_sam").ok_or("lmm/_sam is missing")?;
-    let sam = ["sam_vit_tiny.safetensors", "sam_vit_tiny.pth"]
-        .map(|name| sam.join(name))
-        .into_iter()
-        .find(|file| file.is_file());
-    let paths = ModelPaths { model, sam: sam.ok_or("no SAM file")?, head: Some(head) };
+    let paths = ModelPaths { model, sam: tiny_sam(&sam)?, head: Some(head) };
     Ok(Opened::Whole(Box::new(Grounder::open_with(&paths, &options)?)))
 }
 
