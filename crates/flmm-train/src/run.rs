@@ -126,11 +126,11 @@ impl<'a> Run<'a> {
         let (config, settings) = begun_with(config, models)?;
         let images = ImageStore::open(data)?;
         let mixture = Mixture::open(data, "train", &config.data, config.train.seed)?;
-        let revision = mixture.revision()?;
+        let frozen = Frozen::new(&config, models)?;
         for (dataset, len) in mixture.parts() {
             watch.note(&format!("{}: {len} samples", dataset.name()));
         }
-        let frozen = Frozen::new(&config, models)?;
+        let revision = mixture.revision()?;
         let part = Part { index: ranks.rank(), count: ranks.world() };
         let open = |features: &FeatureOptions| features.open(&config, &frozen, &mixture, &revision, part);
         let cache = extras.features.as_ref().map(open).transpose()?;

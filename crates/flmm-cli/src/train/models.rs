@@ -128,7 +128,9 @@ fn chosen_sam(typed: Option<Part>, own: Option<PathBuf>, config: &Config) -> Res
     match (typed, own, &config.model.sam) {
         (Some(typed), ..) => Ok(typed),
         (None, Some(own), _) => Ok(Part::Local(own)),
-        (None, None, Some(path)) => sam_part(path),
+        (None, None, Some(path)) => {
+            Part::new(path, &format!("give the SAM checkpoint with --sam; public ones: {SAM_SOURCE}"))
+        }
         (None, None, None) => Err(Failure::usage(
             "no SAM checkpoint is given",
             format!("add --sam FILE (public ones: {SAM_SOURCE}), or train without: --set head.refiner=none"),
