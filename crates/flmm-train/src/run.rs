@@ -151,7 +151,7 @@ impl<'a> Run<'a> {
             let part = Part { index: rank, count: world };
             let estimate = together(*ranks, cached.estimate(part, PROBES, is_about_the_sample))?;
             watch.note(&estimate.to_string());
-            if cached.missing(0).is_empty() {
+            if self.unseen.is_none() && cached.missing(0).is_empty() {
                 frozen.release();
             }
         }
