@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use candle_core::DType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::eval;
@@ -97,6 +98,15 @@ pub(crate) enum Precision {
     #[default]
     F32,
     Bf16,
+}
+
+impl From<Precision> for DType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32,
+            Precision::Bf16 => Self::BF16,
+        }
+    }
 }
 
 /// What is written besides the answer.

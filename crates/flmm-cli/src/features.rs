@@ -14,7 +14,7 @@ use indicatif::ProgressBar;
 
 use crate::failure::{Failure, Result};
 use crate::talk::Talk;
-use crate::train::{ModelsArgs, WorkArgs, models, precision, stop_on_signal};
+use crate::train::{ModelsArgs, WorkArgs, stop_on_signal};
 
 #[derive(Debug, Args)]
 pub(crate) struct FeaturesArgs {
@@ -37,14 +37,14 @@ pub(crate) struct FeaturesArgs {
 pub(crate) struct StoredArgs {
     /// Numbers of a feature cache; f32 changes no bit of the training.
     #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
-    feature_type: Numbers,
+    feature_type: StoredType,
     /// Store attention maps in one byte per value.
     #[arg(long)]
     feature_maps_int8: bool,
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
-enum Numbers {
+enum StoredType {
     F32,
     #[default]
     F16,
@@ -55,9 +55,9 @@ impl StoredArgs {
     /// The cache in `dir`.
     pub(crate) fn options(self, dir: PathBuf) -> FeatureOptions {
         let values = match self.feature_type {
-            Numbers::F32 => Values::F32,
-            Numbers::F16 => Values::F16,
-            Numbers::Bf16 => Values::Bf16,
+            StoredType::F32 => Values::F32,
+            StoredType::F16 => Values::F16,
+            StoredType::Bf16 => Values::Bf16,
         };
         let maps = if self.feature_maps_int8 { MapValues::Int8 } else { MapValues::Same };
         FeatureOptions { dir, values, maps }
@@ -65,8 +65,8 @@ impl StoredArgs {
 }
 
 pub(crate) fn run(args: &FeaturesArgs, talk: &Talk) -> Result<()> {
-    let config = args.work.config(precision(&args.models))?;
-    let models = models(&args.models, &config, talk)?;
+    let config = args.work.config(args.models.setting())?;
+    let models = args.models.bring(&config, talk)?;
     let options = args.stored.options(args.out.clone());
     let stop = stop_on_signal()?;
     let bar = talk.bar(0);

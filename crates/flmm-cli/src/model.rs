@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use flmm::Grounder;
 use flmm::grounder::{HeadSettings, ModelPaths, RefinerKind};
 use flmm::hub::Hub;
 use flmm::lmm::{LoadProgress, OpenOptions};
 
-use crate::args::{ModelArgs, Precision};
+use crate::args::ModelArgs;
 use crate::embedded;
 use crate::failure::{Failure, Result};
 use crate::fetch::{self, Named, Part, named};
@@ -24,10 +24,6 @@ pub(crate) struct Model {
 /// Opens the model the user chose, or the embedded one.
 pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
     let (name, paths) = choose(args, talk)?;
-    let dtype = match args.dtype {
-        Precision::F32 => DType::F32,
-        Precision::Bf16 => DType::BF16,
-    };
     let clock = std::time::Instant::now();
     let spinner = talk.during("loading the model");
     let bar = spinner.bar();
@@ -42,7 +38,7 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
         vision_tower_aux: args.vision_tower_aux.clone(),
         image_size: args.image_size,
         progress: Some(LoadProgress(Arc::new(progress))),
-        ..OpenOptions::new(dtype, &Device::Cpu)
+        ..OpenOptions::new(args.dtype.into(), &Device::Cpu)
     };
     let grounder = Grounder::open_with(&paths, &options)?;
     drop(spinner);
@@ -59,13 +55,11 @@ const NO_HEAD: &str = "none";
 /// Name and files of the chosen model.
 fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
     // Before anything is downloaded.
-    let part =
-        |path: &Option<PathBuf>, hint: &str| path.as_deref().map(|path| Part::new(path, hint)).transpose();
-    let sam = part(&args.sam, &format!("check the path; public SAM checkpoints: {SAM_SOURCE}"))?;
+    let sam = args.sam.as_deref().map(sam_part).transpose()?;
     let without_head = args.head.as_deref().is_some_and(|head| head.as_os_str() == NO_HEAD);
     let head = match without_head {
         true => None,
-        false => part(&args.head, "check the path; `flmm convert head` makes a folder of a released head")?,
+        false => args.head.as_deref().map(head_part).transpose()?,
     };
     let bring = |part: &Option<Part>| part.as_ref().map(|part| part.bring(talk)).transpose();
     let Some(model) = &args.model else {
@@ -94,8 +88,7 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
     };
     match named(model)? {
         Named::Local(folder) => {
-            let is_bundle =
-                !folder.join("config.json").is_file() && ModelPaths::bundle(&folder).model.is_dir();
+            let is_bundle = is_bundle(&folder);
             check(is_bundle)?;
             let paths = paths(&folder, is_bundle, bring(&sam)?, bring(&head)?, without_head);
             let needs_sam = match &paths.head {
@@ -123,6 +116,21 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
             Ok((repo.to_string(), paths))
         }
     }
+}
+
+/// The SAM that `path` names.
+pub(crate) fn sam_part(path: &Path) -> Result<Part> {
+    Part::new(path, &format!("check the path; public SAM checkpoints: {SAM_SOURCE}"))
+}
+
+/// The head that `path` names.
+pub(crate) fn head_part(path: &Path) -> Result<Part> {
+    Part::new(path, "check the path; `flmm convert head` makes a folder of a released head")
+}
+
+/// Whether `folder` holds the parts of a model rather than an LMM.
+pub(crate) fn is_bundle(folder: &Path) -> bool {
+    !folder.join("config.json").is_file() && ModelPaths::bundle(folder).model.is_dir()
 }
 
 /// The three parts of the model in `folder`: its own, or those given, or no head.

@@ -104,6 +104,7 @@ pub struct PanopticCategory {
 /// A narrative dataset: everything but the id PNGs is in memory.
 pub struct Narratives {
     file: PathBuf,
+    panoptic: PathBuf,
     mask_folder: PathBuf,
     narratives: Vec<Narrative>,
     images: HashMap<u64, PanopticImage>,
@@ -140,14 +141,15 @@ pub struct NarrativePhrase<M = Mask> {
 impl Narratives {
     /// Opens a narrative file with its panoptic file and the folder of id PNGs.
     pub fn open(narratives: &Path, panoptic: &Path, mask_folder: &Path) -> Result<Self> {
-        let panoptic: PanopticFile = read_json(panoptic)?;
+        let segments: PanopticFile = read_json(panoptic)?;
         Ok(Self {
             narratives: read_json(narratives)?,
             file: narratives.to_owned(),
+            panoptic: panoptic.to_owned(),
             mask_folder: mask_folder.to_owned(),
-            images: panoptic.images.into_iter().map(|image| (image.id, image)).collect(),
-            annotations: panoptic.annotations.into_iter().map(|a| (a.image_id, a)).collect(),
-            is_thing: panoptic.categories.iter().map(|c| (c.id, c.isthing != 0)).collect(),
+            images: segments.images.into_iter().map(|image| (image.id, image)).collect(),
+            annotations: segments.annotations.into_iter().map(|a| (a.image_id, a)).collect(),
+            is_thing: segments.categories.iter().map(|c| (c.id, c.isthing != 0)).collect(),
         })
     }
 
@@ -159,6 +161,11 @@ impl Narratives {
             &folder.join(format!("panoptic_{split}.json")),
             &folder.join(format!("panoptic_{split}")),
         )
+    }
+
+    /// The files it was read from; masks lie in further ones, one per picture.
+    pub fn files(&self) -> [&Path; 2] {
+        [&self.file, &self.panoptic]
     }
 
     /// Number of narratives.

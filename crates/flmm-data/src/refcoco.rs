@@ -118,6 +118,7 @@ pub struct RefCoco {
     /// Pictures with referred objects, by ascending id.
     pub images: Vec<RefImage>,
     file: PathBuf,
+    references: PathBuf,
 }
 
 /// A picture with all its referred objects.
@@ -201,7 +202,11 @@ impl RefCoco {
                 segmentation: annotation.segmentation,
             });
         }
-        Ok(Self { images: grouped.into_values().collect(), file: instances.to_owned() })
+        Ok(Self {
+            images: grouped.into_values().collect(),
+            file: instances.to_owned(),
+            references: references.to_owned(),
+        })
     }
 
     /// Opens a split of `refcoco`, `refcoco+` or `refcocog` below a data root in the reference's layout.
@@ -209,6 +214,11 @@ impl RefCoco {
         let folder = root.join("coco").join(dataset);
         let author = if dataset == "refcocog" { "umd" } else { "unc" };
         Self::open(&folder.join("instances.json"), &folder.join(format!("refs({author}).p")), split)
+    }
+
+    /// The files it was read from.
+    pub fn files(&self) -> [&Path; 2] {
+        [&self.file, &self.references]
     }
 
     /// The mask of an object of this dataset.

@@ -34,8 +34,7 @@ impl Run {
             store.restore(&checkpoint)?;
             eprintln!("resuming {} at step {}", folder.display(), store.step);
         }
-        let style = ProgressStyle::with_template("{pos}/{len} {wide_bar} {eta} {msg}")?;
-        let bar = ProgressBar::new(steps as u64).with_style(style);
+        let bar = bar(steps as u64)?;
         bar.set_position(store.step as u64);
         let log = File::options().create(true).append(true).open(folder.join("log.txt"))?;
         let now = Instant::now();
@@ -64,6 +63,12 @@ impl Run {
         self.bar.suspend(|| eprintln!("step {step}: {line}"));
         Ok(())
     }
+}
+
+/// A bar of `steps` steps with a message behind it.
+pub(crate) fn bar(steps: u64) -> Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{pos}/{len} {wide_bar} {eta} {msg}")?;
+    Ok(ProgressBar::new(steps).with_style(style))
 }
 
 /// Learning rate: warm-up over 100 steps, constant, cosine to a twentieth over the last `decay` share of `steps`.

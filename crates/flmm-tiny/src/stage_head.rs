@@ -23,6 +23,7 @@ use rand_chacha::ChaCha8Rng;
 use tokenizers::Tokenizer;
 
 use crate::lmm::rng_for;
+use crate::progress;
 use crate::stage_sam;
 
 /// How long and how fast to train.
@@ -203,7 +204,6 @@ pub(crate) fn run(
     };
     let options = RunOptions {
         workers: args.workers,
-        progress: true,
         checkpoint_every: Duration::from_secs(150),
         ..RunOptions::new(folder)
     };
@@ -214,7 +214,13 @@ pub(crate) fn run(
             flmm::Error::request(format!("scene {index}: {e:#}"), "report this: the world made it")
         })
     });
-    trainer.run(&samples, |_| ControlFlow::Continue(()))?;
+    let bar = progress::bar(args.scenes.div_ceil(args.batch) as u64)?;
+    trainer.run(&samples, |step| {
+        bar.set_position(step.step);
+        bar.set_message(format!("loss {:.3}", step.loss));
+        ControlFlow::Continue(())
+    })?;
+    bar.finish_and_clear();
     tensors.extend(vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())));
     Ok(tensors)
 }

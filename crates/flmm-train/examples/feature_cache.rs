@@ -48,6 +48,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         preprocessing: flmm::vision::preprocess::VERSION,
         capture: flmm::capture::VERSION,
         prompt: flmm::lmm::GROUNDING_INSTRUCTION.into(),
+        annotations: Default::default(),
         data: json!("scenes"),
         values: Values::F16,
         maps: MapValues::Same,

@@ -52,18 +52,14 @@ impl StepConfig {
     /// linear layers of the mask decoder that see the whole picture. The rest is below a hundredth.
     pub fn flops(&self) -> f64 {
         let side = 64usize.max(self.grid).next_multiple_of(8);
+        let unet =
+            UNetConfig { in_channels: self.channels, base_channels: self.base_channels, input_size: 64 };
         let mut total = 0.0;
-        for (name, shape) in UNetConfig::new(self.channels).shapes() {
+        for (name, shape) in unet.shapes() {
             let [outputs, inputs, kernel, _] = shape[..] else { continue };
-            let outputs = outputs * self.base_channels / 64;
-            let inputs = if name.starts_with("encoder.0.0.convs.0") {
-                inputs
-            } else {
-                inputs * self.base_channels / 64
-            };
             let stage = name.split('.').nth(1).and_then(|stage| stage.parse::<u32>().ok()).unwrap_or(0);
             let pixels = (side >> stage).pow(2);
-            let forward = 2.0 * (outputs.max(1) * inputs * kernel * kernel * pixels) as f64;
+            let forward = 2.0 * (outputs * inputs * kernel * kernel * pixels) as f64;
             // The input of the first convolution is constant: its gradient is not needed.
             total += forward * if name.starts_with("encoder.0.0.convs.0") { 2.0 } else { 3.0 };
         }

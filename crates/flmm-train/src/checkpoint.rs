@@ -1,7 +1,8 @@
 //! Checkpoints of a run: complete or absent, and refused by a run with another configuration.
 //!
-//! `checkpoints/step-N/` holds `head.safetensors` (trained tensors under their published names, so the folder can
-//! be used as a grounding head), `optimizer.safetensors` (moments) and `state.json` (everything else).
+//! `checkpoints/step-N/` holds `head.safetensors` (trained tensors under their published names) and `head.json` (what they
+//! do not tell), so that the folder can be used as a grounding head, `optimizer.safetensors` (moments) and `state.json`
+//! (everything else).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,9 +13,10 @@ use flmm::weights::{load_safetensors, save_safetensors};
 use flmm::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
+use crate::digest;
 use crate::optim::AdamW;
+use crate::start::HEAD_JSON;
 
 const FORMAT: u32 = 1;
 const TENSORS: &str = "head.safetensors";
@@ -66,14 +68,21 @@ impl State {
     }
 }
 
-/// Writes `folder/step-N` (through a temporary name) and removes all but the newest `keep` checkpoints.
+/// Writes `folder/step-N` (through a temporary name) and removes all but the newest `keep` checkpoints. `description` is
+/// what its `head.json` says, if it is a whole head.
 ///
 /// On an error, a full disk say, the checkpoints that were there stay and nothing else is left.
-pub fn save(folder: &Path, optimizer: &AdamW, state: &State, keep: usize) -> Result<PathBuf> {
+pub fn save(
+    folder: &Path,
+    optimizer: &AdamW,
+    state: &State,
+    description: Option<&Value>,
+    keep: usize,
+) -> Result<PathBuf> {
     let name = format!("step-{:07}", state.step);
     let (path, temporary) = (folder.join(&name), folder.join(format!(".{name}.{}.tmp", std::process::id())));
     remove_if_there(&temporary)?;
-    let written = write(&temporary, optimizer, state).and_then(|()| {
+    let written = write(&temporary, optimizer, state, description).and_then(|()| {
         remove_if_there(&path)?;
         fs::rename(&temporary, &path).map_err(|e| Error::io(&path, e))
     });
@@ -94,7 +103,7 @@ pub fn save(folder: &Path, optimizer: &AdamW, state: &State, keep: usize) -> Res
 }
 
 /// Writes the files of a checkpoint into `folder`, a new one.
-fn write(folder: &Path, optimizer: &AdamW, state: &State) -> Result<()> {
+fn write(folder: &Path, optimizer: &AdamW, state: &State, description: Option<&Value>) -> Result<()> {
     fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
     let vars = optimizer.vars().iter();
     let tensors: BTreeMap<String, Tensor> =
@@ -103,18 +112,13 @@ fn write(folder: &Path, optimizer: &AdamW, state: &State) -> Result<()> {
     let mut state = state.clone();
     for (file, tensors) in [(TENSORS, &tensors), (OPTIMIZER, &optimizer.state())] {
         save_safetensors(folder.join(file), tensors, &metadata)?;
-        state.sha256.insert(file.to_owned(), digest(&folder.join(file))?);
+        state.sha256.insert(file.to_owned(), digest::file(&folder.join(file))?);
+    }
+    if let Some(description) = description {
+        flmm::atomic::write(folder.join(HEAD_JSON), |writer| writeln!(writer, "{description:#}"))?;
     }
     let json = serde_json::to_vec_pretty(&state).map_err(|e| Error::io(folder, e.into()))?;
     flmm::atomic::write(folder.join(STATE), |writer| writer.write_all(&json))
-}
-
-/// SHA-256 of a file in hexadecimal.
-fn digest(file: &Path) -> Result<String> {
-    let mut hash = Sha256::new();
-    let mut reader = fs::File::open(file).map_err(|e| Error::io(file, e))?;
-    std::io::copy(&mut reader, &mut hash).map_err(|e| Error::io(file, e))?;
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// An error about a checkpoint that was changed or damaged after it was written.
@@ -135,6 +139,11 @@ fn damaged(checkpoint: &Path, file: &Path, what: impl std::fmt::Display) -> Erro
 /// The newest checkpoint in `folder`, if there is one.
 pub fn latest(folder: &Path) -> Result<Option<PathBuf>> {
     Ok(list(folder)?.pop().map(|(_, path)| path))
+}
+
+/// The steps that the newest checkpoint in `folder` holds; 0 if there is none.
+pub(crate) fn steps(folder: &Path) -> Result<u64> {
+    Ok(list(folder)?.pop().map_or(0, |(step, _)| step))
 }
 
 /// Restores the tensors and moments of `optimizer` from `checkpoint`; nothing changes on an error.
@@ -161,7 +170,7 @@ pub fn load(checkpoint: &Path, optimizer: &mut AdamW, config: &Value) -> Result<
     }
     for (name, expected) in &state.sha256 {
         let file = checkpoint.join(name);
-        let found = digest(&file).map_err(|e| damaged(checkpoint, &file, e))?;
+        let found = digest::file(&file).map_err(|e| damaged(checkpoint, &file, e))?;
         if found != *expected {
             return Err(damaged(checkpoint, &file, "its content is not what was written"));
         }
@@ -265,7 +274,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(latest(&folder.path().join("none")).unwrap(), None);
         for step in [9, 100, 20] {
-            save(folder.path(), &optimizer(1.0), &state(step), 2).unwrap();
+            save(folder.path(), &optimizer(1.0), &state(step), None, 2).unwrap();
         }
         let names: Vec<u64> = list(folder.path()).unwrap().into_iter().map(|(step, _)| step).collect();
         assert_eq!(names, [20, 100]);
@@ -277,7 +286,7 @@ mod tests {
     #[test]
     fn another_configuration_is_refused_by_key() {
         let folder = tempfile::tempdir().unwrap();
-        let path = save(folder.path(), &optimizer(1.0), &state(3), 1).unwrap();
+        let path = save(folder.path(), &optimizer(1.0), &state(3), None, 1).unwrap();
         let mut other = optimizer(5.0);
         let config = json!({"train": {"seed": 2, "epochs": 2}, "extra": true});
         let message = load(&path, &mut other, &config).unwrap_err().to_string();
@@ -292,8 +301,8 @@ mod tests {
     #[test]
     fn damage_is_told_with_the_way_out_and_changes_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        save(folder.path(), &optimizer(1.0), &state(3), 2).unwrap();
-        let path = save(folder.path(), &optimizer(2.0), &state(4), 2).unwrap();
+        save(folder.path(), &optimizer(1.0), &state(3), None, 2).unwrap();
+        let path = save(folder.path(), &optimizer(2.0), &state(4), None, 2).unwrap();
         for file in [TENSORS, OPTIMIZER, STATE] {
             let good = fs::read(path.join(file)).unwrap();
             let mut flipped = good.clone();
@@ -315,7 +324,7 @@ mod tests {
     #[test]
     fn other_tensors_are_refused_by_name() {
         let folder = tempfile::tempdir().unwrap();
-        let path = save(folder.path(), &optimizer(1.0), &state(3), 1).unwrap();
+        let path = save(folder.path(), &optimizer(1.0), &state(3), None, 1).unwrap();
         let var = Var::new(&[1f32], &Device::Cpu).unwrap();
         let vars = BTreeMap::from([("b.weight".to_owned(), var)]);
         let mut other = AdamW::new(vars, AdamWConfig::default()).unwrap();

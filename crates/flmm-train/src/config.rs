@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use flmm::grounder::RefinerKind;
 use flmm::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +10,8 @@ use crate::mixture::DataConfig;
 use crate::optim::ParamGroup;
 use crate::selector::SelectorConfig;
 use crate::settings::TrainConfig;
+
+mod check;
 
 /// Everything that can be said about a run. The defaults are the paper's.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -135,14 +136,6 @@ pub const BUILT_IN: &[(&str, &str)] = &[
 ];
 
 impl Config {
-    /// A head without a refiner has no refined masks and so no losses of them.
-    pub(crate) fn consistent(mut self) -> Self {
-        if self.head.refiner == RefinerKind::None {
-            (self.head.losses.refined_bce, self.head.losses.refined_dice) = (0.0, 0.0);
-        }
-        self
-    }
-
     /// Reads the file `path`, or the built-in configuration of that name, and then sets every `key=value` of
     /// `settings`, such as `train.epochs=1`.
     ///
@@ -178,7 +171,7 @@ impl Config {
             config =
                 table.try_into().map_err(|error: toml::de::Error| explain(&error, "", Path::new(&given)))?;
         }
-        config.check().map_err(|(key, what)| {
+        check::check(&config).map_err(|(key, what)| {
             Error::config(file, format!("`{key}` {what}"), "correct the value in the file, or with --set")
         })?;
         config.complete();
@@ -205,54 +198,6 @@ impl Config {
                 ParamGroup { prefix: SELECTOR.into(), learning_rate: 1.0, weight_decay: 1.0, own_norm: true };
             self.train.groups.push(group);
         }
-    }
-
-    /// The first key whose value is out of range, and why.
-    fn check(&self) -> Result<(), (&'static str, String)> {
-        let positive = |key, value: f64| match value > 0.0 && value.is_finite() {
-            true => Ok(()),
-            false => Err((key, format!("is {value}, expected a number above 0"))),
-        };
-        let share = |key, value: f64| match (0.0..=1.0).contains(&value) {
-            true => Ok(()),
-            false => Err((key, format!("is {value}, expected a number from 0 to 1"))),
-        };
-        let count = |key, value: usize| match value > 0 {
-            true => Ok(()),
-            false => Err((key, "is 0, expected 1 or more".to_owned())),
-        };
-        let train = &self.train;
-        count("train.epochs", train.epochs as usize)?;
-        count("train.batch_size", train.batch_size)?;
-        positive("train.learning_rate", train.learning_rate)?;
-        share("train.warmup_ratio", train.warmup_ratio)?;
-        share("train.optimizer.beta1", train.optimizer.beta1)?;
-        share("train.optimizer.beta2", train.optimizer.beta2)?;
-        if train.optimizer.max_norm.is_nan() || train.optimizer.max_norm <= 0.0 {
-            let value = train.optimizer.max_norm;
-            return Err((
-                "train.optimizer.max_norm",
-                format!("is {value}, expected a number above 0, or inf"),
-            ));
-        }
-        count("head.base_channels", self.head.base_channels)?;
-        count("head.phrases_at_once", self.head.phrases_at_once)?;
-        share("data.max_broken", self.data.max_broken)?;
-        if self.data.datasets.is_empty() {
-            return Err(("data.datasets", "is empty: name at least one".to_owned()));
-        }
-        let keeps = self.data.empty_narratives == crate::mixture::EmptyNarratives::Keep;
-        if keeps && self.mode != Mode::Selector {
-            return Err((
-                "data.empty_narratives",
-                "is `keep`, which only `mode = \"selector\"` can use".to_owned(),
-            ));
-        }
-        positive("run.checkpoint_minutes", self.run.checkpoint_minutes)?;
-        count("run.keep_checkpoints", self.run.keep_checkpoints)?;
-        count("run.log_every", self.run.log_every as usize)?;
-        count("run.workers", self.run.workers)?;
-        count("run.loaders", self.run.loaders)
     }
 }
 
@@ -390,6 +335,18 @@ mod tests {
             ("[train\n", "line 1", "docs/training.md"),
             ("[train]\nbatch_size = 0\n", "`train.batch_size` is 0", "--set"),
             ("[train.optimizer]\nmax_norm = nan\n", "`train.optimizer.max_norm` is NaN", "--set"),
+            ("[train.optimizer]\nbeta2 = 1\n", "`train.optimizer.beta2` is 1", "--set"),
+            ("[train.optimizer]\neps = 0\n", "`train.optimizer.eps` is 0", "--set"),
+            (
+                "[[train.groups]]\nprefix = 'sam.'\nlearning_rate = -1\n",
+                "`train.groups.learning_rate`",
+                "--set",
+            ),
+            ("[head]\nmaps = 0\n", "`head.maps` is 0", "--set"),
+            ("[head.losses]\ncoarse_bce = -1\n", "`head.losses.coarse_bce` is -1", "--set"),
+            ("[head.selector]\npositive_rate = 1\n", "`head.selector.positive_rate` is 1", "--set"),
+            ("[data]\nlimit = 0\n", "`data.limit` is 0", "--set"),
+            ("[validation]\nsamples = 0\n", "`validation.samples` is 0", "--set"),
             ("[data]\nempty_narratives = 'keep'\n", "only `mode = \"selector\"`", "--set"),
         ] {
             let error = parse(text, &[]).unwrap_err();

@@ -8,9 +8,11 @@ use flmm_data::{ImageStore, Part};
 
 use crate::cache::{CacheOptions, CachedSamples, FeatureCache, MapValues, Values};
 use crate::config::{Config, Mode};
-use crate::frozen::{Frozen, Seen, sam_of};
-use crate::mixture::{Expressions, Mixture};
+use crate::frozen::Frozen;
+use crate::mixture::{Expressions, Mixture, Revision};
+use crate::observed::Observed;
 use crate::run::Models;
+use crate::start::begun_with;
 use crate::tolerant::{News, is_about_the_sample};
 use crate::watch::Watch;
 
@@ -46,6 +48,7 @@ impl FeatureOptions {
         config: &Config,
         frozen: &Frozen,
         mixture: &Mixture,
+        revision: &Revision,
         part: Part,
     ) -> Result<FeatureCache> {
         if config.mode == Mode::Selector {
@@ -60,7 +63,7 @@ impl FeatureOptions {
                 "set data.expressions to once, or leave --feature-cache out",
             ));
         }
-        let key = frozen.cache_key(config, mixture, (self.values, self.maps))?;
+        let key = frozen.cache_key(config, mixture, revision, (self.values, self.maps))?;
         FeatureCache::open(&self.dir, key, CacheOptions { part, ..CacheOptions::default() })
     }
 }
@@ -70,7 +73,8 @@ impl FeatureOptions {
 /// `on_sample(done, of)` is told of every sample; when it breaks, the rest is left for another time.
 ///
 /// # Errors
-/// What opening models and data gives; [`Error::Request`] if the disk has not enough room, or takes no more.
+/// What opening models and data gives; [`Error::Request`] if another process writes this part, or if the disk has not
+/// enough room or takes no more.
 pub fn build_features(
     config: &Config,
     models: &Models,
@@ -81,17 +85,21 @@ pub fn build_features(
     on_sample: impl FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<Built> {
     watch.stage("reading the annotations");
+    let (config, _) = begun_with(config, models)?;
     let images = ImageStore::open(data)?;
     let mixture = Mixture::open(data, "train", &config.data, config.train.seed)?;
-    let refiner = config.head.refiner;
-    let (sam, _) = sam_of(models, refiner)?;
-    let frozen = Frozen::new(models, sam, refiner)?;
-    let cache = options.open(config, &frozen, &mixture, part)?;
+    let revision = mixture.revision()?;
+    let frozen = Frozen::new(&config, models)?;
+    let cache = options.open(&config, &frozen, &mixture, &revision, part)?;
     let before = cache.contents().samples;
-    let seen = Seen { frozen: &frozen, mixture: &mixture, images: &images };
-    let samples = CachedSamples::new(&cache, &seen);
+    let observed = Observed { frozen: &frozen, mixture: &mixture, images: &images };
+    let samples = CachedSamples::new(&cache, &observed);
+    if !samples.missing_of(part).is_empty() {
+        // Before hours go into samples that another process makes too.
+        cache.begin_writing()?;
+    }
     watch.stage("measuring samples");
-    let estimate = samples.estimate(part, PROBES)?;
+    let estimate = samples.estimate(part, PROBES, is_about_the_sample)?;
     watch.note(&estimate.to_string());
     watch.stage("observing");
     let filled = samples.fill(part, is_about_the_sample, on_sample)?;

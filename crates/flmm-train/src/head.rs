@@ -74,9 +74,11 @@ pub struct HeadConfig {
     pub losses: LossWeights,
     /// Target of the refined losses.
     pub refined_target: RefinedTarget,
-    /// Beyond the paper: without a refiner the mask head's logits, resized, are the masks, and SAM is not needed.
-    pub refiner: RefinerKind,
-    /// Beyond the paper: the mask head looks at so many attention maps, the best by a few samples; all unless given.
+    /// Beyond the paper: without a refiner the mask head's logits, resized, are the masks, and SAM is not needed. Unless
+    /// given, that of the head to begin from, or SAM.
+    pub refiner: Option<RefinerKind>,
+    /// Beyond the paper: the mask head looks at so many attention maps, the best by a few samples. Unless given, those of
+    /// the head to begin from, or all.
     pub maps: Option<usize>,
     /// Trains the keyword selector along with the rest (`spec/training.md` §8.2, mode a).
     pub selector: Option<SelectorConfig>,
@@ -91,7 +93,7 @@ impl Default for HeadConfig {
             base_channels: 64,
             losses: LossWeights::default(),
             refined_target: RefinedTarget::default(),
-            refiner: RefinerKind::default(),
+            refiner: None,
             maps: None,
             selector: None,
             phrases_at_once: 8,

@@ -2,7 +2,7 @@
 //!
 //! Nothing here runs a model: a [`LabelledText`] is what the frozen models are then shown.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use flmm::lmm::{GROUNDING_INSTRUCTION, LmmSpec};
@@ -13,7 +13,9 @@ use flmm_data::refcoco::{RefCoco, RefImage, TextMode};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
+use crate::digest;
 use crate::text::{LabelledText, expressions, narrative};
 
 /// What LLaVA-1.6 is asked before the narratives it is trained on: the published training forgets to pass the
@@ -124,6 +126,16 @@ impl Default for DataConfig {
     }
 }
 
+/// Tells states of the annotations behind a [`Mixture`] apart. Pictures and the id PNGs of panoptic masks are not
+/// looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Revision {
+    /// Digest of the whole annotation files of every dataset, by the dataset's name.
+    pub annotations: BTreeMap<String, String>,
+    /// Digest of which samples of them are in use.
+    pub members: String,
+}
+
 /// A mixture of opened datasets. Samples are numbered from 0, dataset by dataset.
 pub struct Mixture {
     parts: Vec<Part>,
@@ -212,6 +224,28 @@ impl Mixture {
     /// Every part with its number of samples.
     pub fn parts(&self) -> Vec<(Dataset, usize)> {
         self.parts.iter().map(|part| (part.dataset, part.members.len())).collect()
+    }
+
+    /// What a run on these samples, or a cache of them, must agree with. All annotation files are read.
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming the file that cannot be read any more.
+    pub fn revision(&self) -> Result<Revision> {
+        let (mut annotations, mut members) = (BTreeMap::new(), Sha256::new());
+        for part in &self.parts {
+            let files = match &part.source {
+                Source::Narratives(narratives) => narratives.files(),
+                Source::Expressions(data) => data.files(),
+            };
+            let mut hash = Sha256::new();
+            for file in files {
+                hash.update(digest::file(file)?);
+            }
+            annotations.insert(part.dataset.name().to_owned(), digest::short(hash));
+            members.update(part.dataset.name());
+            part.members.iter().for_each(|&member| members.update((member as u64).to_le_bytes()));
+        }
+        Ok(Revision { annotations, members: digest::short(members) })
     }
 
     /// The key of sample `index` in `epoch` ([`LabelledText::key`]): equal keys, equal samples.

@@ -2,23 +2,25 @@
 
 use candle_core::Tensor;
 use flmm::lmm::Turn;
-use flmm::{Error, Grounder, Result};
+use flmm::{Error, Result};
 use flmm_data::{ImageStore, Mask};
 use image::RgbImage;
 
+use crate::frozen::Frozen;
 use crate::head::HeadSample;
 use crate::mixture::Mixture;
 use crate::samples::Samples;
 use crate::selector::SelectorSample;
 use crate::text::LabelledText;
 
-/// The samples of a [`Mixture`], shown to the frozen models afresh every time.
+/// The samples of a [`Mixture`], shown to the frozen models afresh every time. The models are opened when the first
+/// sample is asked for.
 ///
 /// It gives [`HeadSample`]s, and for training the keyword selector alone [`SelectorSample`]s, which need neither SAM
 /// nor attention maps.
 pub struct Observed<'a> {
-    /// The frozen models; their head is not used.
-    pub grounder: &'a Grounder,
+    /// The frozen models.
+    pub frozen: &'a Frozen,
     /// Texts and masks.
     pub mixture: &'a Mixture,
     /// Pictures.
@@ -28,7 +30,7 @@ pub struct Observed<'a> {
 impl Observed<'_> {
     /// The text of sample `index` in `epoch`, cut to what the model reads.
     pub fn text(&self, index: usize, epoch: u64) -> Result<LabelledText> {
-        let lmm = self.grounder.lmm();
+        let lmm = self.frozen.grounder()?.lmm();
         self.mixture.text(index, epoch, lmm.tokenizer(), lmm.spec())
     }
 
@@ -52,9 +54,10 @@ impl Observed<'_> {
 
     /// What the frozen models see of `text`.
     pub fn observe(&self, text: &LabelledText) -> Result<HeadSample> {
-        let mut session = self.grounder.start(&self.picture(text)?)?;
+        let grounder = self.frozen.grounder()?;
+        let mut session = grounder.start(&self.picture(text)?)?;
         let turns = [Turn::user(text.instruction)];
-        let observation = self.grounder.observe_in(&mut session, &turns, &text.caption)?;
+        let observation = grounder.observe_in(&mut session, &turns, &text.caption)?;
         let device = observation.maps.device();
         let token_labels = match text.is_narrative {
             // The model may have cut the text off.
@@ -67,9 +70,10 @@ impl Observed<'_> {
 
     /// Hidden states and labels of `text`.
     pub fn observe_words(&self, text: &LabelledText) -> Result<SelectorSample> {
-        let mut session = self.grounder.start(&self.picture(text)?)?;
+        let grounder = self.frozen.grounder()?;
+        let mut session = grounder.start(&self.picture(text)?)?;
         let turns = [Turn::user(text.instruction)];
-        let hidden = self.grounder.hidden_in(&mut session, &turns, &text.caption)?;
+        let hidden = grounder.hidden_in(&mut session, &turns, &text.caption)?;
         let labels = labels(text, hidden.dim(1)?)?.to_device(hidden.device())?;
         Ok(SelectorSample { hidden, labels })
     }

@@ -4,27 +4,29 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use flmm::Result;
+use flmm::grounder::HeadSettings;
 use flmm::lmm::OpenOptions;
 use flmm_data::{ImageStore, Part};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::cache::CachedSamples;
+use crate::cache::{CachedSamples, FeatureCache};
+use crate::checkpoint;
 use crate::config::{Config, Mode};
-use crate::distributed::{Communicator, Single};
+use crate::distributed::{Communicator, Single, from_first, gather, together};
 use crate::features::{Both, FeatureOptions, PROBES};
-use crate::frozen::Seen;
+use crate::frozen::Frozen;
 use crate::head::{self, HeadSample, HeadTask};
-use crate::mixture::{DataConfig, EmptyNarratives, Expressions, Mixture};
+use crate::mixture::{DataConfig, EmptyNarratives, Expressions, Mixture, Revision};
 use crate::observed::Observed;
-use crate::onlook::Watched;
+use crate::onlook::{Found, Watched};
 use crate::optim::Vars;
-use crate::samples::Samples;
-use crate::selection::chosen_maps;
+use crate::samples::{Order, Samples};
+use crate::selection::{Basis, chosen_maps};
 use crate::selector::SelectorTask;
 use crate::settings::RunOptions;
-use crate::start::{HEAD, Start};
+use crate::start::{HEAD, Start, begun_with};
 use crate::task::Task;
-use crate::tolerant::Tolerant;
+use crate::tolerant::{Tolerance, Tolerant, is_about_the_sample};
 use crate::trainer::Trainer;
 use crate::validation::Validation;
 use crate::watch::Watch;
@@ -36,8 +38,8 @@ pub struct Models {
     pub name: String,
     /// The LMM: a Hugging Face folder.
     pub lmm: PathBuf,
-    /// SAM: a checkpoint, or a folder with one.
-    pub sam: PathBuf,
+    /// SAM: a checkpoint, or a folder with one. Not needed for a head without a refiner.
+    pub sam: Option<PathBuf>,
     /// A head to begin from; needed to train the keyword selector alone.
     pub head: Option<PathBuf>,
     /// Type and device of the LMM.
@@ -53,25 +55,8 @@ pub struct Outcome {
     pub total: u64,
     /// The finished head; `None` if the run was stopped early.
     pub head: Option<PathBuf>,
-    /// Samples that could not be used.
+    /// Samples that could not be used, of all ranks.
     pub skipped: usize,
-}
-
-/// Trains as `config` says on the datasets below `data`, in the folder `out`, from the newest checkpoint there.
-///
-/// `out` gets `config.toml`, `metrics.jsonl`, `skipped.jsonl`, `checkpoints/`, `validation/`, `tensorboard/` and at the
-/// end `head/`, which `flmm chat --head` takes.
-///
-/// # Errors
-/// What opening models and data gives; as [`Trainer::run`]; [`flmm::Error::Request`] when too many samples are broken.
-pub fn run(
-    config: &Config,
-    models: &Models,
-    data: &Path,
-    out: &Path,
-    watch: &mut dyn Watch,
-) -> Result<Outcome> {
-    run_with(config, models, data, out, &Extras::default(), watch)
 }
 
 /// What a run may be given besides its configuration; nothing of it changes the result but by rounding.
@@ -88,10 +73,16 @@ impl Default for Extras<'_> {
     }
 }
 
-/// As [`run`], with a feature cache and with several ranks.
+/// Trains as `config` says on the datasets below `data`, in the folder `out`, from the newest checkpoint there.
 ///
-/// Only rank 0 validates and writes the head; the others list the samples they skip in `out/rank-R`.
-pub fn run_with(
+/// `out` gets `config.toml`, `metrics.jsonl`, `skipped.jsonl`, `checkpoints/`, `validation/`, `tensorboard/` and at the
+/// end `head/`, which `flmm chat --head` takes. Of several ranks only rank 0 writes there; the others list the samples
+/// they skip in `out/rank-R`.
+///
+/// # Errors
+/// What opening models and data gives; as [`Trainer::run`]; [`flmm::Error::Request`] when `config` contradicts the head
+/// to begin from, or too many samples are broken. All ranks end when one does.
+pub fn run(
     config: &Config,
     models: &Models,
     data: &Path,
@@ -99,110 +90,204 @@ pub fn run_with(
     extras: &Extras<'_>,
     watch: &mut dyn Watch,
 ) -> Result<Outcome> {
-    let config = &config.clone().consistent();
-    let (rank, world) = (extras.communicator.rank(), extras.communicator.world());
     watch.stage("opening the model");
-    let images = ImageStore::open(data)?;
-    let seed = config.train.seed;
-    let mixture = Mixture::open(data, "train", &config.data, seed)?;
-    let start = Start::open(config, models, |frozen| {
-        let seen = Seen { frozen, mixture: &mixture, images: &images };
-        chosen_maps(config.head.maps, &seen, out)
-    })?;
-    for (dataset, len) in mixture.parts() {
-        watch.note(&format!("{}: {len} samples", dataset.name()));
-    }
-    let unseen = if rank == 0 { unseen(config, data, watch)? } else { None };
-    let seen = Seen { frozen: &start.frozen, mixture: &mixture, images: &images };
-    let part = Part { index: rank, count: world };
-    let features = extras.features.as_ref();
-    let cache = features.map(|features| features.open(config, &start.frozen, &mixture, part)).transpose()?;
-    let cached = cache.as_ref().map(|cache| CachedSamples::new(cache, &seen));
-    if let Some(cached) = &cached {
-        let estimate = cached.estimate(part, PROBES)?;
-        watch.note(&estimate.to_string());
-    }
-    let unseen = match &unseen {
-        Some((images, mixture)) => Some(Observed { grounder: start.frozen.grounder()?, mixture, images }),
-        None => None,
-    };
-    let validation = unseen.as_ref().map(|observed| {
-        let masks = config.mode == Mode::Head;
-        Validation::new(observed, &config.validation, out, config.head.phrases_at_once, masks)
-    });
-    let identity = start.identity(config, &mixture)?;
-    // What is not the run's but a rank's.
-    let own = if rank == 0 { out.to_owned() } else { out.join(format!("rank-{rank}")) };
-    std::fs::create_dir_all(&own).map_err(|e| flmm::Error::io(&own, e))?;
-    let (trainable, mut vars) = head::trainable_as(&start.frozen.sizes, &start.settings, &start.tensors)?;
-    let selector_of = |name: &str| name.starts_with("keyword_selector.");
-    let (steps, skipped, watched) = match config.mode {
-        Mode::Head => {
-            if config.head.selector.is_none() {
-                vars.retain(|name, _| !selector_of(name));
-            }
-            let task = HeadTask::new(trainable, config.head)?;
-            let inner: &dyn Samples<HeadSample> = match &cached {
-                Some(cached) => cached,
-                None => &seen,
-            };
-            let samples = Tolerant::new(inner, &own, config.data.max_broken, seed)?;
-            let news = Both { samples: &samples, cache: cache.as_ref() };
-            let mut watched = Watched::new(watch, validation.as_ref(), task.head(), &news, config, &own);
-            let steps = train(&task, &vars, config, identity, &samples, out, extras, &mut watched)?;
-            (steps, samples.skipped(), watched.found())
-        }
-        Mode::Selector => {
-            vars.retain(|name, _| selector_of(name));
-            let task = SelectorTask::of(&trainable, config.head.selector.unwrap_or_default())?;
-            let samples = Tolerant::new(&seen, &own, config.data.max_broken, seed)?;
-            let mut watched = Watched::new(watch, validation.as_ref(), &trainable, &samples, config, &own);
-            let steps = train(&task, &vars, config, identity, &samples, out, extras, &mut watched)?;
-            (steps, samples.skipped(), watched.found())
-        }
-    };
-    let total = config.train.epochs * mixture.len().div_ceil(config.train.batch_size) as u64;
-    let (began, metrics) = watched;
-    let folder = out.join(HEAD);
-    let head = match steps == total {
-        // A run that was finished before keeps its head.
-        true if rank != 0 || (began == total && folder.is_dir()) => Some(folder),
-        true => Some(start.finish(config, models, &vars, &metrics, out)?),
-        false => None,
-    };
-    Ok(Outcome { steps, total, head, skipped })
+    let opened = Run::open(config, models, data, out, extras, watch);
+    together(extras.communicator, opened)?.train(watch)
 }
 
-/// Runs the trainer; the tensors of `vars` are trained in place. Gives the steps taken.
-#[allow(clippy::too_many_arguments, reason = "one call per mode, everything used once")]
-fn train<T: Task>(
-    task: &T,
-    vars: &Vars,
-    config: &Config,
-    identity: Value,
-    samples: &dyn Samples<T::Sample>,
-    out: &Path,
-    extras: &Extras<'_>,
-    watch: &mut dyn Watch,
-) -> Result<u64> {
-    let options = RunOptions {
-        config_text: Some(config.to_toml()?),
-        checkpoint_every: Duration::from_secs_f64(config.run.checkpoint_minutes.min(1e6) * 60.0),
-        keep: config.run.keep_checkpoints,
-        log_every: config.run.log_every,
-        workers: config.run.workers,
-        loaders: config.run.loaders,
-        prefetch: config.run.prefetch,
-        ..RunOptions::new(out)
-    };
-    let trainer = Trainer::new(task, vars.clone(), config.train.clone(), identity, options)?;
-    let mut trainer = trainer.with_communicator(extras.communicator)?;
-    let steps = trainer.run_watched(samples, watch)?;
-    // Where the task computes with rounded copies, the optimiser's own tensors are the result.
-    for (name, var) in vars {
-        var.set(&trainer.optimizer().vars()[name].as_detached_tensor().copy()?)?;
+/// A run with its data and what is known of its models.
+struct Run<'a> {
+    /// With all that follows from the head to begin from.
+    config: Config,
+    /// Of the head to begin from, if there is one.
+    settings: Option<HeadSettings>,
+    models: &'a Models,
+    out: &'a Path,
+    ranks: &'a dyn Communicator,
+    frozen: Frozen,
+    images: ImageStore,
+    mixture: Mixture,
+    revision: Revision,
+    cache: Option<FeatureCache>,
+    /// Pictures and samples for validation, if there are any.
+    unseen: Option<(ImageStore, Mixture)>,
+}
+
+impl<'a> Run<'a> {
+    fn open(
+        config: &Config,
+        models: &'a Models,
+        data: &Path,
+        out: &'a Path,
+        extras: &Extras<'a>,
+        watch: &mut dyn Watch,
+    ) -> Result<Self> {
+        let ranks = extras.communicator;
+        let (config, settings) = begun_with(config, models)?;
+        let images = ImageStore::open(data)?;
+        let mixture = Mixture::open(data, "train", &config.data, config.train.seed)?;
+        let frozen = Frozen::new(&config, models)?;
+        for (dataset, len) in mixture.parts() {
+            watch.note(&format!("{}: {len} samples", dataset.name()));
+        }
+        let revision = mixture.revision()?;
+        let part = Part { index: ranks.rank(), count: ranks.world() };
+        let open = |features: &FeatureOptions| features.open(&config, &frozen, &mixture, &revision, part);
+        let cache = extras.features.as_ref().map(open).transpose()?;
+        let unseen = if ranks.rank() == 0 { unseen(&config, data, watch)? } else { None };
+        Ok(Self { config, settings, models, out, ranks, frozen, images, mixture, revision, cache, unseen })
     }
-    Ok(steps)
+
+    fn train(&self, watch: &mut dyn Watch) -> Result<Outcome> {
+        let Self { config, frozen, ranks, .. } = self;
+        let (rank, world) = (ranks.rank(), ranks.world());
+        let observed = Observed { frozen, mixture: &self.mixture, images: &self.images };
+        let cached = self.cache.as_ref().map(|cache| CachedSamples::new(cache, &observed));
+        let samples: &dyn Samples<HeadSample> = match &cached {
+            Some(cached) => cached,
+            None => &observed,
+        };
+        if let Some(cached) = &cached {
+            let part = Part { index: rank, count: world };
+            let estimate = together(*ranks, cached.estimate(part, PROBES, is_about_the_sample))?;
+            watch.note(&estimate.to_string());
+            if self.unseen.is_none() && cached.missing(0).is_empty() {
+                frozen.release();
+            }
+        }
+        let settings = from_first(*ranks, || self.settings(samples))?;
+        let start = Start::new(config, self.models, frozen, settings);
+        let start = together(*ranks, start)?;
+
+        let unseen = self.unseen.as_ref();
+        let unseen = unseen.map(|(images, mixture)| Observed { frozen, mixture, images });
+        let validation = unseen.as_ref().map(|observed| {
+            let masks = config.mode == Mode::Head;
+            Validation::new(observed, &config.validation, self.out, config.head.phrases_at_once, masks)
+        });
+        let validation = validation.as_ref().map(|validation| (validation, config.validation.every));
+        let order =
+            Order { len: self.mixture.len(), batch_size: config.train.batch_size, seed: config.train.seed };
+        let taken = from_first(*ranks, || checkpoint::steps(&self.out.join("checkpoints")))?;
+        let tolerance = Tolerance { max_share: config.data.max_broken, order, ranks: world, taken };
+        let curves = self.out.join("tensorboard");
+        let curves = (rank == 0).then_some(&*curves);
+
+        let begun = self.own_folder().and_then(|own| {
+            let (head, vars) = head::trainable_as(&frozen.sizes, &start.settings, &start.tensors)?;
+            Ok((own, head, vars))
+        });
+        let (own, head, mut vars) = together(*ranks, begun)?;
+        let of_selector = |name: &str| name.starts_with("keyword_selector.");
+        let (steps, skipped, found) = match config.mode {
+            Mode::Head => {
+                if config.head.selector.is_none() {
+                    vars.retain(|name, _| !of_selector(name));
+                }
+                let begun = HeadTask::new(head, config.head)
+                    .and_then(|task| Ok((task, Tolerant::new(samples, &own, tolerance)?)));
+                let (task, samples) = together(*ranks, begun)?;
+                let news = Both { samples: &samples, cache: self.cache.as_ref() };
+                let mut watched = Watched::new(watch, validation, task.head(), &news, curves);
+                let steps = self.take_steps(&task, &vars, &start, &samples, &mut watched)?;
+                (steps, samples.skipped(), watched.found())
+            }
+            Mode::Selector => {
+                vars.retain(|name, _| of_selector(name));
+                let begun = SelectorTask::of(&head, config.head.selector.unwrap_or_default())
+                    .and_then(|task| Ok((task, Tolerant::new(&observed, &own, tolerance)?)));
+                let (task, samples) = together(*ranks, begun)?;
+                let mut watched = Watched::new(watch, validation, &head, &samples, curves);
+                let steps = self.take_steps(&task, &vars, &start, &samples, &mut watched)?;
+                (steps, samples.skipped(), watched.found())
+            }
+        };
+        let skipped = gather(*ranks, Ok(skipped))?.into_iter().sum();
+        let head = self.finished(&start, &vars, steps, &found)?;
+        Ok(Outcome { steps, total: found.total, head, skipped })
+    }
+
+    /// Settings of the head: those of the one to begin from, or of the configuration, maps chosen by some of `samples`.
+    fn settings(&self, samples: &dyn Samples<HeadSample>) -> Result<HeadSettings> {
+        if let Some(settings) = &self.settings {
+            return Ok(settings.clone());
+        }
+        let chosen = |count| {
+            let basis = Basis {
+                channels: self.frozen.sizes.channels,
+                lmm: self.frozen.revision()?,
+                data: json!(self.revision),
+            };
+            chosen_maps(count, &basis, samples, self.out)
+        };
+        let channels_used = self.config.head.maps.map(chosen).transpose()?;
+        Ok(HeadSettings { channels_used, refiner: self.config.head.refiner.unwrap_or_default() })
+    }
+
+    /// The folder for what is not the run's but a rank's.
+    fn own_folder(&self) -> Result<PathBuf> {
+        let own = match self.ranks.rank() {
+            0 => self.out.to_owned(),
+            rank => self.out.join(format!("rank-{rank}")),
+        };
+        std::fs::create_dir_all(&own).map_err(|e| flmm::Error::io(&own, e))?;
+        Ok(own)
+    }
+
+    /// Runs the trainer; the tensors of `vars` are trained in place. Gives the steps taken.
+    fn take_steps<T: Task>(
+        &self,
+        task: &T,
+        vars: &Vars,
+        start: &Start,
+        samples: &dyn Samples<T::Sample>,
+        watch: &mut dyn Watch,
+    ) -> Result<u64> {
+        let run = &self.config.run;
+        let trainer = || {
+            let options = RunOptions {
+                config_text: Some(self.config.to_toml()?),
+                // The selector alone is no head.
+                head_json: (self.config.mode == Mode::Head).then(|| self.description(start, vars, &[])),
+                checkpoint_every: Duration::from_secs_f64(run.checkpoint_minutes.min(1e6) * 60.0),
+                keep: run.keep_checkpoints,
+                log_every: run.log_every,
+                workers: run.workers,
+                loaders: run.loaders,
+                prefetch: run.prefetch,
+                ..RunOptions::new(self.out)
+            };
+            let identity =
+                start.identity(&self.config, self.models, &self.frozen, &self.mixture, &self.revision)?;
+            Trainer::new(task, vars.clone(), self.config.train.clone(), identity, options)?
+                .with_communicator(self.ranks)
+        };
+        let mut trainer = together(self.ranks, trainer())?;
+        let steps = trainer.run_watched(samples, watch)?;
+        // Where the task computes with rounded copies, the optimiser's own tensors are the result.
+        for (name, var) in vars {
+            var.set(&trainer.optimizer().vars()[name].as_detached_tensor().copy()?)?;
+        }
+        Ok(steps)
+    }
+
+    fn description(&self, start: &Start, vars: &Vars, metrics: &[(String, f64)]) -> Value {
+        start.description(&self.config, self.models, &self.frozen, vars, metrics)
+    }
+
+    /// The head in its folder, if all steps were taken.
+    fn finished(&self, start: &Start, vars: &Vars, steps: u64, found: &Found) -> Result<Option<PathBuf>> {
+        let folder = self.out.join(HEAD);
+        // A run that was finished before keeps its head.
+        let kept = self.ranks.rank() != 0 || (found.began == found.total && folder.is_dir());
+        Ok(match (steps == found.total, kept) {
+            (true, true) => Some(folder),
+            (true, false) => {
+                Some(start.finish(vars, &self.description(start, vars, &found.values), self.out)?)
+            }
+            (false, _) => None,
+        })
+    }
 }
 
 /// Pictures and samples for validation, if there are any.
@@ -217,13 +302,56 @@ fn unseen(config: &Config, data: &Path, watch: &mut dyn Watch) -> Result<Option<
         empty_narratives: EmptyNarratives::Drop,
         ..DataConfig::default()
     };
-    match Mixture::open(root, "val", &unseen, config.train.seed) {
-        Ok(mixture) => Ok(Some((ImageStore::open(root)?, mixture))),
+    let open = || Ok((ImageStore::open(root)?, Mixture::open(root, "val", &unseen, config.train.seed)?));
+    match open() {
+        Ok(unseen) => Ok(Some(unseen)),
         // Asked for by name, it must be there; by default it is a courtesy.
         Err(error) if config.validation.data.is_some() => Err(error),
         Err(error) => {
             watch.note(&format!("no validation: {error}"));
             Ok(None)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+    use flmm_data::world::{self, Level, Split};
+
+    use super::*;
+    use crate::cache::{MapValues, Values};
+
+    struct Silent;
+    impl Watch for Silent {}
+
+    #[test]
+    fn a_complete_cache_opens_no_model() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("w");
+        world::write(&data, Split::Train, 2, 3, Level::One, &|_| {}).unwrap();
+        let bundle = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/flmm-tiny");
+        let models = Models {
+            name: "flmm-tiny".into(),
+            lmm: bundle.join("lmm"),
+            sam: Some(bundle.join("sam")),
+            head: None,
+            options: OpenOptions::new(DType::F32, &Device::Cpu),
+        };
+        // Maps are chosen by samples, and those of the cache will do.
+        let text = "[model]\ndtype = 'f32'\n[head]\nbase_channels = 2\nmaps = 3\n[data]\ndatasets = ['png']\n\
+                    limit = 2\n[train]\nepochs = 1\nbatch_size = 2\n";
+        let config = Config::parse(text, Path::new("test.toml"), &[]).unwrap();
+        let features =
+            FeatureOptions { dir: dir.path().join("c"), values: Values::F32, maps: MapValues::Same };
+        let extras = Extras { features: Some(features), ..Extras::default() };
+        let outs = ["made", "read"].map(|out| dir.path().join(out));
+        let heads = outs.each_ref().map(|out| {
+            let run = Run::open(&config, &models, &data, out, &extras, &mut Silent).unwrap();
+            let head = run.train(&mut Silent).unwrap().head.unwrap();
+            assert_eq!(run.frozen.is_open(), out.ends_with("made"));
+            std::fs::read(head.join("head.safetensors")).unwrap()
+        });
+        assert!(heads[0] == heads[1]);
     }
 }

@@ -76,6 +76,12 @@ impl Order {
         self.len.div_ceil(self.batch_size.max(1)) as u64
     }
 
+    /// The number of the step, from 1, that sees sample `index` in `epoch` first.
+    pub fn step_of(&self, index: usize, epoch: u64) -> u64 {
+        let place = self.permutation(epoch).iter().position(|&other| other == index).unwrap_or_default();
+        epoch * self.steps_per_epoch() + (place / self.batch_size.max(1)) as u64 + 1
+    }
+
     /// The samples from step `first` on, one by one, endlessly: `(epoch, index)`.
     pub fn samples(self, first: u64) -> impl Iterator<Item = (u64, usize)> + Send {
         self.batches(first).flat_map(|(epoch, batch)| batch.into_iter().map(move |index| (epoch, index)))
@@ -124,5 +130,10 @@ mod tests {
         }
         assert_ne!(seen[0].1, seen[3].1, "epochs are shuffled differently");
         assert_eq!(order.batches(4).next(), Some(seen[4].clone()), "starting later changes nothing");
+        for (step, (epoch, batch)) in (1..).zip(&seen) {
+            // The last of an epoch's steps begins again with what its first step saw.
+            let new = if step % 3 == 0 { &batch[..2] } else { &batch[..] };
+            assert!(new.iter().all(|&index| order.step_of(index, *epoch) == step));
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::optim::{AdamWConfig, ParamGroup};
 
@@ -63,6 +64,8 @@ pub struct RunOptions {
     pub dir: PathBuf,
     /// Content of `config.toml`, written when the run is known to fit its checkpoint.
     pub config_text: Option<String>,
+    /// Content of `head.json` in every checkpoint, where what is trained is a whole head.
+    pub head_json: Option<Value>,
     /// Time between checkpoints; one is written at the end in any case.
     pub checkpoint_every: Duration,
     /// How many checkpoints are kept.
@@ -75,12 +78,10 @@ pub struct RunOptions {
     pub loaders: usize,
     /// Batches that are read ahead.
     pub prefetch: usize,
-    /// Whether to draw a progress bar on standard error.
-    pub progress: bool,
 }
 
 impl RunOptions {
-    /// The usual options for a run in `dir`: a checkpoint every five minutes, one worker, no progress bar.
+    /// The usual options for a run in `dir`: a checkpoint every five minutes, one worker.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self {
             dir: dir.into(),
@@ -91,7 +92,7 @@ impl RunOptions {
             workers: 1,
             loaders: 1,
             prefetch: 1,
-            progress: false,
+            head_json: None,
         }
     }
 }

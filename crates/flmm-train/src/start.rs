@@ -1,4 +1,4 @@
-//! What a run begins with, and what it ends with: models opened, a head made, the finished head written.
+//! What a run begins with, and what it ends with: a head made or taken over, and the finished head written.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -8,64 +8,83 @@ use flmm::grounder::{HeadSettings, RefinerKind};
 use flmm::weights::{load_checkpoint, save_safetensors};
 use flmm::{Error, Result};
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 
 use crate::config::{Config, Mode};
-use crate::frozen::{Frozen, sam_of};
+use crate::digest;
+use crate::frozen::Frozen;
 use crate::head;
-use crate::mixture::Mixture;
+use crate::mixture::{Mixture, Revision};
 use crate::optim::Vars;
 use crate::run::Models;
 use crate::selector::SelectorConfig;
 
 /// Name of the finished head in a run's folder.
 pub(crate) const HEAD: &str = "head";
+/// Name of its description.
+pub(crate) const HEAD_JSON: &str = "head.json";
+const TENSORS: &str = "head.safetensors";
 
 const WRONG_START: &str = "begin from a head made for this LMM and this SAM, or from none";
 
+/// `config` with all that follows from the head to begin from, and that head's settings.
+///
+/// # Errors
+/// [`Error::Config`] if its `head.json` cannot be read; [`Error::Request`] naming the key in which `config` contradicts
+/// it, or if the keyword selector alone is to be trained and there is no head.
+pub(crate) fn begun_with(config: &Config, models: &Models) -> Result<(Config, Option<HeadSettings>)> {
+    let mut config = config.clone();
+    if config.mode == Mode::Selector && models.head.is_none() {
+        return Err(Error::request(
+            "training the keyword selector alone needs a head to train it for",
+            "name one with --head",
+        ));
+    }
+    let given = models.head.as_deref().map(HeadSettings::read).transpose()?;
+    if let (Some(given), Some(path)) = (&given, &models.head) {
+        let conflict = |key: &str, wanted: String, found: String| {
+            let what = format!("`{key}` is {wanted}, but the head in {} {found}", path.display());
+            Err(Error::request(what, format!("leave `{key}` out, or begin from another head")))
+        };
+        if let Some(wanted) = config.head.refiner.filter(|wanted| *wanted != given.refiner) {
+            let name = |kind| if kind == RefinerKind::Sam { "sam" } else { "none" };
+            return conflict("head.refiner", name(wanted).into(), format!("has {}", name(given.refiner)));
+        }
+        match (config.head.maps, &given.channels_used) {
+            (Some(wanted), None) => {
+                return conflict("head.maps", wanted.to_string(), "looks at all attention maps".into());
+            }
+            (Some(wanted), Some(used)) if used.len() != wanted => {
+                let found = format!("looks at {} attention maps", used.len());
+                return conflict("head.maps", wanted.to_string(), found);
+            }
+            _ => {}
+        }
+        config.head.refiner = Some(given.refiner);
+    }
+    if *config.head.refiner.get_or_insert_default() == RefinerKind::None {
+        // There are no refined masks, and so there are no losses of them.
+        (config.head.losses.refined_bce, config.head.losses.refined_dice) = (0.0, 0.0);
+    }
+    Ok((config, given))
+}
+
 /// What a run begins with.
 pub(crate) struct Start {
-    /// The models that do not learn.
-    pub(crate) frozen: Frozen,
     /// What of the head its tensors do not tell.
     pub(crate) settings: HeadSettings,
     /// All tensors of the head.
     pub(crate) tensors: BTreeMap<String, Tensor>,
-    /// Digest of SAM's frozen part.
-    sam: String,
 }
 
 impl Start {
-    /// `choose` gives the attention maps that the head looks at, if not all.
-    pub(crate) fn open(
+    /// The head with `settings` that `models` name, or a fresh one.
+    pub(crate) fn new(
         config: &Config,
         models: &Models,
-        choose: impl FnOnce(&Frozen) -> Result<Option<Vec<u32>>>,
+        frozen: &Frozen,
+        settings: HeadSettings,
     ) -> Result<Self> {
         let device = &models.options.device;
-        if config.mode == Mode::Selector && models.head.is_none() {
-            return Err(Error::request(
-                "training the keyword selector alone needs a head to train it for",
-                "name one with --head",
-            ));
-        }
-        let refiner = config.head.refiner;
-        let (sam_config, sam_tensors) = sam_of(models, refiner)?;
-        let frozen = Frozen::new(models, sam_config, refiner)?;
-        if let Some(wanted) = &config.model.lmm
-            && wanted != frozen.spec.name
-        {
-            return Err(Error::request(
-                format!(
-                    "the configuration is for {wanted}, but `{}` is {}",
-                    models.lmm.display(),
-                    frozen.spec.name
-                ),
-                "choose the configuration of this LMM, or the LMM of this configuration",
-            ));
-        }
-        let settings = HeadSettings { channels_used: choose(&frozen)?, refiner };
-        let sizes = &frozen.sizes;
         let given = match &models.head {
             Some(path) => load_checkpoint(path, Some(DType::F32), device)?,
             None => HashMap::new(),
@@ -74,9 +93,9 @@ impl Start {
         let base_channels = width.unwrap_or(config.head.base_channels);
         let keeps_selector = given.contains_key("keyword_selector.weight").then(SelectorConfig::default);
         let selector = config.head.selector.or(keeps_selector);
-        let sam = (refiner == RefinerKind::Sam).then_some(&sam_tensors);
+        let sam = frozen.sam.as_ref().map(|sam| &sam.refiner);
         let seed = config.train.seed;
-        let fresh = head::init_as(sizes, &settings, base_channels, selector.as_ref(), sam, seed)?;
+        let fresh = head::init_as(&frozen.sizes, &settings, base_channels, selector.as_ref(), sam, seed)?;
         let mut tensors = BTreeMap::new();
         for (name, tensor) in fresh {
             tensors.insert(name, tensor.to_device(device)?);
@@ -84,13 +103,18 @@ impl Start {
         if let Some(path) = &models.head {
             lay_over(path, &mut tensors, given)?;
         }
-        let encoder = sam_tensors.iter().filter(|(name, _)| name.starts_with("image_encoder.neck."));
-        let sam = digest(encoder.map(|(name, tensor)| (name.as_str(), tensor)).collect::<BTreeMap<_, _>>())?;
-        Ok(Self { frozen, settings, tensors, sam })
+        Ok(Self { settings, tensors })
     }
 
     /// What a checkpoint of this run must agree with: all that decides its result.
-    pub(crate) fn identity(&self, config: &Config, mixture: &Mixture) -> Result<Value> {
+    pub(crate) fn identity(
+        &self,
+        config: &Config,
+        models: &Models,
+        frozen: &Frozen,
+        mixture: &Mixture,
+        revision: &Revision,
+    ) -> Result<Value> {
         let parts = mixture.parts().into_iter().map(|(dataset, len)| (dataset.name().to_owned(), json!(len)));
         Ok(json!({
             "mode": config.mode,
@@ -100,53 +124,65 @@ impl Start {
                 "empty_narratives": config.data.empty_narratives,
                 "narrative_instruction": config.data.narrative_instruction,
                 "samples": parts.collect::<Map<_, _>>(),
+                "revision": revision,
             },
             "lmm": {
-                "name": self.frozen.spec.name,
+                "name": frozen.spec.name,
                 "dtype": config.model.dtype,
-                "channels": self.frozen.sizes.channels,
+                "channels": frozen.sizes.channels,
                 "channels_used": self.settings.channels_used,
-                "hidden_size": self.frozen.sizes.hidden_size,
-                "weights": self.frozen.revision()?,
+                "hidden_size": frozen.sizes.hidden_size,
+                "weights": frozen.revision()?,
+                "image_size": models.options.image_size,
+                "vision_towers": frozen.towers()?,
             },
-            "sam": { "image_size": self.frozen.sizes.sam.image_size, "weights": self.sam },
-            "start": digest(self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect())?,
+            "sam": {
+                "image_size": frozen.sizes.sam.image_size,
+                "weights": frozen.sam.as_ref().map(|sam| &sam.digest),
+            },
+            "start": digest::tensors(self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)))?,
         }))
     }
 
-    /// Writes `out/head`, complete or not at all.
-    pub(crate) fn finish(
+    /// What `head.json` says of a head with these `vars` in training and, if it is finished, with these `metrics`.
+    pub(crate) fn description(
         &self,
         config: &Config,
         models: &Models,
+        frozen: &Frozen,
         vars: &Vars,
         metrics: &[(String, f64)],
-        out: &Path,
-    ) -> Result<PathBuf> {
+    ) -> Value {
         let parameters: usize = vars.values().map(|var| var.elem_count()).sum();
-        let mut tensors = self.tensors.clone();
-        tensors.extend(vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())));
-        let about = json!({
+        json!({
             "format": 1,
             "lmm": models.name,
-            "channels": self.frozen.sizes.channels,
+            "channels": frozen.sizes.channels,
             "channels_used": self.settings.channels_used,
-            "layers": self.frozen.sizes.layers,
-            "hidden_size": self.frozen.sizes.hidden_size,
+            "layers": frozen.sizes.layers,
+            "hidden_size": frozen.sizes.hidden_size,
             "refiner": self.settings.refiner,
             "merge": "mean",
-            "keyword_selector": tensors.contains_key("keyword_selector.weight"),
+            "keyword_selector": self.tensors.contains_key("keyword_selector.weight"),
             "parameters": parameters,
             "trained": { "mode": config.mode, "datasets": config.data.datasets, "epochs": config.train.epochs,
                 "batch_size": config.train.batch_size, "learning_rate": config.train.learning_rate },
             "metrics": metrics.iter().map(|(name, value)| (name.clone(), json!(value))).collect::<Map<_, _>>(),
-        });
+        })
+    }
+
+    /// Writes `out/head`, the tensors of which `vars` were trained, complete or not at all.
+    pub(crate) fn finish(&self, vars: &Vars, description: &Value, out: &Path) -> Result<PathBuf> {
+        let mut tensors = self.tensors.clone();
+        tensors.extend(vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())));
         let (folder, temporary) = (out.join(HEAD), out.join(format!(".head.{}.tmp", std::process::id())));
         let io = |e| Error::io(&folder, e);
         std::fs::create_dir_all(&temporary).map_err(io)?;
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        let written = save_safetensors(temporary.join("head.safetensors"), &tensors, &metadata)
-            .and_then(|()| flmm::atomic::write(temporary.join("head.json"), |to| writeln!(to, "{about:#}")))
+        let written = save_safetensors(temporary.join(TENSORS), &tensors, &metadata)
+            .and_then(|()| {
+                flmm::atomic::write(temporary.join(HEAD_JSON), |to| writeln!(to, "{description:#}"))
+            })
             .and_then(|()| {
                 if folder.exists() {
                     std::fs::remove_dir_all(&folder).map_err(io)?;
@@ -189,16 +225,4 @@ fn lay_over(
         true => Ok(()),
         false => Err(Error::weights(path, problems.join("\n"), WRONG_START)),
     }
-}
-
-/// The first half of a SHA-256 over names and values.
-fn digest(tensors: BTreeMap<&str, &Tensor>) -> Result<String> {
-    let mut hash = Sha256::new();
-    for (name, tensor) in tensors {
-        hash.update(name.as_bytes());
-        for value in tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()? {
-            hash.update(value.to_le_bytes());
-        }
-    }
-    Ok(hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect())
 }

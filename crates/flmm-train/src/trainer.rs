@@ -5,11 +5,10 @@ use std::time::Instant;
 
 use candle_core::{DType, Tensor, Var};
 use flmm::{Error, Result};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{self, State};
-use crate::distributed::{Communicator, Single, gather};
+use crate::distributed::{Communicator, Single, gather, together};
 use crate::folder::RunFolder;
 use crate::log::Log;
 use crate::optim::{AdamW, Gradients, Schedule, Vars, accumulate, gradients};
@@ -35,12 +34,21 @@ pub struct Trainer<'a, T: Task> {
     communicator: &'a dyn Communicator,
 }
 
-/// What one sample contributed.
+/// What one sample contributed, or several.
+#[derive(Default)]
 struct Contribution {
     gradients: Gradients,
     /// Its share of the batch's loss.
     loss: f64,
     metrics: Vec<Metric>,
+}
+
+impl Contribution {
+    fn add(&mut self, other: Self) -> Result<()> {
+        self.loss += other.loss;
+        self.metrics.extend(other.metrics);
+        accumulate(&mut self.gradients, &other.gradients, 1.0)
+    }
 }
 
 impl<'a, T: Task> Trainer<'a, T> {
@@ -118,12 +126,6 @@ impl<'a, T: Task> Trainer<'a, T> {
 
     /// As [`Trainer::run`], telling `watch` what is done.
     pub fn run_watched(&mut self, samples: &dyn Samples<T::Sample>, watch: &mut dyn Watch) -> Result<u64> {
-        if samples.is_empty() {
-            return Err(Error::request(
-                "there are no training samples",
-                "check the data folder and the split",
-            ));
-        }
         let order = Order { len: samples.len(), batch_size: self.config.batch_size, seed: self.config.seed };
         let per_epoch = order.steps_per_epoch();
         let schedule = Schedule::epochs(
@@ -134,12 +136,17 @@ impl<'a, T: Task> Trainer<'a, T> {
         );
         let identity = json!({ "train": self.config, "task": self.task_config, "samples": samples.len() });
         let writes = self.communicator.rank() == 0;
-        let begun = if writes { self.begin(&identity).map(Some) } else { Ok(None) };
+        let begun = match (samples.is_empty(), writes) {
+            (true, _) => {
+                Err(Error::request("there are no training samples", "check the data folder and the split"))
+            }
+            (false, true) => self.begin(&identity).map(Some),
+            (false, false) => Ok(None),
+        };
         let (folder, mut log) = self.begin_together(begun, &identity)?;
 
         let first = self.optimizer.steps();
         watch.begin(first, schedule.total, per_epoch);
-        let bar = self.progress_bar(schedule.total, first);
         let batch_size = self.config.batch_size;
         let (rank, world) = (self.communicator.rank(), self.communicator.world());
         let jobs = order.samples(first).take(schedule.total.saturating_sub(first) as usize * batch_size);
@@ -150,7 +157,7 @@ impl<'a, T: Task> Trainer<'a, T> {
             let _stop = StopGuard(&ahead);
             let make = |(epoch, index)| samples.sample(index, epoch);
             let started = ahead.start(scope, self.options.loaders, STACK, make);
-            started.map_err(|e| Error::io(&self.options.dir, e))?;
+            together(self.communicator, started.map_err(|e| Error::io(&self.options.dir, e)))?;
 
             let mut saved = Instant::now();
             let mut ended = false;
@@ -165,13 +172,9 @@ impl<'a, T: Task> Trainer<'a, T> {
                 log.add("grad_norm", info.norm, 1.0);
                 let epoch = (step - 1) / per_epoch;
                 let report = Step { step, total: schedule.total, epoch, lr, loss, grad_norm: info.norm };
-                let after = watch.after_step(&report);
-                let stops = gather(self.communicator, after.as_ref().map(|after| after.stop).map_err(retold));
-                // A rank's own error before what others make of it.
-                let (after, stops) = (after?, stops?);
+                let after = together(self.communicator, watch.after_step(&report))?;
+                let stops = gather(self.communicator, Ok(after.stop))?;
                 after.values.iter().for_each(|(name, value)| log.add(name, *value, 1.0));
-                bar.set_position(step);
-                bar.set_message(format!("loss {loss:.4}"));
                 ended = stops.contains(&true) || step == schedule.total;
                 let written = (|| {
                     let due = step.is_multiple_of(self.options.log_every.max(1)) || !after.values.is_empty();
@@ -181,24 +184,22 @@ impl<'a, T: Task> Trainer<'a, T> {
                     let due = ended || saved.elapsed() >= self.options.checkpoint_every;
                     if let (Some(folder), true) = (&folder, due) {
                         let state = State::new(step, per_epoch, identity.clone(), log.pending().clone());
-                        checkpoint::save(&folder.checkpoints, &self.optimizer, &state, self.options.keep)?;
+                        let about = self.options.head_json.as_ref();
+                        checkpoint::save(
+                            &folder.checkpoints,
+                            &self.optimizer,
+                            &state,
+                            about,
+                            self.options.keep,
+                        )?;
                         watch.saved(step);
                         saved = Instant::now();
                     }
                     Ok(())
                 })();
-                let told = match &written {
-                    Ok(()) => Ok(()),
-                    Err(error) => Err(retold(error)),
-                };
-                let all = gather(self.communicator, told);
-                written.and(all)?;
+                together(self.communicator, written)?;
             }
-            Ok(())
-        })
-        .map(|()| {
-            bar.finish_and_clear();
-            self.optimizer.steps()
+            Ok(self.optimizer.steps())
         })
     }
 
@@ -283,16 +284,11 @@ impl<'a, T: Task> Trainer<'a, T> {
             })
             .collect();
 
-        let own = self.contributions(&batch, &shares).and_then(|parts| {
-            let (mut sum, mut loss, mut metrics) = (Gradients::new(), 0.0, Vec::new());
-            for part in parts {
-                accumulate(&mut sum, &part.gradients, 1.0)?;
-                loss += part.loss;
-                // As bits: JSON knows neither infinity nor the last digit.
-                let told = |m: &Metric| (m.name.to_owned(), m.value.to_bits(), m.weight.to_bits());
-                metrics.extend(part.metrics.iter().map(told));
-            }
-            Ok((sum, (f64::to_bits(loss), metrics)))
+        let own = self.contribution_of(&batch, &shares).map(|part| {
+            // As bits: JSON knows neither infinity nor the last digit.
+            let told = |m: &Metric| (m.name.to_owned(), m.value.to_bits(), m.weight.to_bits());
+            let metrics = part.metrics.iter().map(told).collect::<Vec<_>>();
+            (part.gradients, (f64::to_bits(part.loss), metrics))
         });
         let (sum, told) = match own {
             Ok((sum, told)) => (sum, Ok(told)),
@@ -331,42 +327,29 @@ impl<'a, T: Task> Trainer<'a, T> {
         Ok(sum)
     }
 
-    /// What every sample of `batch` contributes, in their order.
-    fn contributions(&self, batch: &[T::Sample], shares: &[Vec<f64>]) -> Result<Vec<Contribution>> {
-        let workers = self.options.workers.clamp(1, batch.len().max(1));
-        let mut parts: Vec<Option<Result<Contribution>>> = Vec::new();
-        if workers == 1 {
-            parts.extend(
-                batch.iter().zip(shares).map(|(sample, share)| Some(self.contribution(sample, share))),
-            );
-        } else {
-            parts.resize_with(batch.len(), || None);
-            std::thread::scope(|scope| -> Result<()> {
-                let mut handles = Vec::new();
-                for worker in 0..workers {
-                    let work = move || {
-                        let own = (worker..batch.len()).step_by(workers);
-                        own.map(|i| (i, self.contribution(&batch[i], &shares[i]))).collect::<Vec<_>>()
-                    };
-                    let thread = std::thread::Builder::new().stack_size(STACK);
-                    let handle =
-                        thread.spawn_scoped(scope, work).map_err(|e| Error::io(&self.options.dir, e))?;
-                    handles.push(handle);
-                }
-                for handle in handles {
-                    let done = handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                    for (i, part) in done {
-                        parts[i] = Some(part);
-                    }
-                }
-                Ok(())
-            })?;
+    /// What the samples of `batch` contribute together, added in their order. No more than one per worker is kept.
+    fn contribution_of(&self, batch: &[T::Sample], shares: &[Vec<f64>]) -> Result<Contribution> {
+        let mut sum = Contribution::default();
+        let one = |i: usize| self.contribution(&batch[i], &shares[i]);
+        let workers = self.options.workers.min(batch.len());
+        if workers <= 1 {
+            (0..batch.len()).try_for_each(|i| sum.add(one(i)?))?;
+            return Ok(sum);
         }
-        parts.into_iter().flatten().collect()
+        let parts = Prefetch::new(0..batch.len(), workers);
+        std::thread::scope(|scope| {
+            let _stop = StopGuard(&parts);
+            let started = parts.start(scope, workers, STACK, one);
+            started.map_err(|e| Error::io(&self.options.dir, e))?;
+            while let Some(part) = parts.take() {
+                sum.add(part?)?;
+            }
+            Ok(sum)
+        })
     }
 
     fn contribution(&self, sample: &T::Sample, share: &[f64]) -> Result<Contribution> {
-        let mut sum = Contribution { gradients: Gradients::new(), loss: 0.0, metrics: Vec::new() };
+        let mut sum = Contribution::default();
         self.task.in_parts(sample, &mut |losses| {
             let mut total: Option<Tensor> = None;
             for (term, share) in losses.terms.iter().zip(share).filter(|(_, share)| **share > 0.0) {
@@ -390,21 +373,4 @@ impl<'a, T: Task> Trainer<'a, T> {
         }
         Ok(sum)
     }
-
-    fn progress_bar(&self, total: u64, first: u64) -> ProgressBar {
-        if !self.options.progress || self.communicator.rank() != 0 {
-            return ProgressBar::hidden();
-        }
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} [{elapsed} < {eta}]");
-        let bar = ProgressBar::new(total).with_position(first);
-        match style {
-            Ok(style) => bar.with_style(style),
-            Err(_) => bar,
-        }
-    }
-}
-
-/// An error for the other ranks; this one keeps its own.
-fn retold(error: &Error) -> Error {
-    Error::request(error.to_string(), error.hint().unwrap_or_default())
 }

@@ -99,7 +99,7 @@ impl<'a> Validation<'a> {
         words: &mut Words,
     ) -> Result<Option<(String, RgbImage)>> {
         let text = self.observed.text(index, 0)?;
-        let tokenizer = self.observed.grounder.lmm().tokenizer();
+        let tokenizer = self.observed.frozen.grounder()?.lmm().tokenizer();
         if !self.masks {
             if text.is_narrative {
                 let sample = self.observed.observe_words(&text)?;

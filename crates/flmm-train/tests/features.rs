@@ -11,13 +11,19 @@ use flmm_data::Part;
 use flmm_data::world::{self, Level, Split};
 use flmm_train::cache::{MapValues, Values};
 use flmm_train::features::{FeatureOptions, build_features};
-use flmm_train::{Config, Extras, Models, Watch, run_with};
+use flmm_train::{Config, Extras, Models, Watch, run};
 use serde_json::Value;
 
 fn models() -> Models {
     let bundle = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/flmm-tiny");
     let options = OpenOptions::new(DType::F32, &Device::Cpu);
-    Models { name: "flmm-tiny".into(), lmm: bundle.join("lmm"), sam: bundle.join("sam"), head: None, options }
+    Models {
+        name: "flmm-tiny".into(),
+        lmm: bundle.join("lmm"),
+        sam: Some(bundle.join("sam")),
+        head: None,
+        options,
+    }
 }
 
 fn config(settings: &[&str]) -> Config {
@@ -50,7 +56,7 @@ fn a_run_on_cached_features_is_the_same_run() {
     let train = |name: &str, features: Option<FeatureOptions>, models: &Models, notes: &mut Notes| {
         let extras = Extras { features, ..Extras::default() };
         let out = dir.path().join(name);
-        run_with(&config(&[]), models, &data, &out, &extras, notes).map(|_| losses(&out))
+        run(&config(&[]), models, &data, &out, &extras, notes).map(|_| losses(&out))
     };
     let features = FeatureOptions { dir: dir.path().join("c"), values: Values::F32, maps: MapValues::Same };
     let mut notes = Notes::default();
@@ -64,11 +70,17 @@ fn a_run_on_cached_features_is_the_same_run() {
             ControlFlow::Continue(())
         });
     assert_eq!(built.unwrap().added, 0);
-    // Other sentences are other samples.
+    // Edited annotations are other samples, and so are other sentences.
+    let file = data.join("coco/refcoco/instances.json");
+    let before = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, format!("{before} ")).unwrap();
+    let error = train("edited", Some(features.clone()), &models(), &mut notes).unwrap_err().to_string();
+    assert!(error.contains("annotations.refcoco: "), "{error}");
+    std::fs::write(&file, before).unwrap();
     let other = config(&["train.seed=9"]);
     let out: PathBuf = dir.path().join("other");
     let extras = Extras { features: Some(features), ..Extras::default() };
-    let error = run_with(&other, &models(), &data, &out, &extras, &mut notes).unwrap_err().to_string();
+    let error = run(&other, &models(), &data, &out, &extras, &mut notes).unwrap_err().to_string();
     assert!(error.contains("made for something else") && error.contains("\"seed\":9"), "{error}");
 }
 
@@ -79,13 +91,35 @@ fn few_maps_and_no_refiner_make_a_head_that_answers() {
     world::write(&data, Split::Train, 2, 3, Level::One, &|_| {}).unwrap();
     let out = dir.path().join("run");
     // There is no SAM at all.
-    let models = Models { sam: dir.path().join("none"), ..models() };
+    let models = Models { sam: None, ..models() };
     let config = config(&["head.maps=4", "head.refiner=none", "train.epochs=1"]);
-    let outcome = run_with(&config, &models, &data, &out, &Extras::default(), &mut Notes::default()).unwrap();
+    let outcome = run(&config, &models, &data, &out, &Extras::default(), &mut Notes::default()).unwrap();
     let head = outcome.head.unwrap();
-    assert_eq!(HeadSettings::read(&head).unwrap().channels_used.unwrap().len(), 4);
+    let settings = HeadSettings::read(&head).unwrap();
+    assert_eq!(settings.channels_used.as_ref().unwrap().len(), 4);
+    // So is every checkpoint a head that says what it is.
+    let checkpoint = out.join(format!("checkpoints/step-{:07}", outcome.steps));
+    assert_eq!(HeadSettings::read(&checkpoint).unwrap(), settings);
+    // Another run begins from it and looks at the same maps, whatever it says or does not say.
+    let models = Models { head: Some(head.clone()), ..models };
+    let train = |name: &str, set: &[&str]| {
+        let config = self::config(&[&["train.epochs=1", "data.limit=1"], set].concat());
+        run(&config, &models, &data, &dir.path().join(name), &Extras::default(), &mut Notes::default())
+    };
+    for (name, set) in [("b", &[][..]), ("c", &["head.maps=4", "head.refiner=none"])] {
+        let head = train(name, set).unwrap().head.unwrap();
+        assert_eq!(HeadSettings::read(&head).unwrap(), settings);
+    }
+    for (set, conflict) in [
+        ("head.maps=3", "`head.maps` is 3, but the head in"),
+        ("head.refiner=sam", "`head.refiner` is sam, but the head in"),
+    ] {
+        let error = train("d", &[set]).unwrap_err();
+        assert!(error.to_string().contains(conflict) && error.hint().is_some(), "{error}");
+        assert!(!dir.path().join("d").exists());
+    }
 
-    let paths = ModelPaths { model: models.lmm, sam: models.sam, head: Some(head) };
+    let paths = ModelPaths { model: models.lmm, sam: dir.path().join("none"), head: Some(head) };
     let grounder = Grounder::open(&paths, &Device::Cpu, DType::F32).unwrap();
     assert!(grounder.sam().is_none());
     let config = world::WorldConfig::new(Level::One);

@@ -29,6 +29,7 @@ fn rank() {
     let samples = from_fn(8, |index, epoch| match (what.as_str(), one, epoch, index) {
         ("error", _, 1, 3) => Err(flmm::Error::request("picture 3 has vanished", "look for it")),
         ("die", true, 1, _) => std::process::abort(),
+        ("panic", true, 1, _) => panic!("a mistake in the program"),
         _ => Ok(small_head::sample(index)),
     });
     let (task, vars) = small_head::task(true);
@@ -101,10 +102,12 @@ fn an_error_reaches_every_process() {
 }
 
 #[test]
-fn a_process_that_dies_ends_the_others() {
-    let dir = tempfile::tempdir().unwrap();
-    let Some(output) = start(dir.path(), "die") else { return };
-    assert!(!output.status.success());
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert!(text.contains("rank 1"), "{text}");
+fn a_process_that_dies_or_panics_ends_the_others() {
+    for what in ["die", "panic"] {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(output) = start(dir.path(), what) else { return };
+        assert!(!output.status.success());
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(text.contains("rank 1"), "{what}: {text}");
+    }
 }

@@ -169,8 +169,12 @@ fn rounded_weights_are_trained_through_exact_ones() {
 
 #[test]
 fn workers_do_not_change_the_result() {
-    let (one, three) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    assert_eq!(train(one.path(), 1, u64::MAX), train(three.path(), 3, u64::MAX));
+    let [one, two, three] = [1, 2, 3].map(|workers| {
+        let dir = tempfile::tempdir().unwrap();
+        train(dir.path(), workers, u64::MAX)
+    });
+    assert_eq!(one, two);
+    assert_eq!(one, three);
 }
 
 #[test]

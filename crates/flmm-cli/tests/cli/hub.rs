@@ -166,6 +166,19 @@ fn sam_and_head_may_come_from_the_hub() {
         "{}",
         none.err
     );
+    // So may those of a training, which is told that there is no data only after that.
+    let train = |more: &[&str]| {
+        let base = ["train", "--config", "flmm-tiny", "--model", &model, "--data", "none", "--out", "run"];
+        let vars = [("HF_HUB_OFFLINE", "1")];
+        let ran = online.run(&[&base[..], more].concat(), &vars);
+        assert_ne!(ran.status, 0);
+        ran.err
+    };
+    assert!(train(&[]).contains("no SAM checkpoint is given"), "{}", train(&[]));
+    for parts in [&["--sam", sam][..], &["--sam", sam, "--head", head], &["--set", "head.refiner=none"]] {
+        assert!(train(parts).starts_with("error: none: No such file"), "{}", train(parts));
+    }
+    assert!(train(&["--sam", "org/model:sam.pth"]).contains("`sam.pth`"));
     // A file that is not there is no repository.
     let typo = inspect("sam/vit_l.pth", head, &[]);
     assert_eq!((typo.status, typo.out.as_str()), (2, ""));

@@ -110,18 +110,25 @@ fn wrong_training_is_explained() {
     let place = Place::new();
     world(&place, "train", "1", "w");
     place.write("bad.toml", b"[train]\nlerning_rate = 1e-4\n");
-    let cases: [(&str, &[&str], i32); 6] = [
+    let cases: [(&str, &[&str], i32); 8] = [
         ("unknown_key", &["--config", "bad.toml"], 1),
         ("no_config", &["--config", "llava-1.7"], 2),
         ("unknown_set", &["--config", "flmm-tiny", "--set", "data.dataset=[]"], 1),
         ("no_sam", &["--config", "llava-1.5-7b", "--model", "w"], 2),
         ("other_lmm", &["--config", "flmm-tiny", "--set", "model.lmm=MGM-2B"], 1),
         ("selector_without_head", &["--config", "flmm-tiny", "--selector-only"], 2),
+        ("type_without_cache", &["--config", "flmm-tiny", "--feature-type", "f32"], 2),
+        ("bad_value", &["--config", "flmm-tiny", "--set", "train.optimizer.beta1=1"], 1),
     ];
     for (name, args, status) in cases {
         let ran = place.run(&[&["train", "--data", "w", "--out", "r"], args].concat());
         assert_eq!((ran.status, ran.out.as_str()), (status, ""), "{name}: {}", ran.err);
         assert_snapshot!(format!("train_{name}"), ran.err);
     }
+    // `flmm features` looks at the LMM just as well.
+    let features = ["features", "--data", "w", "--out", "r", "--config", "flmm-tiny"];
+    let ran = place.run(&[&features[..], &["--set", "model.lmm=MGM-2B"]].concat());
+    assert_eq!(ran.status, 1);
+    assert!(ran.err.contains("the configuration is for MGM-2B"), "{}", ran.err);
     assert_eq!(place.files(), ["a.png", "bad.toml", "w"]);
 }

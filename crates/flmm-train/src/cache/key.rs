@@ -1,5 +1,7 @@
 //! What a cache's numbers depend on: a cache made under another key is refused.
 
+use std::collections::BTreeMap;
+
 use flmm::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -57,6 +59,8 @@ pub struct CacheKey {
     pub capture: u32,
     /// What the LMM was asked, in the words of the configuration.
     pub prompt: String,
+    /// Digests of the annotation files, by dataset. Caches of other datasets join; one of the same must agree.
+    pub annotations: BTreeMap<String, String>,
     /// Everything else that decides what a sample of a given name is: how sentences are chosen, the picture's size.
     pub data: Value,
     /// How numbers are stored.
@@ -70,20 +74,32 @@ pub struct CacheKey {
 impl CacheKey {
     /// One line per field of `found` that cannot stand for this key: `prompt: "a" in the cache, "b" wanted`.
     ///
-    /// Hidden states of all tokens serve where those of phrases are wanted.
+    /// Hidden states of all tokens serve where those of phrases are wanted, and samples are named by their dataset: only
+    /// annotations of datasets that both have are compared.
     pub fn differences(&self, found: &Self) -> Vec<String> {
         let fields = |key: &Self| match serde_json::to_value(key) {
             Ok(Value::Object(fields)) => fields,
             _ => serde_json::Map::new(),
         };
-        let (wanted, found) = (fields(self), fields(found));
+        let (mut wanted, mut found) = (fields(self), fields(found));
+        let of_datasets = |key: &mut serde_json::Map<_, _>| match key.remove("annotations") {
+            Some(Value::Object(digests)) => digests,
+            _ => serde_json::Map::new(),
+        };
+        let (own, others) = (of_datasets(&mut wanted), of_datasets(&mut found));
+        let line = |name: &str, wanted: &Value, found: &Value| {
+            format!("{name}: {found} in the cache, {wanted} wanted")
+        };
         let serves = |name: &str, found: &Value| name == "rows" && found.as_str() == Some("all");
         let differs = wanted.iter().filter_map(|(name, value)| {
             let other = found.get(name).unwrap_or(&Value::Null);
-            (other != value && !serves(name, other))
-                .then(|| format!("{name}: {other} in the cache, {value} wanted"))
+            (other != value && !serves(name, other)).then(|| line(name, value, other))
         });
-        differs.collect()
+        let edited = own.iter().filter_map(|(dataset, value)| {
+            let other = others.get(dataset).filter(|other| *other != value)?;
+            Some(line(&format!("annotations.{dataset}"), value, other))
+        });
+        differs.chain(edited).collect()
     }
 
     pub(super) fn to_json(&self) -> Result<Vec<u8>> {
@@ -102,6 +118,7 @@ pub(super) fn test_key() -> CacheKey {
         preprocessing: 1,
         capture: 1,
         prompt: "Describe.".into(),
+        annotations: BTreeMap::new(),
         data: Value::Null,
         values: Values::F32,
         maps: MapValues::Same,
@@ -124,6 +141,20 @@ mod tests {
         assert_eq!(
             lines,
             ["capture: 2 in the cache, 1 wanted", r#"prompt: "What?" in the cache, "Describe." wanted"#]
+        );
+    }
+
+    #[test]
+    fn annotations_of_the_same_dataset_must_agree() {
+        let key = |annotations: &[(&str, &str)]| CacheKey {
+            annotations: annotations.iter().map(|&(name, digest)| (name.into(), digest.into())).collect(),
+            ..test_key()
+        };
+        let wanted = key(&[("png", "1"), ("refcoco", "2")]);
+        assert!(wanted.differences(&key(&[("png", "1"), ("refcocog", "9")])).is_empty());
+        assert_eq!(
+            wanted.differences(&key(&[("refcoco", "3")])),
+            [r#"annotations.refcoco: "3" in the cache, "2" wanted"#]
         );
     }
 }

@@ -18,11 +18,7 @@ use crate::samples::Samples;
 pub struct CachedSamples<'a> {
     cache: &'a FeatureCache,
     inner: &'a dyn Samples<HeadSample>,
-    notice: Option<Notice<'a>>,
 }
-
-/// Is told what training can go on without.
-type Notice<'a> = Box<dyn Fn(&str) + Send + Sync + 'a>;
 
 /// What filling a cache has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,14 +67,7 @@ impl std::fmt::Display for Estimate {
 impl<'a> CachedSamples<'a> {
     /// `inner`, whose samples are stored in `cache` under their keys.
     pub fn new(cache: &'a FeatureCache, inner: &'a dyn Samples<HeadSample>) -> Self {
-        Self { cache, inner, notice: None }
-    }
-
-    /// Tells `notice` what training can go on without: a damaged record that is made again, a full disk. Unless given,
-    /// that is left to [`FeatureCache::take_notices`].
-    pub fn with_notices(mut self, notice: impl Fn(&str) + Send + Sync + 'a) -> Self {
-        self.notice = Some(Box::new(notice));
-        self
+        Self { cache, inner }
     }
 
     /// Numbers of the samples of `epoch` that the cache lacks.
@@ -86,16 +75,27 @@ impl<'a> CachedSamples<'a> {
         (0..self.inner.len()).filter(|&index| !self.cache.contains(&self.inner.key(index, epoch))).collect()
     }
 
-    /// How much would be written to complete epoch 0 of `part`, from `probes` samples that are made (and kept).
+    /// Numbers of the samples of `part` in epoch 0 that the cache lacks.
+    pub fn missing_of(&self, part: Part) -> Vec<usize> {
+        let range = part.range(self.inner.len());
+        self.missing(0).into_iter().filter(|index| range.contains(index)).collect()
+    }
+
+    /// How much would be written to complete epoch 0 of `part`, from `probes` samples that are made (and kept). Samples
+    /// whose error is `tolerable` are passed over.
     ///
     /// # Errors
-    /// [`Error::Request`] if there is not enough room on the disk.
-    pub fn estimate(&self, part: Part, probes: usize) -> Result<Estimate> {
-        let range = part.range(self.inner.len());
-        let missing: Vec<usize> = self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
+    /// The first other error of a sample; [`Error::Request`] if there is not enough room on the disk.
+    pub fn estimate(
+        &self,
+        part: Part,
+        probes: usize,
+        tolerable: impl Fn(&Error) -> bool,
+    ) -> Result<Estimate> {
+        let missing = self.missing_of(part);
         let mut estimate = Estimate {
             missing: missing.len(),
-            samples: range.len(),
+            samples: part.range(self.inner.len()).len(),
             bytes_per_sample: 0,
             bytes_per_picture: 0,
             bytes: 0,
@@ -108,8 +108,12 @@ impl<'a> CachedSamples<'a> {
         }
         let mut measured = 0u64;
         for &index in &tried {
-            // Samples that cannot be made are told of when they are asked for.
-            let Ok(sample) = self.sample(index, 0) else { continue };
+            let sample = match self.sample(index, 0) {
+                Ok(sample) => sample,
+                // It is told of when it is asked for.
+                Err(error) if tolerable(&error) => continue,
+                Err(error) => return Err(error),
+            };
             measured += 1;
             let Encoded { sample, picture, .. } = encode(&sample, self.cache.key())?;
             estimate.bytes_per_sample += sample.len() as u64;
@@ -137,15 +141,18 @@ impl<'a> CachedSamples<'a> {
     /// sample; when it breaks, the rest is left for another time.
     ///
     /// # Errors
-    /// The first other error of a sample; [`Error::Request`] if the disk refuses (what was added before stays).
+    /// The first other error of a sample; [`Error::Request`] if another process is writing this part, or if the disk
+    /// refuses (what was added before stays).
     pub fn fill(
         &self,
         part: Part,
         tolerable: impl Fn(&Error) -> bool,
         mut on_sample: impl FnMut(usize, usize) -> ControlFlow<()>,
     ) -> Result<Filled> {
-        let range = part.range(self.inner.len());
-        let missing: Vec<usize> = self.missing(0).into_iter().filter(|index| range.contains(index)).collect();
+        let missing = self.missing_of(part);
+        if !missing.is_empty() {
+            self.cache.begin_writing()?;
+        }
         let mut filled = Filled { added: 0, broken: 0, complete: true };
         for (done, &index) in missing.iter().enumerate() {
             match self.sample(index, 0) {
@@ -170,12 +177,6 @@ impl<'a> CachedSamples<'a> {
         self.cache.commit()?;
         Ok(filled)
     }
-
-    fn tell(&self) {
-        if let Some(told) = &self.notice {
-            self.cache.take_notices().iter().for_each(|notice| told(notice));
-        }
-    }
 }
 
 impl Samples<HeadSample> for CachedSamples<'_> {
@@ -185,15 +186,10 @@ impl Samples<HeadSample> for CachedSamples<'_> {
 
     fn sample(&self, index: usize, epoch: u64) -> Result<HeadSample> {
         let key = self.inner.key(index, epoch);
-        let found = self.cache.get(&key);
-        self.tell();
-        if let Some(sample) = found {
-            return Ok(sample);
+        match self.cache.get(&key) {
+            Some(sample) => Ok(sample),
+            None => self.cache.insert(&key, &self.inner.sample(index, epoch)?),
         }
-        let made = self.inner.sample(index, epoch)?;
-        let sample = self.cache.insert(&key, &made);
-        self.tell();
-        sample
     }
 
     fn key(&self, index: usize, epoch: u64) -> String {

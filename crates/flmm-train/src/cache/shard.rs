@@ -21,7 +21,7 @@ use super::key::CacheKey;
 
 const MAGIC: &[u8; 8] = b"FLMMFEAT";
 const RECORD: &[u8; 4] = b"FREC";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const FILE_HEADER: usize = 20;
 const RECORD_HEADER: usize = 24;
 /// Extension of shards.

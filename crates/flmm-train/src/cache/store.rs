@@ -51,6 +51,8 @@ enum Writing {
     /// Nothing was written yet; a complete cache may lie where nothing can be written.
     No,
     Yes(Writer),
+    /// Another process is writing this part; nothing is written beside it.
+    Taken,
     /// The disk refused; nothing is written any more.
     Refused,
 }
@@ -117,7 +119,8 @@ impl FeatureCache {
         self.place(Kind::Sample, sample).is_some()
     }
 
-    /// What went wrong since the last call that training could go on without: damaged records, a full disk.
+    /// What went wrong since the last call that training could go on without: damaged records, a full disk, another
+    /// writer.
     pub fn take_notices(&self) -> Vec<String> {
         std::mem::take(&mut *lock(&self.notices))
     }
@@ -134,16 +137,46 @@ impl FeatureCache {
         Some(stored.with_embedding(embedding))
     }
 
+    /// Makes sure that samples can be added; otherwise the first one that is added does.
+    ///
+    /// # Errors
+    /// [`Error::Request`] if another process is writing this part; [`Error::Io`].
+    pub fn begin_writing(&self) -> Result<()> {
+        match *self.writer(&mut lock(&self.writing))? {
+            Writing::Taken => Err(Error::request(
+                self.taken(),
+                "wait for it to end, or give every process a part of its own (`--shard i/n`)",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// `writing` with a writer, if nothing stands against it.
+    fn writer<'a>(&self, writing: &'a mut Writing) -> Result<&'a mut Writing> {
+        if matches!(writing, Writing::No | Writing::Taken) {
+            *writing = match Writer::new(&self.dir, self.options.part, &self.key)? {
+                Some(writer) => Writing::Yes(writer),
+                None => Writing::Taken,
+            };
+        }
+        Ok(writing)
+    }
+
+    fn taken(&self) -> String {
+        let (dir, part) = (self.dir.display(), self.options.part);
+        format!("{dir}: another process is writing part {part} of this feature cache")
+    }
+
     /// Adds a sample and returns it as the cache will give it back from now on.
     ///
-    /// When the disk refuses (it is full), a notice is left, what was written before stays, and later calls add
-    /// nothing: training goes on without the cache.
+    /// When the disk refuses (it is full), or another process is writing this part, a notice is left, what was written
+    /// before stays, and later calls add nothing: training goes on without the cache.
     pub fn insert(&self, name: &str, sample: &HeadSample) -> Result<HeadSample> {
         let encoded = encode(sample, &self.key)?;
         let rounded = decode_sample(&encoded.sample)?.with_embedding(decode_picture(&encoded.picture)?);
 
         let mut writing = lock(&self.writing);
-        if matches!(*writing, Writing::Refused) {
+        if matches!(*writing, Writing::Taken | Writing::Refused) {
             return Ok(rounded);
         }
         if let Err(error) = self.append(&mut writing, name, &encoded) {
@@ -162,10 +195,14 @@ impl FeatureCache {
     }
 
     fn append(&self, writing: &mut Writing, name: &str, encoded: &Encoded) -> Result<()> {
-        if matches!(writing, Writing::No) {
-            *writing = Writing::Yes(Writer::new(&self.dir, self.options.part, &self.key)?);
-        }
-        let Writing::Yes(writer) = writing else { return Ok(()) };
+        let writer = match self.writer(writing)? {
+            Writing::Yes(writer) => writer,
+            Writing::Taken => {
+                lock(&self.notices).push(format!("{}; this one adds nothing to it", self.taken()));
+                return Ok(());
+            }
+            Writing::No | Writing::Refused => return Ok(()),
+        };
         // The picture first, so that a sample that is there always has one.
         let Encoded { name: picture_name, picture, sample } = encoded;
         let records = [(Kind::Picture, picture_name.as_str(), picture), (Kind::Sample, name, sample)];

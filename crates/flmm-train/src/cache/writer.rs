@@ -31,11 +31,12 @@ struct Open {
 }
 
 impl Writer {
-    /// The writer of `part` in `dir`, continuing the shard that an earlier one left, if any.
+    /// The writer of `part` in `dir`, continuing the shard that an earlier one left, if any. `None` if another process is
+    /// writing this part.
     ///
     /// # Errors
-    /// [`Error::Request`] if another process is writing this part; [`Error::Io`].
-    pub(super) fn new(dir: &Path, part: Part, key: &CacheKey) -> Result<Self> {
+    /// [`Error::Io`].
+    pub(super) fn new(dir: &Path, part: Part, key: &CacheKey) -> Result<Option<Self>> {
         std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
         let prefix = part.to_string();
         let path = dir.join(format!("{prefix}.lock"));
@@ -43,21 +44,13 @@ impl Writer {
         let lock = lock.map_err(|e| Error::io(&path, e))?;
         match lock.try_lock() {
             Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(Error::request(
-                    format!(
-                        "{}: another process is writing part {prefix} of this feature cache",
-                        dir.display()
-                    ),
-                    "wait for it to end, or give every process a part of its own (`--shard i/n`)",
-                ));
-            }
+            Err(std::fs::TryLockError::WouldBlock) => return Ok(None),
             Err(std::fs::TryLockError::Error(e)) => return Err(Error::io(&path, e)),
         }
         let mut writer =
             Self { dir: dir.to_owned(), header: header(key)?, _lock: lock, number: 0, open: None, prefix };
         writer.resume(key)?;
-        Ok(writer)
+        Ok(Some(writer))
     }
 
     /// Goes on with the newest own shard if it is not complete, and removes what interrupted writes left.

@@ -1,7 +1,7 @@
 //! Data-parallel training: every rank computes the gradients of its share of each batch, and all take the same step.
 //!
-//! A rank is one process (or, in tests, one thread). Launchers tell a process its place by torchrun's variables
-//! ([`Launch`]); how ranks talk is a [`Communicator`]. `docs/distributed.md` has launch lines.
+//! A rank is one process (or, in tests, one thread). [`from_env`] joins the ranks that a launcher has started; how they
+//! talk is a [`Communicator`]. `docs/distributed.md` has launch lines.
 
 mod launch;
 mod local;
@@ -12,7 +12,7 @@ use flmm::{Error, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use launch::{Launch, from_env};
+pub use launch::from_env;
 pub use local::{Local, local};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
@@ -32,9 +32,6 @@ pub trait Communicator: Send + Sync {
 
     /// Replaces `bytes` by those of rank `root`; all ranks give equally many.
     fn broadcast(&self, bytes: &mut [u8], root: usize) -> Result<()>;
-
-    /// Returns when all ranks have called it.
-    fn barrier(&self) -> Result<()>;
 }
 
 /// One rank on its own.
@@ -55,10 +52,6 @@ impl Communicator for Single {
     }
 
     fn broadcast(&self, _: &mut [u8], _: usize) -> Result<()> {
-        Ok(())
-    }
-
-    fn barrier(&self) -> Result<()> {
         Ok(())
     }
 }
@@ -118,6 +111,31 @@ pub(crate) fn gather<T: Serialize + DeserializeOwned>(
     }
 }
 
+/// `own` if every rank has come through, so that all go on or all end.
+///
+/// # Errors
+/// A rank's own error; [`Error::Request`] with that of the first rank that has one on the others.
+pub fn together<T>(communicator: &dyn Communicator, own: Result<T>) -> Result<T> {
+    let told =
+        own.as_ref().map(drop).map_err(|e| Error::request(e.to_string(), e.hint().unwrap_or_default()));
+    let others = gather(communicator, told);
+    // A rank's own error keeps its kind.
+    own.and_then(|own| others.map(|_| own))
+}
+
+/// What rank 0 makes, on every rank; the others make nothing.
+///
+/// # Errors
+/// Rank 0's error.
+pub(crate) fn from_first<T: Serialize + DeserializeOwned>(
+    communicator: &dyn Communicator,
+    make: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let own = if communicator.rank() == 0 { make().map(|made| vec![made]) } else { Ok(Vec::new()) };
+    let made = gather(communicator, own)?.into_iter().flatten().next();
+    made.ok_or_else(|| Error::request("rank 0 has sent nothing", "report this"))
+}
+
 fn garbled(error: &serde_json::Error) -> Error {
     Error::request(
         format!("ranks do not understand one another: {error}"),
@@ -147,5 +165,28 @@ mod tests {
             ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
         });
         assert_eq!(found, ["rank 1: no picture", "no picture", "rank 1: no picture"]);
+    }
+
+    #[test]
+    fn all_go_on_or_none_and_rank_0_decides() {
+        std::thread::scope(|scope| {
+            for rank in local(3) {
+                scope.spawn(move || {
+                    assert_eq!(together(&rank, Ok(rank.rank())).unwrap(), rank.rank());
+                    let made = from_first(&rank, || {
+                        assert_eq!(rank.rank(), 0);
+                        Ok(None::<u32>)
+                    });
+                    assert_eq!(made.unwrap(), None);
+                    let own = match rank.rank() {
+                        2 => Err(Error::io("a.txt", std::io::Error::other("torn"))),
+                        _ => Ok(()),
+                    };
+                    let error = together(&rank, own).unwrap_err();
+                    assert_eq!(matches!(error, Error::Io { .. }), rank.rank() == 2, "{error}");
+                    assert!(error.to_string().ends_with("a.txt: torn"), "{error}");
+                });
+            }
+        });
     }
 }

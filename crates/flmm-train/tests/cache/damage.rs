@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::sync::Mutex;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -72,11 +71,10 @@ fn the_notice_names_shard_and_record() {
     bytes[last] ^= 1;
     fs::write(&shard, bytes).unwrap();
     let cache = open(dir.path()).unwrap();
-    let (made, notices) = (Made::new(2), Mutex::new(Vec::new()));
+    let made = Made::new(2);
     let samples = CachedSamples::new(&cache, &made);
-    let samples = samples.with_notices(|notice| notices.lock().unwrap().push(notice.to_owned()));
     (0..2).for_each(|i| drop(samples.sample(i, 0).unwrap()));
-    let notices = notices.lock().unwrap();
+    let notices = cache.take_notices();
     assert_eq!(notices.len(), 1);
     let text = &notices[0];
     assert!(text.contains("1-of-1.00000.features") && text.contains("made-up/1"), "{text}");

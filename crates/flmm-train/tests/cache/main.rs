@@ -24,6 +24,7 @@ fn key(values: Values) -> CacheKey {
         preprocessing: 1,
         capture: 1,
         prompt: "Please give me a description of the image.".into(),
+        annotations: Default::default(),
         data: serde_json::json!({"sentences": "random", "seed": 1}),
         values,
         maps: MapValues::Same,

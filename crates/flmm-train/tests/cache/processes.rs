@@ -18,9 +18,10 @@ fn writer() {
     let Some(folder) = std::env::var_os(FOLDER) else { return };
     let cache = open(Path::new(&folder)).unwrap();
     let made = Made::new(ENDLESS);
-    let samples = CachedSamples::new(&cache, &made).with_notices(|notice| println!("notice {notice}"));
+    let samples = CachedSamples::new(&cache, &made);
     for index in 0..ENDLESS {
         samples.sample(index, 0).unwrap();
+        cache.take_notices().iter().for_each(|notice| println!("notice {notice}"));
         println!("sample {index}");
         if cache.is_full() {
             return;
@@ -74,12 +75,28 @@ fn a_second_writer_of_the_same_part_is_refused() {
     let one = open(dir.path()).unwrap();
     one.insert(&name(0), &small_head::sample(0)).unwrap();
     let two = open(dir.path()).unwrap();
-    let error = two.insert(&name(1), &small_head::sample(1)).unwrap_err();
+    // Whoever fills a cache is refused before anything is made.
+    let made = Made::new(9);
+    let samples = CachedSamples::new(&two, &made);
+    let all = |samples: &CachedSamples<'_>| {
+        samples.fill(Part::default(), |_| true, |_, _| std::ops::ControlFlow::Continue(()))
+    };
+    let error = all(&samples).unwrap_err();
     assert!(error.to_string().contains("another process is writing part 1-of-1"), "{error}");
-    // Reading is no harm.
-    assert!(two.get(&name(0)).is_some());
+    assert!(error.hint().unwrap().contains("--shard"), "{error:?}");
+    assert_eq!((made.count(), two.contents().samples), (0, 1));
+    // Whoever trains beside it is told once, and goes on.
+    let two = open(dir.path()).unwrap();
+    let samples = CachedSamples::new(&two, &made);
+    for index in 0..3 {
+        assert_eq!(numbers(&samples.sample(index, 0).unwrap()), numbers(&small_head::sample(index)));
+    }
+    let notices = two.take_notices();
+    assert_eq!((notices.len(), made.count(), two.contents().samples), (1, 2, 1));
+    assert!(notices[0].contains("another process is writing part 1-of-1"), "{notices:?}");
+    // When the other has ended, filling goes on.
     drop(one);
-    two.insert(&name(1), &small_head::sample(1)).unwrap();
+    assert_eq!(all(&samples).unwrap().added, 8);
 }
 
 /// `ulimit` makes the system refuse longer files, as a full disk does.

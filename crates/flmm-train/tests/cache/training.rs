@@ -54,7 +54,7 @@ fn pictures_are_stored_once_and_sizes_are_told_before() {
     let cache = open(dir.path()).unwrap();
     let made = Made::new(40);
     let samples = CachedSamples::new(&cache, &made);
-    let estimate = samples.estimate(Part::default(), 8).unwrap();
+    let estimate = samples.estimate(Part::default(), 8, |_| false).unwrap();
     assert_eq!((estimate.missing, estimate.samples), (40, 40));
     assert!(estimate.free.unwrap() > estimate.bytes);
     samples.fill(Part::default(), |_| false, |_, _| ControlFlow::Continue(())).unwrap();
@@ -63,7 +63,7 @@ fn pictures_are_stored_once_and_sizes_are_told_before() {
     let counted_twice = estimate.bytes_per_picture * 20;
     let ratio = (estimate.bytes - counted_twice) as f64 / contents.bytes as f64;
     assert!((0.8..1.25).contains(&ratio), "estimated {}, is {}", estimate.bytes, contents.bytes);
-    assert_eq!(samples.estimate(Part::default(), 8).unwrap().bytes, 0);
+    assert_eq!(samples.estimate(Part::default(), 8, |_| false).unwrap().bytes, 0);
     let text = estimate.to_string();
     assert!(text.starts_with("40 of 40 samples to add") && text.contains("free"), "{text}");
 }
@@ -134,6 +134,9 @@ fn a_sample_that_cannot_be_made_is_an_error_and_not_cached() {
     let broken = Broken(Mutex::new(true));
     let samples = CachedSamples::new(&cache, &broken);
     assert!(samples.sample(0, 0).err().unwrap().to_string().contains("no picture"));
+    let error = samples.estimate(Part::default(), 1, |_| false).unwrap_err();
+    assert!(error.to_string().contains("no picture"), "{error}");
+    assert_eq!(samples.estimate(Part::default(), 1, |_| true).unwrap().bytes, 0);
     assert_eq!(cache.contents().samples, 0);
     *broken.0.lock().unwrap() = false;
     samples.sample(0, 0).unwrap();
