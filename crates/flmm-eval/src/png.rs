@@ -1,5 +1,7 @@
 //! Panoptic narrative grounding (`spec/evaluation.md` §2).
 
+use std::sync::Arc;
+
 use flmm::grounder::Caption;
 use flmm::lmm::{GROUNDING_INSTRUCTION, Turn};
 use flmm::masks::Mask;
@@ -174,7 +176,7 @@ pub fn metrics(scores: &[Score]) -> Aggregate {
 /// The narratives that are evaluated.
 pub(crate) struct PngSamples {
     pub(crate) narratives: Narratives,
-    pictures: ImageStore,
+    pictures: Arc<ImageStore>,
     pub(crate) ids: Vec<String>,
     /// The narrative of each sample.
     places: Vec<usize>,
@@ -205,7 +207,7 @@ impl PngSamples {
             ids.push(index.to_string());
             places.push(place);
         }
-        let pictures = ImageStore::open(&settings.data)?;
+        let pictures = settings.pictures()?;
         Ok(Self { narratives, pictures, ids, places, protocol, last: LastSession::default() })
     }
 

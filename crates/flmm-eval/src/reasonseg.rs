@@ -1,6 +1,7 @@
 //! Reasoning segmentation (`spec/evaluation.md` §3).
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use flmm::grounder::{AnswerOptions, Caption};
 use flmm::lmm::Turn;
@@ -12,7 +13,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::marks::{LastSession, Marks};
-use crate::pictures;
 use crate::record::{Metrics, Phrase, Prediction};
 use crate::runs::Runs;
 use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, Truth, parse_scores};
@@ -62,7 +62,7 @@ impl Task for ReasonSeg {
         }
         let stem = |path: &PathBuf| path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let ids = files.iter().map(stem).collect();
-        let pictures = ImageStore::open(&settings.data)?;
+        let pictures = settings.pictures()?;
         Ok(Box::new(ReasonSegSamples { folder, ids, files, pictures, last: LastSession::default() }))
     }
 
@@ -155,7 +155,7 @@ struct ReasonSegSamples {
     folder: String,
     ids: Vec<String>,
     files: Vec<PathBuf>,
-    pictures: ImageStore,
+    pictures: Arc<ImageStore>,
     last: LastSession,
 }
 
@@ -165,7 +165,7 @@ impl ReasonSegSamples {
     }
 
     fn ground_truth(&self, index: usize, reasoning: &Reasoning) -> Result<GroundTruth> {
-        let [height, width] = pictures::size(&self.pictures, &self.picture(index))?;
+        let (width, height) = self.pictures.dimensions(&self.picture(index))?;
         Ok(reasoning.ground_truth(height, width))
     }
 }
@@ -178,8 +178,9 @@ impl Samples for ReasonSegSamples {
     fn template(&self, index: usize) -> Result<Value> {
         let reasoning = Reasoning::read(&self.files[index])?;
         let picture = self.picture(index);
+        let (width, height) = self.pictures.dimensions(&picture)?;
         Ok(json!({
-            "id": self.ids[index], "image": picture, "size": pictures::size(&self.pictures, &picture)?,
+            "id": self.ids[index], "image": picture, "size": [height, width],
             "prompt": question(&reasoning), "phrases": [{}],
         }))
     }
@@ -215,7 +216,7 @@ impl Samples for ReasonSegSamples {
         let prediction =
             Prediction { id: self.ids[index].clone(), prompt, answer: said, ..Prediction::default() };
         let Some(observation) = observation else {
-            let [height, width] = pictures::size(&self.pictures, &picture)?;
+            let (width, height) = self.pictures.dimensions(&picture)?;
             let empty = Runs::empty(height, width).to_coco();
             let rows = rows.names().map(|name| (name, vec![empty.clone()])).collect();
             let phrase = Phrase { segmentation: Some(empty), ..Phrase::default() };

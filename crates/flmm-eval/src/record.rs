@@ -49,6 +49,9 @@ pub struct Record {
     /// The prediction.
     #[serde(flatten)]
     pub prediction: Prediction,
+    /// Which run it belongs to ([`crate::results::Header::key`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<String>,
     /// What metrics are made from.
     pub scores: Value,
     /// Other masks for the same phrases, by the name of their row in the table.

@@ -31,8 +31,7 @@ pub(super) struct JudgeArgs {
 }
 
 impl JudgeArgs {
-    /// The judge, if there is to be one. It is asked something trivial first, so that a wrong key or name is known before
-    /// anything is computed.
+    /// The judge, if there is to be one. Nothing is sent yet.
     pub(super) fn open(&self) -> Result<Option<Arc<Judge>>> {
         let Some(url) = &self.judge_url else { return Ok(None) };
         if let Some(folder) = self.judge_prompts.as_ref().filter(|folder| !folder.is_dir()) {
@@ -46,7 +45,6 @@ impl JudgeArgs {
             prompts: self.judge_prompts.clone(),
             ..JudgeSettings::new(url, &self.judge_model)
         })?;
-        judge.check()?;
         Ok(Some(Arc::new(judge)))
     }
 }

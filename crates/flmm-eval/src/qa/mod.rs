@@ -88,7 +88,7 @@ pub struct QaSamples {
 impl QaSamples {
     /// Reads the questions below the data root.
     pub fn open(benchmark: Benchmark, settings: &Settings) -> Result<Self> {
-        let data = QaData::open(&settings.data, benchmark)?;
+        let data = QaData::open_in(settings.pictures()?, benchmark)?;
         let ids = data.questions.iter().map(|question| question.id.clone()).collect();
         let judge = settings.judge.clone().filter(|_| role(benchmark).is_some());
         Ok(Self { benchmark, data, ids, judge })

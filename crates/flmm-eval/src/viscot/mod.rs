@@ -127,7 +127,7 @@ impl Task for VisCot {
             let what = format!("{} holds no benchmark files", folder.display());
             return Err(Error::request(what, "put docvqa.json, textvqa.json and the others there"));
         }
-        let pictures = ImageStore::open(&settings.data)?;
+        let pictures = settings.pictures()?;
         let (variant, protocol, judge) = (self.variant, settings.cot, settings.judge.clone());
         Ok(Box::new(VisCotSamples { pictures, questions, ids, variant, protocol, judge }))
     }
@@ -193,7 +193,7 @@ fn metrics(scores: &[Score]) -> Aggregate {
 }
 
 struct VisCotSamples {
-    pictures: ImageStore,
+    pictures: Arc<ImageStore>,
     /// With the name of their dataset.
     questions: Vec<(String, VisCotQuestion)>,
     ids: Vec<String>,
