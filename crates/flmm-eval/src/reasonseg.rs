@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use flmm::grounder::{AnswerOptions, Caption};
+use flmm::grounder::AnswerOptions;
 use flmm::lmm::Turn;
 use flmm::masks::Mask;
 use flmm::{Error, Grounder, Result};
@@ -12,7 +12,7 @@ use flmm_data::reasonseg::{GroundTruth, Reasoning, list};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::marks::{LastSession, Marks};
+use crate::marks::{LastSession, Marks, observe_reply};
 use crate::record::{Metrics, Phrase, Prediction};
 use crate::runs::Runs;
 use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, Truth, parse_scores};
@@ -196,20 +196,13 @@ impl Samples for ReasonSegSamples {
         let reasoning = Reasoning::read(&self.files[index])?;
         let prompt = question(&reasoning);
         let picture = self.picture(index);
-        let turns = vec![Turn::user(&prompt), Turn::opening(OPENING)];
+        let turns = [Turn::user(&prompt), Turn::opening(OPENING)];
         let options =
             AnswerOptions { phrases: None, max_new_tokens: MOST_TOKENS, ..AnswerOptions::default() };
         let read = || self.pictures.read(&picture);
-        let (answer, observation) = self.last.with(grounder, &picture, read, |session| {
-            session.turns = turns.clone();
-            let answer = grounder.reply(session, &options, &mut |_| {})?;
-            let ids = answer.token_ids;
-            if ids.is_empty() {
-                return Ok((answer.answer, None));
-            }
-            let caption = Caption { mask_ids: vec![0; ids.len()], token_ids: ids };
-            Ok((answer.answer, Some(grounder.observe_in(session, &turns, &caption)?)))
-        })?;
+        let (answer, observation) = self
+            .last
+            .with(grounder, &picture, read, |session| observe_reply(grounder, session, &turns, &options))?;
         // Tokenizers that write a blank as part of the next word lose it at the beginning of a text.
         let between = if answer.starts_with(char::is_alphanumeric) { " " } else { "" };
         let said = format!("{OPENING}{between}{answer}");

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use flmm::{Error, Result, atomic};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::lines::{Line, Lines, write_failures};
 use crate::record::{Prediction, Record};
@@ -15,7 +15,7 @@ use crate::runs::Runs;
 use crate::task::{Rows, Samples, Task};
 
 /// A line that could not be counted.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Fault {
     /// Its number, from 1.
     pub line: usize,

@@ -57,6 +57,11 @@ pub trait Samples: Send + Sync {
         None
     }
 
+    /// An error if no sample can be predicted with `grounder`, for example for want of a part of its head.
+    fn fits(&self, _grounder: &Grounder) -> Result<()> {
+        Ok(())
+    }
+
     /// What a system is given for sample `index`, as a line of a predictions file that only lacks what it predicts: id,
     /// picture, phrases.
     fn template(&self, index: usize) -> Result<Value> {

@@ -1,7 +1,6 @@
 //! Which predicted masks belong to which true ones: matched IoU and mask recall (`spec/evaluation.md` §4).
 
 use flmm::Result;
-use serde::{Deserialize, Serialize};
 
 use crate::runs::Runs;
 
@@ -47,7 +46,7 @@ pub fn matched_iou(ious: &[Vec<f64>]) -> f64 {
 }
 
 /// Whose procedure counts recalled phrases.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Variant {
     /// GLaMM's evaluator: a picture whose best mask has no phrase counts as failed, without matches.
     Glamm,

@@ -111,12 +111,16 @@ impl Samples for QaSamples {
         &self.ids
     }
 
-    fn settings(&self) -> Value {
+    fn scoring(&self) -> Value {
         let judge = self.judge.as_ref().zip(role(self.benchmark)).map(|(judge, role)| judge.describe(role));
         match judge {
             Some(judge) => json!({ "judge": judge }),
             None => Value::Null,
         }
+    }
+
+    fn halted(&self) -> Option<Error> {
+        self.judge.as_ref()?.halted()
     }
 
     fn template(&self, index: usize) -> Result<Value> {
