@@ -366,6 +366,47 @@ impl Problems {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::world::{self, Level, Split};
+
+    /// Narratives of unknown pictures count once each, and shards by what they hold; the report is the same every time.
+    #[test]
+    fn nothing_counts_twice() -> Result<()> {
+        let folder = tempfile::tempdir().map_err(|error| Error::io("temporary folder", error))?;
+        let root = folder.path().join("world");
+        world::write(&root, Split::Val, 12, 5, Level::One, &|_| {})?;
+        let file = root.join("coco/annotations/png_coco_val2017.json");
+        let mut narratives: Vec<serde_json::Value> = crate::coco::read_json(&file)?;
+        let broken = narratives.len() - 1;
+        narratives[1..].iter_mut().for_each(|narrative| narrative["image_id"] = 7.into());
+        let text = serde_json::json!(narratives).to_string();
+        std::fs::write(&file, text).map_err(|error| Error::io(&file, error))?;
+        let options = |decode| CheckOptions { train: false, val: true, decode };
+        for decode in [false, true] {
+            let report = check(&root, options(decode), &|_, _, _| {})?;
+            let part = &report.parts[0];
+            assert_eq!((part.problem_count, part.problems.len()), (broken as u64, TOLD), "{part:?}");
+            assert!(part.problems[0].contains("narrative 1:"), "{part:?}");
+            assert_eq!(report, check(&root, options(decode), &|_, _, _| {})?);
+        }
+
+        // Without annotations, pictures are counted: one file, and a shard of two.
+        let shards = folder.path().join("shards");
+        let pictures = shards.join("coco/val2017");
+        let made = || -> std::io::Result<()> {
+            std::fs::create_dir_all(&pictures)?;
+            std::fs::write(pictures.join("1.jpg"), b"")?;
+            let mut tar = tar::Builder::new(std::fs::File::create(pictures.join("0.tar"))?);
+            for name in ["2.jpg", "3.jpg"] {
+                tar.append_data(&mut tar::Header::new_gnu(), name, &b""[..])?;
+            }
+            tar.finish()
+        };
+        made().map_err(|error| Error::io(&pictures, error))?;
+        let report = check(&shards, options(false), &|_, _, _| {})?;
+        let part = report.parts.iter().find(|part| part.name == "pictures coco/val2017");
+        assert_eq!(part.map(|part| part.found), Some(3), "{report:?}");
+        Ok(())
+    }
 
     #[test]
     fn the_first_problems_are_told_whoever_comes_first() {

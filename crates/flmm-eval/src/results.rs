@@ -64,19 +64,19 @@ fn differs(name: &str, old: &Value, new: &Value) -> Option<String> {
 }
 
 /// All tasks of a run folder.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Results {
     /// By task.
     pub tasks: BTreeMap<String, TaskResult>,
 }
 
 /// One task of a run folder.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TaskResult {
     /// Who predicted.
     pub model: String,
     /// What the numbers depend on.
-    #[serde(default, skip_serializing_if = "Value::is_null")]
+    #[serde(skip_serializing_if = "Value::is_null")]
     pub settings: Value,
     /// Samples counted.
     pub samples: usize,
@@ -87,10 +87,10 @@ pub struct TaskResult {
     /// The numbers.
     pub metrics: Metrics,
     /// Whatever else the task keeps.
-    #[serde(default, skip_serializing_if = "Value::is_null")]
+    #[serde(skip_serializing_if = "Value::is_null")]
     pub details: Value,
     /// The numbers of other masks for the same phrases.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub rows: BTreeMap<String, Metrics>,
 }
 

@@ -112,6 +112,21 @@ fn protocols_count_what_they_say() {
     }
 }
 
+/// Two files of one dataset would give two questions of one id.
+#[test]
+fn a_dataset_of_the_visual_chain_of_thought_has_one_file() {
+    let (_folder, settings) = world(2);
+    let viscot = settings.data.join("viscot");
+    let open = || find("viscot").unwrap().open(&settings).map(|samples| samples.ids().len());
+    assert!(open().unwrap() > 0);
+    std::fs::create_dir(viscot.join("benchmark")).unwrap();
+    std::fs::rename(viscot.join("world.json"), viscot.join("benchmark/world.json")).unwrap();
+    assert!(open().unwrap() > 0);
+    std::fs::copy(viscot.join("benchmark/world.json"), viscot.join("world.json")).unwrap();
+    let error = open().unwrap_err().to_string();
+    assert!(error.contains("world.json") && error.contains("is a file of the same dataset"), "{error}");
+}
+
 #[test]
 fn faults_are_named_and_the_rest_counts() {
     let (_folder, settings) = world(14);
