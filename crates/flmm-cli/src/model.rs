@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 use flmm::Grounder;
-use flmm::grounder::{HeadSettings, ModelPaths, RefinerKind};
+use flmm::grounder::{HeadSettings, ModelPaths, RefinerKind, Revision};
 use flmm::hub::Hub;
 use flmm::lmm::{LoadProgress, OpenOptions};
 
@@ -19,6 +19,15 @@ use crate::talk::Talk;
 pub(crate) struct Model {
     pub(crate) grounder: Grounder,
     pub(crate) name: String,
+    paths: ModelPaths,
+    options: OpenOptions,
+}
+
+impl Model {
+    /// Which files it was made of.
+    pub(crate) fn revision(&self) -> Result<Revision> {
+        Ok(Revision::of(&self.paths, &self.options)?)
+    }
 }
 
 /// Opens the model the user chose, or the embedded one.
@@ -43,7 +52,7 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
     let grounder = Grounder::open_with(&paths, &options)?;
     drop(spinner);
     talk.detail(format_args!("loaded {name} in {:.1} s", clock.elapsed().as_secs_f64()));
-    Ok(Model { grounder, name })
+    Ok(Model { grounder, name, paths, options })
 }
 
 /// Where public SAM checkpoints come from; the method was made with this size.

@@ -181,20 +181,14 @@ impl Checker<'_> {
         };
         let total = narratives.len() as u64;
         let folder = format!("coco/{split}2017");
-        let mut places: BTreeMap<String, [u32; 2]> = BTreeMap::new();
-        let mut problems = Problems::default();
-        for index in 0..narratives.len() {
-            match narratives.picture(index) {
-                Ok((file, size)) => drop(places.insert(file.to_owned(), size)),
-                Err(error) => problems.add(error),
-            }
-        }
-        let masks = self.all(&name, narratives.len(), |index| match self.options.decode {
+        // A narrative without a picture is a problem of its mask, too, and counts there.
+        let places = (0..narratives.len()).filter_map(|index| narratives.picture(index).ok());
+        let places = places.map(|(file, size)| (file.to_owned(), size));
+        self.wanted.entry(folder).or_default().extend(places);
+        let problems = self.all(&name, narratives.len(), |index| match self.options.decode {
             true => narratives.sample(index).map(drop),
             false => narratives.check_mask_file(index),
         });
-        problems.join(masks);
-        self.wanted.entry(folder).or_default().extend(places);
         self.finish(name, "narratives", total, published, problems, vec![PANOPTIC]);
     }
 
@@ -254,7 +248,8 @@ impl Checker<'_> {
                 _ => Status::Incomplete,
             };
             let fetch = if status == Status::Complete { Vec::new() } else { pictures(&folder) };
-            let (problems, problem_count) = (problems.first, problems.count);
+            let problem_count = problems.count;
+            let problems = problems.told();
             let published = Some(files.len() as u64);
             self.parts.push(Part {
                 name,
@@ -271,7 +266,11 @@ impl Checker<'_> {
 
     /// Pictures that no annotation names, because there is none: whether there are any at all.
     fn unnamed(&mut self, name: String, folder: &str) {
-        let files = std::fs::read_dir(self.root.join(folder)).map_or(0, Iterator::count);
+        // Shards in the folder count by what they hold.
+        let is_picture =
+            |entry: &std::fs::DirEntry| entry.path().extension().is_none_or(|kind| kind != "tar");
+        let files = std::fs::read_dir(self.root.join(folder))
+            .map_or(0, |entries| entries.flatten().filter(is_picture).count());
         let packed = self.images.archives(folder).into_iter().flatten().map(|(_, entries)| entries);
         let found = (files + packed.sum::<usize>()) as u64;
         let (status, problems) = match found {
@@ -290,14 +289,11 @@ impl Checker<'_> {
             if let Err(error) = look(index)
                 && let Ok(mut problems) = problems.lock()
             {
-                problems.add(error);
+                problems.add(index, &error);
             }
             (self.progress)(name, done.fetch_add(1, Ordering::Relaxed) + 1, count as u64);
         });
-        let mut problems = problems.into_inner().unwrap_or_default();
-        // Threads end in any order; a report is the same every time.
-        problems.first.sort();
-        problems
+        problems.into_inner().unwrap_or_default()
     }
 
     fn absent(
@@ -330,7 +326,7 @@ impl Checker<'_> {
             (0, _) => Status::Complete,
         };
         let fetch = if status == Status::Incomplete { fetch } else { Vec::new() };
-        let (problems, problem_count) = (problems.first, problems.count);
+        let (problem_count, problems) = (problems.count, problems.told());
         self.parts.push(Part { name, status, unit, found, published, problems, problem_count, fetch });
     }
 }
@@ -340,24 +336,89 @@ fn one_line(error: &Error) -> String {
     error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// The first problems and the number of all.
+/// The number of all problems, and those of the first entries that have one: threads come to them in any order, a report
+/// is the same every time.
 #[derive(Default)]
 struct Problems {
-    first: Vec<String>,
+    first: BTreeMap<usize, String>,
     count: u64,
 }
 
 impl Problems {
-    fn add(&mut self, error: Error) {
+    /// Adds the problem of entry number `index`.
+    fn add(&mut self, index: usize, error: &Error) {
         self.count += 1;
-        if self.first.len() < TOLD {
-            self.first.push(one_line(&error));
+        let is_early =
+            self.first.len() < TOLD || self.first.last_key_value().is_some_and(|(last, _)| index < *last);
+        if is_early {
+            self.first.insert(index, one_line(error));
+        }
+        if self.first.len() > TOLD {
+            self.first.pop_last();
         }
     }
 
-    fn join(&mut self, other: Self) {
-        self.count += other.count;
-        self.first.extend(other.first);
-        self.first.truncate(TOLD);
+    fn told(self) -> Vec<String> {
+        self.first.into_values().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::world::{self, Level, Split};
+
+    /// Narratives of unknown pictures count once each, and shards by what they hold; the report is the same every time.
+    #[test]
+    fn nothing_counts_twice() -> Result<()> {
+        let folder = tempfile::tempdir().map_err(|error| Error::io("temporary folder", error))?;
+        let root = folder.path().join("world");
+        world::write(&root, Split::Val, 12, 5, Level::One, &|_| {})?;
+        let file = root.join("coco/annotations/png_coco_val2017.json");
+        let mut narratives: Vec<serde_json::Value> = crate::coco::read_json(&file)?;
+        let broken = narratives.len() - 1;
+        narratives[1..].iter_mut().for_each(|narrative| narrative["image_id"] = 7.into());
+        let text = serde_json::json!(narratives).to_string();
+        std::fs::write(&file, text).map_err(|error| Error::io(&file, error))?;
+        let options = |decode| CheckOptions { train: false, val: true, decode };
+        for decode in [false, true] {
+            let report = check(&root, options(decode), &|_, _, _| {})?;
+            let part = &report.parts[0];
+            assert_eq!((part.problem_count, part.problems.len()), (broken as u64, TOLD), "{part:?}");
+            assert!(part.problems[0].contains("narrative 1:"), "{part:?}");
+            assert_eq!(report, check(&root, options(decode), &|_, _, _| {})?);
+        }
+
+        // Without annotations, pictures are counted: one file, and a shard of two.
+        let shards = folder.path().join("shards");
+        let pictures = shards.join("coco/val2017");
+        let made = || -> std::io::Result<()> {
+            std::fs::create_dir_all(&pictures)?;
+            std::fs::write(pictures.join("1.jpg"), b"")?;
+            let mut tar = tar::Builder::new(std::fs::File::create(pictures.join("0.tar"))?);
+            for name in ["2.jpg", "3.jpg"] {
+                tar.append_data(&mut tar::Header::new_gnu(), name, &b""[..])?;
+            }
+            tar.finish()
+        };
+        made().map_err(|error| Error::io(&pictures, error))?;
+        let report = check(&shards, options(false), &|_, _, _| {})?;
+        let part = report.parts.iter().find(|part| part.name == "pictures coco/val2017");
+        assert_eq!(part.map(|part| part.found), Some(3), "{report:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn the_first_problems_are_told_whoever_comes_first() {
+        let problem = |index: usize| Error::request(format!("entry {index}"), "");
+        let mut reports = Vec::new();
+        for stride in [1, 7, 23] {
+            let mut problems = Problems::default();
+            (0..30).map(|step| step * stride % 30).for_each(|index| problems.add(index, &problem(index)));
+            assert_eq!(problems.count, 30);
+            reports.push(problems.told());
+        }
+        assert_eq!(reports[0], (0..TOLD).map(|index| format!("entry {index}")).collect::<Vec<_>>());
+        assert!(reports.iter().all(|report| *report == reports[0]));
     }
 }

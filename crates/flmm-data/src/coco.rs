@@ -42,9 +42,10 @@ pub enum Counts {
 impl Segmentation {
     /// The mask in compressed form.
     pub fn compress(mask: &Mask) -> Self {
+        let runs = runs_of(mask.height, mask.width, |x, y| mask.get(x, y));
         Self::Runs(RunLengths {
             size: [mask.height, mask.width],
-            counts: Counts::Compressed(hotcoco::mask::rle_to_string(&runs_of(mask))),
+            counts: Counts::Compressed(hotcoco::mask::rle_to_string(&runs)),
         })
     }
 
@@ -91,20 +92,20 @@ impl Segmentation {
     }
 }
 
-/// Run lengths of a mask.
-fn runs_of(mask: &Mask) -> Rle {
-    let (mut counts, mut run, mut inside) = (Vec::new(), 0, false);
-    for x in 0..mask.width {
-        for y in 0..mask.height {
-            if mask.get(x, y) != inside {
+/// Run lengths of the pixels that are `inside(x, y)`.
+pub fn runs_of(height: u32, width: u32, inside: impl Fn(u32, u32) -> bool) -> Rle {
+    let (mut counts, mut run, mut now) = (Vec::new(), 0, false);
+    for x in 0..width {
+        for y in 0..height {
+            if inside(x, y) != now {
                 counts.push(run);
-                (run, inside) = (0, !inside);
+                (run, now) = (0, !now);
             }
             run += 1;
         }
     }
     counts.push(run);
-    Rle { h: mask.height, w: mask.width, counts }
+    Rle { h: height, w: width, counts }
 }
 
 fn mask_of(rle: &Rle) -> Mask {

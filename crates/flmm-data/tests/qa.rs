@@ -50,7 +50,19 @@ fn every_benchmark_of_a_world_is_read() {
             assert!(!question.question.is_empty() && !question.answers.is_empty(), "{question:?}");
         }
     }
-    assert!(!tempfile::tempdir().unwrap().path().join("qa").exists());
+}
+
+/// Other languages of MMBench are told by folders below its own, not by those above it.
+#[test]
+fn a_data_root_may_have_any_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().join("cn/cc");
+    write(&root, Split::Val, COUNT, 5, Level::Two, &|_| {}).unwrap();
+    let questions = open(&root, Benchmark::MmBench).questions;
+    let mmbench = root.join("qa/mmbench");
+    std::fs::create_dir(mmbench.join("cn")).unwrap();
+    std::fs::copy(mmbench.join("mmbench_dev_world.tsv"), mmbench.join("cn/mmbench_dev_cn.tsv")).unwrap();
+    assert_eq!(open(&root, Benchmark::MmBench).questions, questions);
 }
 
 #[test]
@@ -297,6 +309,29 @@ fn bad_files_are_named_with_row_and_column() {
     fails(path, b"{", Benchmark::Pope, &["coco_pope_random.json", "line 1"]);
     fails(path, line("../a.jpg").as_bytes(), Benchmark::Pope, &["row 1", "expected a file name"]);
     fails(path, line("a.jpg").as_bytes(), Benchmark::Pope, &["coco/val2014/a.jpg"]);
+    let questions = "qa/vqav2/v2_OpenEnded_mscoco_val2014_questions.json";
+    let vqa = |question: &str, annotation: &str| {
+        let folder = tempfile::tempdir().unwrap();
+        put(folder.path(), questions, format!(r#"{{"questions":[{question}]}}"#).as_bytes());
+        let path = "qa/vqav2/v2_mscoco_val2014_annotations.json";
+        put(folder.path(), path, format!(r#"{{"annotations":[{annotation}]}}"#).as_bytes());
+        QaData::open(folder.path(), Benchmark::VqaV2)
+    };
+    let (question, answers) = (
+        r#"{"question_id":5,"image_id":9,"question":"q"}"#,
+        r#"{"question_id":5,"answers":[{"answer":"a"}]}"#,
+    );
+    let read = vqa(question, answers).unwrap().questions.remove(0);
+    assert_eq!((read.id.as_str(), read.answers, read.group.as_str()), ("5", vec!["a".to_owned()], "9"));
+    for (question, answers, wanted) in [
+        (question, "", "question 5 has no answers"),
+        (question, &*format!("{answers},{answers}"), "question 5 is annotated twice"),
+        (question, r#"{"question_id":5,"answers":["a"]}"#, "invalid type"),
+        (r#"{"question_id":"x","image_id":9,"question":"q"}"#, answers, "is not an id"),
+    ] {
+        let error = vqa(question, answers).unwrap_err().to_string();
+        assert!(error.contains(wanted) && error.contains("v2_"), "{wanted}: {error}");
+    }
     fails("qa/gqa/notes.txt", b"", Benchmark::Gqa, &["holds no questions", "lmms-lab/GQA"]);
 }
 

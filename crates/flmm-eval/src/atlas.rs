@@ -2,7 +2,7 @@
 //! phrase speaks of.
 
 use flmm::grounder::Attention;
-use flmm::layout::ImageLayout;
+use flmm::layout::{ImageLayout, maps_in_picture};
 use flmm::masks::Mask;
 use flmm::overlay::{heat_table, panels};
 use flmm::{Error, Result};
@@ -83,9 +83,9 @@ impl Atlas {
         if truth.area() == 0 {
             return Ok(());
         }
-        let rect = geometry.picture_rect(height, width);
-        let shares = inside_shares(truth, rect.height, rect.width);
-        let maps = maps.narrow(1, rect.y0, rect.height)?.narrow(2, rect.x0, rect.width)?;
+        let maps = maps_in_picture(&maps.unsqueeze(0)?, geometry, height, width)?.squeeze(0)?;
+        let (_, rows, columns) = maps.dims3()?;
+        let shares = inside_shares(truth, rows, columns);
         let values = maps.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
         for (channel, map) in values.chunks_exact(shares.len().max(1)).enumerate() {
             let (plane, layer, head) = layout.channel_origin(self.layers, self.heads, channel);
@@ -97,11 +97,11 @@ impl Atlas {
                 .iter()
                 .enumerate()
                 .fold((0, f32::MIN), |best, (i, &v)| if v > best.1 { (i, v) } else { best });
-            let (y, x) = (peak.0 / rect.width.max(1), peak.0 % rect.width.max(1));
+            let (y, x) = (peak.0 / columns.max(1), peak.0 % columns.max(1));
             // The pixel at the cell's centre.
             let pixel =
                 |cell: usize, cells: usize, pixels: usize| (2 * cell + 1) * pixels / (2 * cells.max(1));
-            let (px, py) = (pixel(x, rect.width, truth.width()), pixel(y, rect.height, truth.height()));
+            let (px, py) = (pixel(x, columns, truth.width()), pixel(y, rows, truth.height()));
             self.peaks[cell] += usize::from(truth.get(px, py));
         }
         self.area += truth.area() as f64 / (truth.width() * truth.height()) as f64;

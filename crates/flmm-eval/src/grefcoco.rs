@@ -8,6 +8,8 @@
 //! - N-acc: of the expressions without a target, those for which the system abstains,
 //! - T-acc: of the expressions with a target, those for which it does not.
 
+use std::sync::Arc;
+
 use flmm::grounder::Caption;
 use flmm::lmm::{GROUNDING_INSTRUCTION, Turn};
 use flmm::masks::Mask;
@@ -70,7 +72,7 @@ impl Task for Grefcoco {
         data.samples.sort_by_key(|sample| sample.image_id);
         Ok(Box::new(GrefSamples {
             ids: data.samples.iter().map(|sample| sample.sent_id.to_string()).collect(),
-            pictures: ImageStore::open(&settings.data)?,
+            pictures: settings.pictures()?,
             data,
             abstention: settings.abstention,
             last: LastSession::default(),
@@ -122,7 +124,7 @@ pub fn metrics(scores: &[Score]) -> Aggregate {
 
 struct GrefSamples {
     data: GrefCoco,
-    pictures: ImageStore,
+    pictures: Arc<ImageStore>,
     ids: Vec<String>,
     abstention: Abstention,
     last: LastSession,

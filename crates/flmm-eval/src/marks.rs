@@ -3,9 +3,8 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::Tensor;
-use flmm::clusters::{attention_partition, sides};
-use flmm::grounder::{Caption, Observation, Session};
-use flmm::layout::maps_in_picture;
+use flmm::clusters::{at_logit_size, better_side};
+use flmm::grounder::{AnswerOptions, Caption, Observation, Session};
 use flmm::lmm::Turn;
 use flmm::masks::Mask;
 use flmm::nn::sigmoid;
@@ -17,8 +16,6 @@ use crate::record::{Phrase, Prediction};
 use crate::runs::Runs;
 use crate::task::{Predicted, Rows};
 
-/// Side of the logits that attention maps are brought to before clustering (`spec/evaluation.md` §9).
-const CLUSTER_SIDE: usize = 64;
 /// Seed of the clustering.
 const CLUSTER_SEED: u64 = 0;
 
@@ -91,11 +88,29 @@ fn clusters(observation: &Observation, phrase: usize, reference: &Mask) -> Resul
 
 /// The better of the two K-means clusters of attention maps `[C, gh, gw]`, by soft IoU with `reference`.
 pub fn better_cluster(maps: &Tensor, geometry: &Geometry, reference: &Mask) -> Result<Runs> {
-    let maps = maps_in_picture(&maps.unsqueeze(0)?, geometry, CLUSTER_SIDE, CLUSTER_SIDE)?.squeeze(0)?;
-    let (_, height, width) = maps.dims3()?;
-    let (partition, _) = attention_partition(&maps, CLUSTER_SEED)?;
-    let [a, b] = sides(&partition, (height, width), reference)?;
-    Ok(Runs::from(if a.soft_iou >= b.soft_iou { &a.mask } else { &b.mask }))
+    Ok(Runs::from(&better_side(&at_logit_size(maps, geometry)?, reference, CLUSTER_SEED)?.mask))
+}
+
+/// What the model says to the last of `turns`, and what it looks at while it says it: all tokens are one phrase. No
+/// observation if it says nothing.
+pub fn observe_reply(
+    grounder: &Grounder,
+    session: &mut Session,
+    turns: &[Turn],
+    options: &AnswerOptions,
+) -> Result<(String, Option<Observation>)> {
+    session.turns = turns.to_vec();
+    let said = grounder.reply(session, options, &mut |_| {})?;
+    if said.token_ids.is_empty() {
+        return Ok((said.answer, None));
+    }
+    let observation = grounder.observe_in(session, turns, &one_phrase(said.token_ids))?;
+    Ok((said.answer, Some(observation)))
+}
+
+/// All tokens as one phrase.
+pub(crate) fn one_phrase(token_ids: Vec<u32>) -> Caption {
+    Caption { mask_ids: vec![0; token_ids.len()], token_ids }
 }
 
 /// The session of the picture last asked about: samples of one picture follow each other, and share what is computed

@@ -4,17 +4,13 @@
 use std::ops::Range;
 
 use candle_core::Tensor;
-use flmm::clusters::{attention_partition, sides};
+use flmm::clusters::{Side, at_logit_size, better_side};
 use flmm::grounder::Observation;
-use flmm::layout::maps_in_picture;
 use flmm::masks::Mask;
 use flmm::overlay::{Region, draw, draw_mask, heat_map, panels};
-use flmm::{Geometry, Grounder, Result};
+use flmm::{Grounder, Result};
 use flmm_data::narratives::NarrativeSample;
 use image::RgbImage;
-
-/// Side of the logits that attention maps are brought to before clustering.
-const LOGIT_SIDE: usize = 64;
 
 /// One phrase in four stages, and its numbers.
 #[derive(Debug, Clone)]
@@ -72,23 +68,11 @@ pub fn stages(
     let mut out = Vec::with_capacity(masks.len());
     for (index, ((refined, coarse), (text, chars))) in masks.into_iter().zip(phrases(sample)).enumerate() {
         let truth = Mask::from(&sample.phrases[index].mask);
-        let stack = stack(&observation.maps.get(index)?, &observation.geometry)?;
-        let (_, height, width) = stack.dims3()?;
-        let (partition, _) = attention_partition(&stack, seed)?;
-        let [first, other] = sides(&partition, (height, width), &truth)?;
-        let better = if first.soft_iou > other.soft_iou { first } else { other };
-        let (clusters, soft_iou) = (better.mask, better.soft_iou);
+        let stack = at_logit_size(&observation.maps.get(index)?, &observation.geometry)?;
+        let Side { mask: clusters, soft_iou } = better_side(&stack, &truth, seed)?;
         out.push(PhraseStages { text, chars, stack, clusters, soft_iou, coarse, refined, truth });
     }
     Ok(out)
-}
-
-/// Attention maps `[C, gh, gw]` of one phrase at the size of the mask head's logits, padding cut off.
-fn stack(maps: &Tensor, geometry: &Geometry) -> Result<Tensor> {
-    let (_, h, w) = maps.dims3()?;
-    let scale = (LOGIT_SIDE as f64 / h.max(w) as f64).max(1.0);
-    let (height, width) = ((h as f64 * scale) as usize, (w as f64 * scale) as usize);
-    Ok(maps_in_picture(&maps.unsqueeze(0)?, geometry, height, width)?.squeeze(0)?)
 }
 
 /// Words and characters of every phrase.

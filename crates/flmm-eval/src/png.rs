@@ -1,11 +1,15 @@
 //! Panoptic narrative grounding (`spec/evaluation.md` §2).
 
+use std::sync::Arc;
+
+use candle_core::Tensor;
 use flmm::grounder::Caption;
 use flmm::lmm::{GROUNDING_INSTRUCTION, Turn};
 use flmm::masks::Mask;
 use flmm::{Error, Grounder, Result};
 use flmm_data::images::ImageStore;
 use flmm_data::narratives::{NarrativeSample, Narratives};
+use hotcoco::types::Rle;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -22,7 +26,8 @@ pub struct Protocol {
     pub replace_empty: Option<u64>,
 }
 
-const SPLIT: &str = "val2017";
+/// The split that results are published on.
+pub const SPLIT: &str = "val2017";
 /// Number of thresholds of average recall, the last one excluded.
 const THRESHOLDS: u64 = 99_999;
 /// Points of the recall curve that are kept: IoU 0, 0.01 … 1.
@@ -174,7 +179,7 @@ pub fn metrics(scores: &[Score]) -> Aggregate {
 /// The narratives that are evaluated.
 pub(crate) struct PngSamples {
     pub(crate) narratives: Narratives,
-    pictures: ImageStore,
+    pictures: Arc<ImageStore>,
     pub(crate) ids: Vec<String>,
     /// The narrative of each sample.
     places: Vec<usize>,
@@ -205,12 +210,30 @@ impl PngSamples {
             ids.push(index.to_string());
             places.push(place);
         }
-        let pictures = ImageStore::open(&settings.data)?;
+        let pictures = settings.pictures()?;
         Ok(Self { narratives, pictures, ids, places, protocol, last: LastSession::default() })
     }
 
     pub(crate) fn sample(&self, index: usize) -> Result<NarrativeSample> {
         self.narratives.sample(self.places[index])
+    }
+
+    /// As [`PngSamples::sample`], with run lengths.
+    pub(crate) fn sample_rle(&self, index: usize) -> Result<NarrativeSample<Rle>> {
+        self.narratives.sample_rle(self.places[index])
+    }
+
+    /// Hidden states `[L, T, D]` of the caption's tokens, without maps and without SAM.
+    pub(crate) fn hidden(
+        &self,
+        grounder: &Grounder,
+        sample: &NarrativeSample,
+        caption: &Caption,
+    ) -> Result<Tensor> {
+        let name = picture(sample);
+        let turns = [Turn::user(GROUNDING_INSTRUCTION)];
+        let read = || self.pictures.read(&name);
+        self.last.with(grounder, &name, read, |session| grounder.hidden_in(session, &turns, caption))
     }
 
     /// Reads a narrative as if the model had said it.
@@ -227,12 +250,12 @@ impl PngSamples {
 }
 
 /// The picture of a narrative.
-pub(crate) fn picture<M>(sample: &NarrativeSample<M>) -> String {
+pub fn picture<M>(sample: &NarrativeSample<M>) -> String {
     format!("coco/{SPLIT}/{}", sample.file_name)
 }
 
 /// The caption of a narrative: every utterance is encoded by itself.
-pub(crate) fn caption(grounder: &Grounder, sample: &NarrativeSample) -> Result<Caption> {
+pub fn caption(grounder: &Grounder, sample: &NarrativeSample) -> Result<Caption> {
     let segments = sample.utterances.iter().map(|(text, phrase)| (text.as_str(), *phrase));
     Caption::from_segments(grounder.lmm().tokenizer(), segments)
 }
@@ -260,7 +283,7 @@ impl Samples for PngSamples {
     }
 
     fn template(&self, index: usize) -> Result<Value> {
-        let sample = self.narratives.sample_rle(self.places[index])?;
+        let sample = self.sample_rle(index)?;
         let phrases: Vec<Value> = texts(&sample).map(|text| json!({ "text": text })).collect();
         Ok(json!({
             "id": self.ids[index], "image_id": sample.image_id.to_string(), "image": picture(&sample),
@@ -269,7 +292,7 @@ impl Samples for PngSamples {
     }
 
     fn truth(&self, index: usize) -> Result<Option<Truth>> {
-        let sample = self.narratives.sample_rle(self.places[index])?;
+        let sample = self.sample_rle(index)?;
         let texts: Vec<String> = texts(&sample).map(str::to_owned).collect();
         let masks = sample.phrases.into_iter().map(|phrase| Runs::from(phrase.mask));
         Ok(Some(Truth { phrases: texts.into_iter().zip(masks).collect(), given: true }))
@@ -292,7 +315,7 @@ impl Samples for PngSamples {
     }
 
     fn score(&self, index: usize, prediction: &Prediction) -> Result<Value> {
-        let sample = self.narratives.sample_rle(self.places[index])?;
+        let sample = self.sample_rle(index)?;
         prediction.check_picture(&sample.image_id.to_string())?;
         let pixels = u64::from(sample.size[0]) * u64::from(sample.size[1]);
         let masks = prediction.masks(sample.phrases.len(), sample.size)?;

@@ -1,8 +1,9 @@
 //! Reasoning segmentation (`spec/evaluation.md` §3).
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use flmm::grounder::{AnswerOptions, Caption};
+use flmm::grounder::AnswerOptions;
 use flmm::lmm::Turn;
 use flmm::masks::Mask;
 use flmm::{Error, Grounder, Result};
@@ -11,8 +12,7 @@ use flmm_data::reasonseg::{GroundTruth, Reasoning, list};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::marks::{LastSession, Marks};
-use crate::pictures;
+use crate::marks::{LastSession, Marks, observe_reply};
 use crate::record::{Metrics, Phrase, Prediction};
 use crate::runs::Runs;
 use crate::task::{Aggregate, Need, Predicted, Rows, Samples, Settings, Task, Truth, parse_scores};
@@ -62,7 +62,7 @@ impl Task for ReasonSeg {
         }
         let stem = |path: &PathBuf| path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let ids = files.iter().map(stem).collect();
-        let pictures = ImageStore::open(&settings.data)?;
+        let pictures = settings.pictures()?;
         Ok(Box::new(ReasonSegSamples { folder, ids, files, pictures, last: LastSession::default() }))
     }
 
@@ -155,7 +155,7 @@ struct ReasonSegSamples {
     folder: String,
     ids: Vec<String>,
     files: Vec<PathBuf>,
-    pictures: ImageStore,
+    pictures: Arc<ImageStore>,
     last: LastSession,
 }
 
@@ -165,7 +165,7 @@ impl ReasonSegSamples {
     }
 
     fn ground_truth(&self, index: usize, reasoning: &Reasoning) -> Result<GroundTruth> {
-        let [height, width] = pictures::size(&self.pictures, &self.picture(index))?;
+        let (width, height) = self.pictures.dimensions(&self.picture(index))?;
         Ok(reasoning.ground_truth(height, width))
     }
 }
@@ -178,8 +178,9 @@ impl Samples for ReasonSegSamples {
     fn template(&self, index: usize) -> Result<Value> {
         let reasoning = Reasoning::read(&self.files[index])?;
         let picture = self.picture(index);
+        let (width, height) = self.pictures.dimensions(&picture)?;
         Ok(json!({
-            "id": self.ids[index], "image": picture, "size": pictures::size(&self.pictures, &picture)?,
+            "id": self.ids[index], "image": picture, "size": [height, width],
             "prompt": question(&reasoning), "phrases": [{}],
         }))
     }
@@ -195,27 +196,20 @@ impl Samples for ReasonSegSamples {
         let reasoning = Reasoning::read(&self.files[index])?;
         let prompt = question(&reasoning);
         let picture = self.picture(index);
-        let turns = vec![Turn::user(&prompt), Turn::opening(OPENING)];
+        let turns = [Turn::user(&prompt), Turn::opening(OPENING)];
         let options =
             AnswerOptions { phrases: None, max_new_tokens: MOST_TOKENS, ..AnswerOptions::default() };
         let read = || self.pictures.read(&picture);
-        let (answer, observation) = self.last.with(grounder, &picture, read, |session| {
-            session.turns = turns.clone();
-            let answer = grounder.reply(session, &options, &mut |_| {})?;
-            let ids = answer.token_ids;
-            if ids.is_empty() {
-                return Ok((answer.answer, None));
-            }
-            let caption = Caption { mask_ids: vec![0; ids.len()], token_ids: ids };
-            Ok((answer.answer, Some(grounder.observe_in(session, &turns, &caption)?)))
-        })?;
+        let (answer, observation) = self
+            .last
+            .with(grounder, &picture, read, |session| observe_reply(grounder, session, &turns, &options))?;
         // Tokenizers that write a blank as part of the next word lose it at the beginning of a text.
         let between = if answer.starts_with(char::is_alphanumeric) { " " } else { "" };
         let said = format!("{OPENING}{between}{answer}");
         let prediction =
             Prediction { id: self.ids[index].clone(), prompt, answer: said, ..Prediction::default() };
         let Some(observation) = observation else {
-            let [height, width] = pictures::size(&self.pictures, &picture)?;
+            let (width, height) = self.pictures.dimensions(&picture)?;
             let empty = Runs::empty(height, width).to_coco();
             let rows = rows.names().map(|name| (name, vec![empty.clone()])).collect();
             let phrase = Phrase { segmentation: Some(empty), ..Phrase::default() };

@@ -44,20 +44,23 @@ pub struct Phrase {
 }
 
 /// One line of a samples file: a prediction and its scores.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Record {
     /// The prediction.
     #[serde(flatten)]
     pub prediction: Prediction,
+    /// Which run it belongs to ([`crate::results::Header::key`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub run: Option<String>,
     /// What metrics are made from.
     pub scores: Value,
     /// Other masks for the same phrases, by the name of their row in the table.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub rows: BTreeMap<String, Row>,
 }
 
 /// Other masks for the phrases of a prediction.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
     /// One mask per phrase.
     pub segmentations: Vec<RunLengths>,
@@ -90,14 +93,6 @@ impl<S: Into<String>, const N: usize> From<[(S, f64); N]> for Metrics {
 impl Serialize for Metrics {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_map(self.0.iter().map(|(name, value)| (name, value)))
-    }
-}
-
-impl<'de> Deserialize<'de> for Metrics {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // A number that is not finite was written as null.
-        let map = Map::<String, Value>::deserialize(deserializer)?;
-        Ok(Self(map.into_iter().map(|(name, value)| (name, value.as_f64().unwrap_or(f64::NAN))).collect()))
     }
 }
 

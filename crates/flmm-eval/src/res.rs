@@ -1,5 +1,7 @@
 //! Referring expression segmentation: RefCOCO, RefCOCO+, RefCOCOg (`spec/evaluation.md` §1).
 
+use std::sync::Arc;
+
 use flmm::grounder::Caption;
 use flmm::lmm::{GROUNDING_INSTRUCTION, Turn};
 use flmm::masks::Mask;
@@ -104,7 +106,7 @@ impl Task for Res {
                 items.push(Item { image, expressions: vec![(text, at)] });
             }
         }
-        let pictures = ImageStore::open(&settings.data)?;
+        let pictures = settings.pictures()?;
         Ok(Box::new(ResSamples { data, pictures, ids, items, protocol, last: LastSession::default() }))
     }
 
@@ -165,7 +167,7 @@ struct Item {
 
 struct ResSamples {
     data: RefCoco,
-    pictures: ImageStore,
+    pictures: Arc<ImageStore>,
     ids: Vec<String>,
     items: Vec<Item>,
     protocol: Protocol,

@@ -8,14 +8,15 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
+use flmm::grounder::Revision;
 use flmm::{Error, Result, atomic};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
+use crate::lines::Lines;
 use crate::record::Metrics;
 use crate::registry::find;
 use crate::table;
@@ -28,6 +29,9 @@ pub struct Header {
     pub task: String,
     /// Who predicted: a model's name, or that of a predictions file.
     pub model: String,
+    /// Which files that model was made of; none for predictions of other systems.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<Revision>,
     /// What the numbers depend on ([`crate::Samples::settings`]).
     #[serde(default)]
     pub settings: Value,
@@ -35,20 +39,44 @@ pub struct Header {
     pub of: usize,
 }
 
+impl Header {
+    /// A short name, which every line of its samples files carries ([`crate::Record::run`]).
+    pub fn key(&self) -> Result<String> {
+        let hash = Sha256::digest(serde_json::to_vec(self).map_err(not_json)?);
+        Ok(hash[..6].iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// What `now` has another value of: `model "a" there, "b" now`.
+    pub fn differences(&self, now: &Self) -> Vec<String> {
+        let revision = |header: &Self| header.revision.as_ref().map_or(json!({}), |revision| json!(revision));
+        let mut differences = vec![differs("model", &json!(self.model), &json!(now.model))];
+        let parts = ["lmm", "sam", "head", "vision_towers", "dtype", "image_size"];
+        let (there, here) = (revision(self), revision(now));
+        differences.extend(parts.map(|part| differs(&format!("model's {part}"), &there[part], &here[part])));
+        differences.push(differs("settings", &self.settings, &now.settings));
+        differences.push(differs("number of samples", &json!(self.of), &json!(now.of)));
+        differences.into_iter().flatten().collect()
+    }
+}
+
+fn differs(name: &str, old: &Value, new: &Value) -> Option<String> {
+    (old != new).then(|| format!("{name} {old} there, {new} now"))
+}
+
 /// All tasks of a run folder.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Results {
     /// By task.
     pub tasks: BTreeMap<String, TaskResult>,
 }
 
 /// One task of a run folder.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TaskResult {
     /// Who predicted.
     pub model: String,
     /// What the numbers depend on.
-    #[serde(default, skip_serializing_if = "Value::is_null")]
+    #[serde(skip_serializing_if = "Value::is_null")]
     pub settings: Value,
     /// Samples counted.
     pub samples: usize,
@@ -59,10 +87,10 @@ pub struct TaskResult {
     /// The numbers.
     pub metrics: Metrics,
     /// Whatever else the task keeps.
-    #[serde(default, skip_serializing_if = "Value::is_null")]
+    #[serde(skip_serializing_if = "Value::is_null")]
     pub details: Value,
     /// The numbers of other masks for the same phrases.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub rows: BTreeMap<String, Metrics>,
 }
 
@@ -118,8 +146,10 @@ impl Scores {
 
 /// What is kept in memory of a line.
 #[derive(Deserialize)]
-struct Line {
+struct Scored {
     id: String,
+    #[serde(default)]
+    run: Option<String>,
     scores: Value,
     #[serde(default)]
     rows: BTreeMap<String, RowScores>,
@@ -130,29 +160,38 @@ struct RowScores {
     scores: Value,
 }
 
-/// Reads the scores of a samples file into `scores`. A torn last line does not count; any other damage is an error
-/// that names the line.
-pub fn read_samples(path: &Path, scores: &mut Scores) -> Result<()> {
-    let mut reader = BufReader::with_capacity(1 << 20, File::open(path).map_err(|e| Error::io(path, e))?);
-    let (mut text, mut number) = (Vec::new(), 0);
-    loop {
-        text.clear();
-        number += 1;
-        let read = reader.read_until(b'\n', &mut text).map_err(|e| Error::io(path, e))?;
-        if read == 0 || text.last() != Some(&b'\n') {
-            return Ok(());
-        }
-        let line: Line = serde_json::from_slice(&text).map_err(|error| {
+/// Reads the scores of a samples file into `scores`. A torn last line does not count.
+///
+/// # Errors
+/// Any other damage, and a line of another run than that of this `key` ([`Header::key`]), by its number.
+pub fn read_samples(path: &Path, key: &str, scores: &mut Scores) -> Result<()> {
+    let mut lines = Lines::open(path)?;
+    while let Some(line) = lines.next()?.filter(|line| !line.is_torn()) {
+        let scored: Scored = serde_json::from_slice(&line.text).map_err(|error| {
             Error::config(
                 path,
-                format!("line {number} is damaged: {error}"),
+                format!("line {} is damaged: {error}", line.number),
                 "remove the line; its sample is then computed again",
             )
         })?;
-        for (row, other) in line.rows {
-            scores.add(&row, &line.id, other.scores);
+        check_run(path, line.number, scored.run.as_deref(), key)?;
+        for (row, other) in scored.rows {
+            scores.add(&row, &scored.id, other.scores);
         }
-        scores.add("", &line.id, line.scores);
+        scores.add("", &scored.id, scored.scores);
+    }
+    Ok(())
+}
+
+/// An error if line `number` was made by another run than that of `key`. Lines that tell nothing pass.
+pub(crate) fn check_run(path: &Path, number: usize, run: Option<&str>, key: &str) -> Result<()> {
+    match run {
+        Some(run) if run != key => Err(Error::config(
+            path,
+            format!("line {number} was made with another model or other settings than `task_*.json` says"),
+            "keep samples files with the task_*.json of their run, and every run in a folder of its own",
+        )),
+        _ => Ok(()),
     }
 }
 
@@ -185,20 +224,26 @@ pub fn read_header(out: &Path, task: &str) -> Result<Option<Header>> {
 }
 
 /// Makes the results of all tasks in a run folder from its samples files, and writes `results.json` and `results.md`.
+///
+/// # Errors
+/// If there are no samples, a file is damaged, or what lies there was not made by one model of that name with one choice
+/// of settings per task.
 pub fn build(out: &Path) -> Result<Results> {
     let mut results = Results { tasks: BTreeMap::new() };
-    let headers = files(out, |name| name.starts_with("task_") && name.ends_with(".json"))?;
-    for path in headers {
+    let mut headers: Vec<Header> = Vec::new();
+    for path in files(out, |name| name.starts_with("task_") && name.ends_with(".json"))? {
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
-        let name = name.trim_start_matches("task_");
+        let name = name.strip_prefix("task_").unwrap_or(&name);
         let task = find(name)?;
         let Some(header) = read_header(out, name)? else { continue };
-        let mut scores = Scores::default();
+        let (mut scores, key) = (Scores::default(), header.key()?);
         for file in samples_files(out, name)? {
-            read_samples(&file, &mut scores)?;
+            read_samples(&file, &key, &mut scores)?;
         }
         if !scores.is_empty() {
+            one_revision(out, &headers, &header)?;
             results.tasks.insert(name.to_owned(), scores.result(task.as_ref(), &header)?);
+            headers.push(header);
         }
     }
     if results.tasks.is_empty() {
@@ -212,6 +257,22 @@ pub fn build(out: &Path) -> Result<Results> {
     let markdown = table::markdown(&results)?;
     atomic::write(out.join("results.md"), |file| file.write_all(markdown.as_bytes()))?;
     Ok(results)
+}
+
+/// An error if `header` is of another state of a model that is among `others`: both would stand in one row of a table.
+fn one_revision(out: &Path, others: &[Header], header: &Header) -> Result<()> {
+    let same_name = |other: &&Header| other.model == header.model && other.revision != header.revision;
+    let Some(other) = others.iter().find(same_name) else { return Ok(()) };
+    Err(Error::request(
+        format!(
+            "{} holds samples of two models called {}: {} and {} were not made of the same files",
+            out.display(),
+            header.model,
+            other.task,
+            header.task
+        ),
+        "keep every model's samples in a folder of their own",
+    ))
 }
 
 /// Something that JSON cannot say.

@@ -4,10 +4,12 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use flmm::grounder::Revision;
 use flmm::{Error, Grounder, Result, atomic};
 use flmm_data::Part;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
+use crate::lines::write_failures;
 use crate::record::{Prediction, Record, Row};
 use crate::results::{Header, Scores, header_file, not_json, read_header, read_samples, samples_files};
 use crate::task::{Predicted, Rows, Samples};
@@ -23,6 +25,17 @@ pub struct RunOptions {
     pub shard: Part,
     /// Masks to be scored besides the refined ones.
     pub rows: Rows,
+}
+
+/// Who predicts.
+#[derive(Clone, Copy)]
+pub struct Model<'a> {
+    /// What tables call it.
+    pub name: &'a str,
+    /// Its files: a run goes on with the same ones only.
+    pub revision: &'a Revision,
+    /// The opened model.
+    pub grounder: &'a Grounder,
 }
 
 /// Is told how a run goes on.
@@ -46,35 +59,41 @@ pub struct Ran {
     pub failed: usize,
 }
 
-/// Lets `grounder`, called `model`, predict the samples of `task` and appends a line for each to the samples file of the
-/// shard. Samples that are there from an earlier run are not computed again; a last line that was torn off is.
+/// Lets `model` predict the samples of `task` and appends a line for each to the samples file of the shard. Samples that
+/// are there from an earlier run are not computed again; a last line that was torn off is.
 ///
 /// A sample that cannot be computed is told to `watch`, listed in `failed_<task>.jsonl`, and tried again by the next run.
 ///
 /// # Errors
-/// If the folder holds samples of another model or other settings, if another process is at work on the same shard, or
-/// if a file cannot be read or written.
+/// If the model does not fit the task ([`Samples::fits`]), if the folder holds samples of another model (or of the same one with other files) or other settings, if another
+/// process is at work on the same shard, if a file cannot be read or written, or if no more samples can be scored
+/// ([`Samples::halted`]); the answer at which that was found out is kept.
 pub fn run(
     task: &str,
     samples: &dyn Samples,
-    (model, grounder): (&str, &Grounder),
+    model: Model,
     options: &RunOptions,
     watch: &mut dyn Watch,
 ) -> Result<Ran> {
+    samples.fits(model.grounder)?;
     let out = &options.out;
     std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
-    let header = Header {
-        task: task.to_owned(),
-        model: model.to_owned(),
-        settings: settings(samples, options.rows),
-        of: samples.ids().len(),
-    };
-    claim(out, &header)?;
+    let key = claim(
+        out,
+        Header {
+            task: task.to_owned(),
+            model: model.name.to_owned(),
+            revision: Some(model.revision.clone()),
+            settings: settings(samples, options.rows),
+            of: samples.ids().len(),
+        },
+    )?
+    .key()?;
     let path = shard_file(options, &format!("samples_{task}"));
     let mut file = open_to_append(&path)?;
     let mut known = Scores::default();
     for file in samples_files(out, task)? {
-        read_samples(&file, &mut known)?;
+        read_samples(&file, &key, &mut known)?;
     }
 
     let total = options.limit.unwrap_or(usize::MAX).min(samples.ids().len());
@@ -85,13 +104,15 @@ pub fn run(
     watch.begin(task, found.len(), found.len() + todo.len());
     let mut ran = Ran { found: found.len(), ..Ran::default() };
     let mut failures = Vec::new();
+    let mut halted = None;
     for index in todo {
         let id = &ids[index];
         let record = samples
-            .predict(index, grounder, options.rows)
+            .predict(index, model.grounder, options.rows)
             .and_then(|predicted| record(samples, index, predicted));
         match record {
             Ok(record) => {
+                let record = Record { run: Some(key.clone()), ..record };
                 let mut line = serde_json::to_vec(&record).map_err(not_json)?;
                 line.push(b'\n');
                 // One call: a line is there whole, or torn at the end of the file.
@@ -105,10 +126,14 @@ pub fn run(
                 watch.failed(id, &error);
             }
         }
+        halted = samples.halted();
+        if halted.is_some() {
+            break;
+        }
     }
     file.sync_all().map_err(|e| Error::io(&path, e))?;
-    list_failures(&shard_file(options, &format!("failed_{task}")), &failures)?;
-    Ok(ran)
+    write_failures(&shard_file(options, &format!("failed_{task}")), &failures)?;
+    halted.map_or(Ok(ran), Err)
 }
 
 /// `<start>.jsonl` of the run, with the shard in its name if there are several.
@@ -132,46 +157,45 @@ pub fn record(samples: &dyn Samples, index: usize, predicted: Predicted) -> Resu
         let scores = samples.score(index, &other)?;
         others.insert(name.to_owned(), Row { segmentations, scores });
     }
-    Ok(Record { prediction, scores, rows: others })
+    Ok(Record { prediction, run: None, scores, rows: others })
 }
 
-/// The task's settings, and the rows if any.
-fn settings(samples: &dyn Samples, rows: Rows) -> Value {
-    let mut settings = samples.settings();
+/// What the numbers depend on: how samples are made and scored, and the rows if any.
+pub(crate) fn settings(samples: &dyn Samples, rows: Rows) -> Value {
+    let mut all = Map::new();
+    for part in [samples.settings(), samples.scoring()] {
+        if let Value::Object(part) = part {
+            all.extend(part);
+        }
+    }
     let names: Vec<&str> = rows.names().collect();
     if !names.is_empty() {
-        if settings.is_null() {
-            settings = json!({});
-        }
-        settings["rows"] = json!(names);
+        all.insert("rows".to_owned(), json!(names));
     }
-    settings
+    if all.is_empty() { Value::Null } else { Value::Object(all) }
 }
 
-/// Writes the header of a task, or checks it against the one that is there.
-pub(crate) fn claim(out: &Path, header: &Header) -> Result<()> {
-    if let Some(found) = read_header(out, &header.task)? {
-        if found == *header {
-            return Ok(());
-        }
-        let differs = |name: &str, old: &Value, new: &Value| {
-            (old != new).then(|| format!("{name} {old} there, {new} now"))
-        };
-        let differences: Vec<String> = [
-            differs("model", &json!(found.model), &json!(header.model)),
-            differs("settings", &found.settings, &header.settings),
-            differs("number of samples", &json!(found.of), &json!(header.of)),
-        ]
-        .into_iter()
-        .flatten()
-        .collect();
-        return Err(Error::request(
-            format!("{} holds other samples of {}: {}", out.display(), header.task, differences.join("; ")),
-            "choose another --out folder, or repeat the first command",
-        ));
+/// Writes the header of a task, or checks it against the one that is there. The header that is there then.
+pub(crate) fn claim(out: &Path, header: Header) -> Result<Header> {
+    if let Some(found) = check_claim(out, &header)? {
+        return Ok(found);
     }
-    let json = serde_json::to_vec_pretty(header).map_err(not_json)?;
-    atomic::write(header_file(out, &header.task), |file| file.write_all(&json))
+    let json = serde_json::to_vec_pretty(&header).map_err(not_json)?;
+    atomic::write(header_file(out, &header.task), |file| file.write_all(&json))?;
+    Ok(header)
+}
+
+/// The header of the same task that is there, if any. An error if it is another one than `header`.
+pub(crate) fn check_claim(out: &Path, header: &Header) -> Result<Option<Header>> {
+    let Some(found) = read_header(out, &header.task)? else { return Ok(None) };
+    if found == *header {
+        return Ok(Some(found));
+    }
+    let differences = found.differences(header).join("; ");
+    Err(Error::request(
+        format!("{} holds other samples of {}: {differences}", out.display(), header.task),
+        "choose another --out folder, or repeat the first command",
+    ))
 }
 
 /// Opens a samples file for appending and cuts a torn last line off. An error if another process has it open.
@@ -179,7 +203,7 @@ fn open_to_append(path: &Path) -> Result<File> {
     let io = |error| Error::io(path, error);
     let mut file =
         OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
-    if file.try_lock().is_err() {
+    if !atomic::try_lock(&file) {
         return Err(Error::request(
             format!("{} is being written by another process", path.display()),
             "wait for it, or give every process a --shard of its own",
@@ -205,16 +229,6 @@ fn open_to_append(path: &Path) -> Result<File> {
     }
     file.seek(SeekFrom::Start(end)).map_err(io)?;
     Ok(file)
-}
-
-fn list_failures(path: &Path, failures: &[Value]) -> Result<()> {
-    if failures.is_empty() {
-        return match std::fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, error)),
-            _ => Ok(()),
-        };
-    }
-    atomic::write(path, |file| failures.iter().try_for_each(|failure| writeln!(file, "{failure}")))
 }
 
 #[cfg(test)]

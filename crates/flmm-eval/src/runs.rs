@@ -2,7 +2,7 @@
 
 use flmm::masks::Mask;
 use flmm::{Error, Result};
-use flmm_data::coco::{Counts, RunLengths};
+use flmm_data::coco::{Counts, RunLengths, runs_of};
 use hotcoco::types::Rle;
 
 /// Column-major run lengths of a mask; the first run is background, the runs cover the picture exactly.
@@ -32,18 +32,7 @@ impl Overlap {
 impl Runs {
     /// The mask whose pixel (x, y) is `inside(x, y)`.
     pub fn from_fn(height: u32, width: u32, inside: impl Fn(u32, u32) -> bool) -> Self {
-        let (mut counts, mut run, mut now) = (Vec::new(), 0, false);
-        for x in 0..width {
-            for y in 0..height {
-                if inside(x, y) != now {
-                    counts.push(run);
-                    (run, now) = (0, !now);
-                }
-                run += 1;
-            }
-        }
-        counts.push(run);
-        Self { height, width, counts }
+        Self::from(runs_of(height, width, inside))
     }
 
     /// The mask of no pixel.

@@ -1,22 +1,21 @@
 //! Predictions of any system, scored as our own are.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use flmm::{Error, Result, atomic};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
+use crate::lines::{Line, Lines, write_failures};
 use crate::record::{Prediction, Record};
-use crate::results::{Header, Scores, TaskResult, not_json};
-use crate::run::claim;
+use crate::results::{Header, Scores, TaskResult};
+use crate::run::{check_claim, claim, settings};
 use crate::runs::Runs;
-use crate::task::{Samples, Task};
+use crate::task::{Rows, Samples, Task};
 
 /// A line that could not be counted.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Fault {
     /// Its number, from 1.
     pub line: usize,
@@ -49,11 +48,12 @@ pub struct Scored {
 /// Scores the predictions in `file`, one JSON object per line, as the samples of `task`; `model` is what results call
 /// their author. `progress` is told the bytes read and the file's size.
 ///
-/// With `out`, the lines with their scores are written there as a samples file, as a run of a model would.
+/// With `out`, the lines with their scores are written there as a samples file, as a run of a model would. A samples file
+/// that is there stays as it is until the new one is complete.
 ///
 /// # Errors
-/// If the file cannot be read, or has no line that counts; the first fault is then the error. Faults of single lines
-/// are part of the result.
+/// If the file cannot be read, or has no line that counts (the first fault is then the error), or no more samples can be
+/// scored ([`Samples::halted`]): nothing is written then. Faults of single lines are part of the result.
 pub fn score(
     task: &dyn Task,
     samples: &dyn Samples,
@@ -64,68 +64,47 @@ pub fn score(
     let header = Header {
         task: task.name().to_owned(),
         model: model.to_owned(),
-        settings: samples.settings(),
+        revision: None,
+        settings: settings(samples, Rows::default()),
         of: samples.ids().len(),
     };
-    let mut lines = Lines::new(samples, file)?;
+    let mut scoring = Scoring::new(samples, file)?;
     match out {
-        None => while lines.next(progress, &mut |_| Ok(()))? {},
+        None => scoring.all(progress, &mut |_| Ok(()))?,
         Some(out) => {
             std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
-            claim(out, &header)?;
+            let key = check_claim(out, &header)?.as_ref().unwrap_or(&header).key()?;
             let mut stopped = None;
             let written = atomic::write(out.join(format!("samples_{}.jsonl", task.name())), |target| {
                 let mut keep = |record: Record| {
-                    serde_json::to_writer(&mut *target, &record)?;
+                    serde_json::to_writer(&mut *target, &Record { run: Some(key.clone()), ..record })?;
                     target.write_all(b"\n")
                 };
-                loop {
-                    match lines.next(progress, &mut keep) {
-                        Ok(true) => {}
-                        Ok(false) => return Ok(()),
-                        Err(error) => {
-                            stopped = Some(error);
-                            return Err(std::io::Error::other("stopped"));
-                        }
-                    }
-                }
+                let scored = scoring.all(progress, &mut keep).and_then(|()| claim(out, header.clone()));
+                scored.map(drop).map_err(|error| {
+                    stopped = Some(error);
+                    std::io::Error::other("stopped")
+                })
             });
             written.map_err(|error| stopped.take().unwrap_or(error))?;
         }
     }
-    let Lines { scores, faults, .. } = lines;
-    if scores.is_empty() {
-        let what = match faults.first() {
-            Some(fault) => format!("{}: no prediction can be counted: {fault}", file.display()),
-            None => format!("{} has no predictions", file.display()),
-        };
-        let hint = faults.first().map_or("expected one JSON object per line", |fault| fault.hint.as_str());
-        return Err(Error::request(what, hint));
-    }
+    let Scoring { scores, faults, .. } = scoring;
     let result = scores.result(task, &header)?;
     if let Some(out) = out {
-        write_faults(&out.join(format!("failed_{}.jsonl", task.name())), &faults)?;
+        write_failures(&out.join(format!("failed_{}.jsonl", task.name())), &faults)?;
     }
     Ok(Scored { result, faults })
-}
-
-fn write_faults(path: &Path, faults: &[Fault]) -> Result<()> {
-    let lines: Result<Vec<String>, _> = faults.iter().map(serde_json::to_string).collect();
-    let lines = lines.map_err(not_json)?;
-    atomic::write(path, |file| lines.iter().try_for_each(|line| writeln!(file, "{line}")))
 }
 
 /// Lines that are scored at the same time.
 const BATCH: usize = 256;
 
-/// Reads a predictions file, a batch of lines at a time.
-struct Lines<'a> {
+/// Scores a predictions file, a batch of lines at a time.
+struct Scoring<'a> {
     samples: &'a dyn Samples,
     file: &'a Path,
-    reader: BufReader<File>,
-    size: u64,
-    read: u64,
-    number: usize,
+    lines: Lines<'a>,
     index: HashMap<&'a str, usize>,
     /// Line on which a sample was counted.
     seen: HashMap<usize, usize>,
@@ -133,27 +112,35 @@ struct Lines<'a> {
     faults: Vec<Fault>,
 }
 
-/// A line that is not blank.
-struct Line {
-    number: usize,
-    text: Vec<u8>,
-}
-
-impl<'a> Lines<'a> {
+impl<'a> Scoring<'a> {
     fn new(samples: &'a dyn Samples, file: &'a Path) -> Result<Self> {
-        let opened = File::open(file).map_err(|e| Error::io(file, e))?;
-        let size = opened.metadata().map_err(|e| Error::io(file, e))?.len();
         Ok(Self {
             samples,
             file,
-            reader: BufReader::with_capacity(1 << 20, opened),
-            size,
-            read: 0,
-            number: 0,
+            lines: Lines::open(file)?,
             index: samples.ids().iter().enumerate().map(|(index, id)| (id.as_str(), index)).collect(),
             seen: HashMap::new(),
             scores: Scores::default(),
             faults: Vec::new(),
+        })
+    }
+
+    /// Scores all lines and gives those that count to `keep`. An error if none does.
+    fn all(
+        &mut self,
+        progress: &mut dyn FnMut(u64, u64),
+        keep: &mut dyn FnMut(Record) -> std::io::Result<()>,
+    ) -> Result<()> {
+        while self.next(progress, keep)? {}
+        if !self.scores.is_empty() {
+            return Ok(());
+        }
+        let file = self.file.display();
+        Err(match self.faults.first() {
+            Some(fault) => {
+                Error::request(format!("{file}: no prediction can be counted: {fault}"), fault.hint.as_str())
+            }
+            None => Error::request(format!("{file} has no predictions"), "expected one JSON object per line"),
         })
     }
 
@@ -163,9 +150,17 @@ impl<'a> Lines<'a> {
         progress: &mut dyn FnMut(u64, u64),
         keep: &mut dyn FnMut(Record) -> std::io::Result<()>,
     ) -> Result<bool> {
-        let batch = self.batch()?;
-        progress(self.read, self.size);
+        let mut batch = Vec::new();
+        while batch.len() < BATCH
+            && let Some(line) = self.lines.next()?
+        {
+            batch.push(line);
+        }
+        progress(self.lines.read, self.lines.size);
         let scored: Vec<_> = batch.par_iter().map(|line| self.record(line)).collect();
+        if let Some(error) = self.samples.halted() {
+            return Err(error);
+        }
         for (Line { number, .. }, scored) in batch.iter().zip(scored) {
             let counted = scored.and_then(|(index, record)| match self.seen.insert(index, *number) {
                 None => Ok(record),
@@ -191,27 +186,10 @@ impl<'a> Lines<'a> {
         Ok(!batch.is_empty())
     }
 
-    fn batch(&mut self) -> Result<Vec<Line>> {
-        let mut batch = Vec::new();
-        while batch.len() < BATCH {
-            let mut text = Vec::new();
-            let read = self.reader.read_until(b'\n', &mut text).map_err(|e| Error::io(self.file, e))?;
-            if read == 0 {
-                break;
-            }
-            self.number += 1;
-            self.read += read as u64;
-            if !text.iter().all(u8::is_ascii_whitespace) {
-                batch.push(Line { number: self.number, text });
-            }
-        }
-        Ok(batch)
-    }
-
     /// The sample of a line, and the line with its scores; else the id as far as it can be told.
     fn record(&self, line: &Line) -> Result<(usize, Record), (Option<String>, Error)> {
         let prediction: Prediction = serde_json::from_slice(&line.text)
-            .map_err(|error| (id_in(&line.text), not_a_line(&line.text, &error)))?;
+            .map_err(|error| (id_in(&line.text), not_a_line(line, &error)))?;
         let scored = self.index.get(prediction.id.as_str()).copied().ok_or_else(|| {
             let example = self.samples.ids().first().map_or("", String::as_str);
             Error::request(
@@ -221,16 +199,18 @@ impl<'a> Lines<'a> {
         });
         let scored = scored.and_then(|index| Ok((index, self.samples.score(index, &prediction)?)));
         match scored {
-            Ok((index, scores)) => Ok((index, Record { prediction, scores, rows: BTreeMap::new() })),
+            Ok((index, scores)) => {
+                Ok((index, Record { prediction, run: None, scores, rows: BTreeMap::new() }))
+            }
             Err(error) => Err((Some(prediction.id), error)),
         }
     }
 }
 
 /// Why a line cannot be read.
-fn not_a_line(text: &[u8], error: &serde_json::Error) -> Error {
-    let has = |word: &[u8]| text.windows(word.len()).any(|window| window == word);
-    let (what, hint) = if text.last() != Some(&b'\n') && error.is_eof() {
+fn not_a_line(line: &Line, error: &serde_json::Error) -> Error {
+    let has = |word: &[u8]| line.text.windows(word.len()).any(|window| window == word);
+    let (what, hint) = if line.is_torn() && error.is_eof() {
         ("the line is torn off".to_owned(), "the file was not written to its end")
     } else if error.is_syntax() && (has(b"NaN") || has(b"Infinity")) {
         (format!("not JSON: {error}"), "NaN and Infinity are not JSON numbers: leave the field out")

@@ -1,10 +1,11 @@
 //! What a task is.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use flmm::{Error, Grounder, Result};
 use flmm_data::coco::RunLengths;
+use flmm_data::images::ImageStore;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -39,10 +40,26 @@ pub trait Samples: Send + Sync {
     /// Ids of the samples, in the order of the data; each once.
     fn ids(&self) -> &[String];
 
-    /// What the numbers depend on besides model and data, for example the protocol: kept with the results; a run cannot
-    /// be resumed under other settings.
+    /// What the samples are, besides model and data, for example the protocol: an object, or null. Kept with the
+    /// results; a run cannot be resumed under other settings, nor a report made of it.
     fn settings(&self) -> Value {
         Value::Null
+    }
+
+    /// What scores depend on besides the samples, for example a judge: an object, or null. Kept as the settings are;
+    /// a report does not depend on it.
+    fn scoring(&self) -> Value {
+        Value::Null
+    }
+
+    /// Why no more samples can be scored, for example a judge that refuses every question. Asked after every sample.
+    fn halted(&self) -> Option<Error> {
+        None
+    }
+
+    /// An error if no sample can be predicted with `grounder`, for example for want of a part of its head.
+    fn fits(&self, _grounder: &Grounder) -> Result<()> {
+        Ok(())
     }
 
     /// What a system is given for sample `index`, as a line of a predictions file that only lacks what it predicts: id,
@@ -78,6 +95,8 @@ pub struct Truth {
 pub struct Settings {
     /// The data root.
     pub data: PathBuf,
+    /// The pictures below it; all tasks share them ([`Settings::pictures`]).
+    pub store: Pictures,
     /// Who grades free answers, if anyone.
     pub judge: Option<Arc<crate::judge::Judge>>,
     /// Visual chain of thought.
@@ -90,6 +109,32 @@ pub struct Settings {
     pub png: crate::png::Protocol,
     /// Grounded captions.
     pub gcg: crate::gcg::Protocol,
+}
+
+impl Settings {
+    /// The pictures below the data root: opened once, so that archives are indexed once for all tasks.
+    ///
+    /// # Errors
+    /// If the data root is no folder.
+    pub fn pictures(&self) -> Result<Arc<ImageStore>> {
+        let mut store = self.store.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(store) = store.as_ref().filter(|store| store.root() == self.data) {
+            return Ok(store.clone());
+        }
+        let opened = Arc::new(ImageStore::open(&self.data)?);
+        *store = Some(opened.clone());
+        Ok(opened)
+    }
+}
+
+/// Pictures that are opened when they are first asked for. Clones share them.
+#[derive(Clone, Default)]
+pub struct Pictures(Arc<Mutex<Option<Arc<ImageStore>>>>);
+
+impl std::fmt::Debug for Pictures {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Pictures")
+    }
 }
 
 /// Scores as the task that wrote them knows them.
@@ -177,8 +222,8 @@ impl Need {
         Self { path: path.into(), source, for_model: true }
     }
 
-    /// Whether it is there.
-    pub fn is_present(&self, data: &Path) -> bool {
-        crate::pictures::is_present(data, &self.path)
+    /// Whether it is there, below the root of `store`.
+    pub fn is_present(&self, store: &ImageStore) -> bool {
+        store.has(&self.path)
     }
 }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use flmm::grounder::{GroundingHead, HeadSizes, overlay};
+use flmm::grounder::{GroundingHead, HeadSizes, ModelPaths, overlay};
 use flmm::image_input::read_image;
 use flmm::lmm::{self, Lmm, OpenOptions};
 use flmm::mask_head::{UNet, UNetConfig};
@@ -23,11 +23,12 @@ const CPU: &Device = &Device::Cpu;
 
 /// Folders of models, in order.
 fn models() -> Vec<PathBuf> {
-    let Some(folder) = common::golden_dir("lmm") else { return Vec::new() };
+    let folder = common::golden_dir("lmm").unwrap();
     let mut found: Vec<PathBuf> =
         std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path().join("model")).collect();
     found.retain(|model| model.is_dir());
     found.sort();
+    assert!(!found.is_empty(), "no model among the goldens");
     found
 }
 
@@ -98,6 +99,25 @@ fn every_variant_runs_on_every_model() {
                 assert_eq!([mask.width() as u32, mask.height() as u32], whole[2..], "{name}");
             }
         }
+    }
+}
+
+/// Without a trained head, masks come from attention and SAM alone.
+#[test]
+fn the_chain_needs_no_head() {
+    let folder = common::golden_dir("lmm").unwrap();
+    let paths = ModelPaths {
+        model: folder.join("llava15/model"),
+        sam: folder.join("_sam/sam_vit_tiny.pth"),
+        head: None,
+    };
+    let grounder = Grounder::open(&paths, CPU, DType::F32).unwrap();
+    let whole = (picture().width() as usize, picture().height() as usize);
+    for (variant, sam) in [(Variant::V1, false), (Variant::V2, false), (Variant::V2, true)] {
+        let chain = ask(&grounder, variant, Protocol { sam, box_scale: 1.0 });
+        let mask = chain.mask.unwrap_or_else(|| panic!("{variant:?}, SAM {sam}: nothing was grounded"));
+        assert_eq!((mask.width(), mask.height()), whole);
+        assert!(sam || mask.area() > 0, "{variant:?}: an empty mask");
     }
 }
 

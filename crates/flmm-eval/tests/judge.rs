@@ -3,7 +3,6 @@
 #[path = "common/judge.rs"]
 mod fake;
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fake::{Act, FakeJudge};
@@ -65,7 +64,7 @@ fn patience_ends_and_says_why() {
     let server = FakeJudge::new((0..3).map(|_| Act::Status(502, "", "")));
     let judge = Judge::new(settings(&server)).unwrap();
     assert_eq!(grade(&judge).unwrap_err(), "status 502");
-    assert_eq!((server.requests().len(), judge.requests()), (3, 3));
+    assert_eq!(server.requests().len(), 3);
     // Nothing listens there.
     let closed = JudgeSettings { url: "http://127.0.0.1:9/v1".into(), ..settings(&server) };
     let clock = Instant::now();
@@ -82,8 +81,7 @@ fn refusals_are_final_and_explained() {
     let error = judge.check().unwrap_err();
     assert!(error.to_string().contains("status 401") && error.to_string().contains("Incorrect API key"));
     assert!(error.hint().unwrap().contains("OPENAI_API_KEY") && !error.to_string().contains("secret"));
-    let error = judge.grade(Role::VisCot, &VALUES, 0).unwrap_err();
-    assert!(error.hint().unwrap().contains("--judge-model"));
+    assert!(grade(&judge).unwrap_err().contains("status 404"));
     assert_eq!(server.requests().len(), 2);
     assert!(Judge::new(JudgeSettings { url: "localhost:1".into(), ..settings(&server) }).is_err());
 }
@@ -98,7 +96,7 @@ fn no_question_is_asked_twice() {
     // Another process finds the reply; the key is not kept.
     let judge = Judge::new(JudgeSettings { key: None, ..cached() }).unwrap();
     assert_eq!(grade(&judge).unwrap(), "score: 0.25");
-    assert_eq!((server.requests().len(), judge.requests()), (1, 0));
+    assert_eq!(server.requests().len(), 1);
     let files: Vec<_> = std::fs::read_dir(folder.path().join("deep/cache")).unwrap().collect();
     let file = files[0].as_ref().unwrap().path();
     assert!(files.len() == 1 && !std::fs::read_to_string(&file).unwrap().contains("secret"));
@@ -138,5 +136,42 @@ fn prompts_can_be_replaced() {
     put("[user]\n{question}");
     let error = Judge::new(own()).unwrap_err();
     assert!(error.to_string().contains("viscot.txt") && error.to_string().contains("{reference}"), "{error}");
-    assert!(Path::new(folder.path()).is_dir());
+}
+
+/// A check is sent once whatever comes, and neither kept nor found in the cache.
+#[test]
+fn a_check_is_about_the_server_as_it_is_now() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = FakeJudge::new([Act::Say("ready"), Act::Status(503, "", ""), Act::Say("ready")]);
+    let settings = JudgeSettings { cache: Some(folder.path().to_owned()), ..settings(&server) };
+    let judge = Judge::new(settings).unwrap();
+    judge.check().unwrap();
+    let error = judge.check().unwrap_err();
+    assert!(error.to_string().contains("status 503"), "{error}");
+    judge.check().unwrap();
+    assert_eq!(server.requests().len(), 3);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_judge_that_never_replies_is_not_asked_for_ever() {
+    let refusal = || Act::Status(400, "", r#"{"error": {"message": "no"}}"#);
+    // Two refusals, a reply, then three more.
+    let acts = [refusal(), refusal(), Act::Say("score: 0.5"), refusal(), refusal(), refusal()];
+    let server = FakeJudge::new(acts);
+    let folder = tempfile::tempdir().unwrap();
+    let settings = JudgeSettings { cache: Some(folder.path().to_owned()), ..settings(&server) };
+    let judge = Judge::new(settings).unwrap();
+    let ask = |attempt: usize| judge.grade(Role::VisCot, &VALUES, attempt).unwrap();
+    assert!(ask(0).is_err() && ask(1).is_err() && judge.halted().is_none());
+    assert_eq!(ask(2).unwrap(), "score: 0.5");
+    assert!(ask(3).is_err() && ask(4).is_err() && judge.halted().is_none());
+    assert!(ask(5).unwrap_err().contains("status 400: no"));
+    let error = judge.halted().unwrap();
+    assert!(error.to_string().contains("after 3 questions without a reply"), "{error}");
+    assert!(error.hint().unwrap().contains("flmm eval score"));
+    assert_eq!(server.requests().len(), 6);
+    // What is known is still found; nothing more is sent.
+    assert_eq!(ask(2).unwrap(), "score: 0.5");
+    assert!(ask(6).is_err() && server.requests().is_empty());
 }

@@ -6,12 +6,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use flmm::Grounder;
-use flmm::clusters::{attention_partition, sides};
+use flmm::clusters::{at_logit_size, better_side};
 use flmm::grounder::{AnswerOptions, Caption, ModelPaths, Observation};
-use flmm::layout::maps_in_picture;
 use flmm::lmm::Turn;
 use flmm::masks::Mask;
-use flmm::phrases::select_keywords;
+use flmm::phrases::{LAMBDA, select_keywords, token_texts, true_ranges};
 use flmm_data::world::{self, QuestionKind, Scene, SegmentRef, Split, WorldConfig};
 use serde_json::{Value, json};
 
@@ -163,27 +162,19 @@ impl Report {
             Caption::from_expressions(grounder.lmm().tokenizer(), chosen.iter().map(|(text, _)| *text))?;
         let observation = grounder.observe(&scene.image, &caption)?;
         let masks = grounder.segment(&observation)?;
-        let (height, width) = observation.sam_geometry.original;
         for (at, (_, object)) in chosen.iter().enumerate() {
             let truth = truth(scene, &[SegmentRef::Object(*object)])?;
             self.refined.add(&masks[at].0, &truth)?;
             self.coarse.add(&masks[at].1, &truth)?;
             // The training-free baseline, with the better of its two sides chosen by the ground truth.
-            let maps =
-                maps_in_picture(&observation.maps.get(at)?.unsqueeze(0)?, &observation.geometry, 64, 64)?;
-            let maps = maps.squeeze(0)?;
-            let (_, h, w) = maps.dims3()?;
-            let (partition, _) = attention_partition(&maps, 0)?;
-            let [a, b] = sides(&partition, (h, w), &truth)?;
-            debug_assert_eq!((a.mask.height(), a.mask.width()), (height, width));
-            self.clusters.add(if a.soft_iou >= b.soft_iou { &a.mask } else { &b.mask }, &truth)?;
+            let stack = at_logit_size(&observation.maps.get(at)?, &observation.geometry)?;
+            self.clusters.add(&better_side(&stack, &truth, 0)?.mask, &truth)?;
         }
         Ok(())
     }
 
     /// A narration: pointing of every head, masks of every phrase, and whether the selector finds the phrases.
     fn narration(&mut self, grounder: &Grounder, raw: &tokenizers::Tokenizer, scene: &Scene) -> Result<()> {
-        let tokenizer = grounder.lmm().tokenizer();
         let Told { caption, segments, .. } = narration(raw, scene, 0)?;
         let observation = grounder.observe(&scene.image, &caption)?;
         self.point(scene, &observation, &segments)?;
@@ -193,10 +184,9 @@ impl Report {
             self.narrated_coarse.add(&coarse, &truth)?;
         }
         if let Some(probs) = grounder.head().keyword_probs(&observation.hidden)? {
-            let texts: Vec<String> =
-                caption.token_ids.iter().map(|id| tokenizer.token(*id).unwrap_or_default()).collect();
-            let found = select_keywords(&probs, &texts, 0.3);
-            let truth: Vec<_> = caption.phrases()?.iter().map(|p| p[0]..p[p.len() - 1] + 1).collect();
+            let texts = token_texts(grounder.lmm().tokenizer(), &caption.token_ids);
+            let found = select_keywords(&probs, &texts, LAMBDA);
+            let truth = true_ranges(&caption.mask_ids);
             self.keywords[0] += found.iter().filter(|range| truth.contains(range)).count();
             self.keywords[1] += found.len();
             self.keywords[2] += truth.len();

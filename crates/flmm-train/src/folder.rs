@@ -1,9 +1,9 @@
 //! A run's folder belongs to one process at a time.
 
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use flmm::{Error, Result};
+use flmm::{Error, Result, atomic};
 
 const LOCK: &str = ".lock";
 
@@ -25,14 +25,9 @@ impl RunFolder {
         let path = dir.join(LOCK);
         let lock = File::options().create(true).truncate(false).write(true).open(&path);
         let lock = lock.map_err(|e| Error::io(&path, e))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let what = format!("another process trains in {}", dir.display());
-                return Err(Error::request(what, "wait for it, stop it, or name another folder"));
-            }
-            // File systems without locks: nothing can be told about others.
-            Err(TryLockError::Error(_)) => {}
+        if !atomic::try_lock(&lock) {
+            let what = format!("another process trains in {}", dir.display());
+            return Err(Error::request(what, "wait for it, stop it, or name another folder"));
         }
         for folder in [dir, &checkpoints] {
             remove_unfinished(folder)?;

@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 use flmm::capture::weighted_hidden;
 use flmm::grounder::GroundingHead;
 use flmm::nn::Linear;
+use flmm::phrases::LAMBDA;
 use flmm::{Error, Result};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
@@ -14,9 +15,6 @@ use serde::{Deserialize, Serialize};
 use crate::head::linear;
 use crate::losses::bce;
 use crate::task::{Losses, Metric, Task};
-
-/// λ: tokens above this probability belong to a phrase.
-const THRESHOLD: f32 = 0.3;
 
 /// How the selector is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -76,7 +74,7 @@ pub fn selector_loss(
     };
     let scores = logits.detach().to_vec1::<f32>()?;
     let wanted = labels.to_vec1::<f32>()?;
-    let positive = |x: f32| 1.0 / (1.0 + (-x).exp()) > THRESHOLD;
+    let positive = |x: f32| 1.0 / (1.0 + (-x).exp()) > LAMBDA;
     let right = scores.iter().zip(&wanted).filter(|(x, y)| positive(**x) == (**y > 0.5)).count();
     let metrics = vec![
         Metric { name: "selector_loss", value: f64::from(loss.to_scalar::<f32>()?), weight: 1.0 },

@@ -1,13 +1,12 @@
 //! A look at unseen samples: masks and keyword selector measured, and some pictures drawn.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{D, Tensor};
 use flmm::grounder::GroundingHead;
 use flmm::masks::Mask;
 use flmm::overlay::{self, Region};
-use flmm::phrases::{LAMBDA, select_keywords};
+use flmm::phrases::{LAMBDA, average_precision, select_keywords, token_texts, true_ranges};
 use flmm::text::tokenizer::Tokenizer;
 use flmm::{Error, Result};
 use image::RgbImage;
@@ -205,8 +204,7 @@ impl Words {
     ) -> Result<()> {
         let Some(probs) = head.keyword_probs(hidden)? else { return Ok(()) };
         let ids = &text.caption.token_ids[..probs.len()];
-        let words: Vec<String> = ids.iter().map(|&id| tokenizer.decode(&[id], false)).collect();
-        self.count(&probs, &text.caption.mask_ids[..probs.len()], &words);
+        self.count(&probs, &text.caption.mask_ids[..probs.len()], &token_texts(tokenizer, ids));
         Ok(())
     }
 
@@ -214,7 +212,7 @@ impl Words {
     pub fn count(&mut self, probs: &[f32], mask_ids: &[i32], words: &[String]) {
         self.tokens.extend(probs.iter().zip(mask_ids).map(|(&p, &id)| (p, id >= 0)));
         let found = select_keywords(probs, words, LAMBDA);
-        let wanted = runs(mask_ids);
+        let wanted = true_ranges(mask_ids);
         let both = found.iter().filter(|range| wanted.contains(range)).count();
         for (sum, count) in self.phrases.iter_mut().zip([found.len(), wanted.len(), both]) {
             *sum += count;
@@ -244,36 +242,6 @@ impl Words {
     }
 }
 
-/// Runs of tokens of the same phrase.
-fn runs(mask_ids: &[i32]) -> Vec<Range<usize>> {
-    let mut found: Vec<Range<usize>> = Vec::new();
-    let mut before = -1;
-    for (token, &id) in mask_ids.iter().enumerate() {
-        match found.last_mut() {
-            Some(run) if id >= 0 && id == before => run.end = token + 1,
-            _ if id >= 0 => found.push(token..token + 1),
-            _ => {}
-        }
-        before = id;
-    }
-    found
-}
-
-/// Mean over positives of the precision at their score; equal scores count together.
-fn average_precision(scored: &[(f32, bool)]) -> f64 {
-    let mut sorted = scored.to_vec();
-    sorted.sort_by(|a, b| b.0.total_cmp(&a.0));
-    let positives = sorted.iter().filter(|(_, wanted)| *wanted).count();
-    let (mut seen, mut right, mut sum) = (0, 0, 0.0);
-    for equal in sorted.chunk_by(|a, b| a.0 == b.0) {
-        let hits = equal.iter().filter(|(_, wanted)| *wanted).count();
-        seen += equal.len();
-        right += hits;
-        sum += hits as f64 * right as f64 / seen as f64;
-    }
-    if positives == 0 { 0.0 } else { sum / positives as f64 }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -294,11 +262,5 @@ mod tests {
         close("val_token_ap", (1.0 + 1.0 + 1.0 + 4.0 / 5.0) / 4.0);
         close("val_phrase_f1", 0.5);
         assert!(Words::default().values().is_empty());
-    }
-
-    #[test]
-    fn neighbouring_phrases_are_two_runs() {
-        assert_eq!(runs(&[0, 0, 1, -1, 2, 2]), [0..2, 2..3, 4..6]);
-        assert_eq!(average_precision(&[(0.5, true), (0.5, false)]), 0.5);
     }
 }

@@ -1,6 +1,6 @@
-//! Files that are either complete or absent.
+//! Files that are either complete or absent, and files that one process writes at a time.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +19,14 @@ pub fn write(path: impl AsRef<Path>, fill: impl FnOnce(&mut dyn Write) -> std::i
     let written = fill(&mut writer).and_then(|()| writer.flush()).and_then(|()| writer.get_ref().sync_all());
     written.map_err(|e| Error::io(path, e))?;
     std::fs::rename(&temporary.path, path).map_err(|e| Error::io(path, e))
+}
+
+/// Takes the lock of an open file; `false` if another process (or another handle of this one) has it.
+///
+/// The system gives it back when the file is closed, also when the process is killed. File systems without locks can
+/// tell nothing about others: there it counts as taken.
+pub fn try_lock(file: &File) -> bool {
+    !matches!(file.try_lock(), Err(TryLockError::WouldBlock))
 }
 
 /// Removes its file when dropped; after a successful rename there is nothing left to remove.
@@ -47,6 +55,17 @@ fn temporary_name(path: &Path) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_has_one_holder() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let first = File::create(&path).unwrap();
+        let second = File::open(&path).unwrap();
+        assert!(try_lock(&first) && !try_lock(&second));
+        drop(first);
+        assert!(try_lock(&second));
+    }
 
     #[test]
     fn a_failed_write_keeps_the_old_file_and_leaves_no_other() {

@@ -4,9 +4,13 @@ use candle_core::{DType, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::geometry::Geometry;
 use crate::masks::Mask;
+use crate::nn::bilinear_scaled;
 use crate::{Error, Result};
 
+/// Longer side of the mask head's logits, which maps are brought to.
+const LOGIT_SIDE: f64 = 64.0;
 const RESTARTS: usize = 10;
 const MAX_ITERATIONS: usize = 300;
 const TOLERANCE: f64 = 1e-4;
@@ -66,6 +70,29 @@ pub fn attention_partition(stack: &Tensor, seed: u64) -> Result<(Vec<bool>, f64)
     let found = kmeans(&points, channels, 2, seed)?;
     let first = found.labels[0];
     Ok((found.labels.iter().map(|&label| label == first).collect(), found.inertia))
+}
+
+/// Attention maps `[C, gh, gw]` of one phrase at the size of the mask head's logits, the LMM's padding cut off:
+/// `[C, h, w]`, not normalised.
+pub fn at_logit_size(maps: &Tensor, geometry: &Geometry) -> Result<Tensor> {
+    let (_, grid_height, grid_width) = maps.dims3()?;
+    let scale = LOGIT_SIDE / grid_height.max(grid_width).max(1) as f64;
+    // As the mask head does: larger maps stay as they are.
+    let maps = if scale > 1.0 { bilinear_scaled(maps, scale)? } else { maps.clone() };
+    let (_, height, width) = maps.dims3()?;
+    let rect = geometry.picture_rect(height, width);
+    Ok(maps.narrow(1, rect.y0, rect.height)?.narrow(2, rect.x0, rect.width)?)
+}
+
+/// The training-free mask of a phrase: of the two clusters of its attention `stack [C, h, w]` ([`at_logit_size`]) the one
+/// that fits `reference` better by soft IoU, at the size of `reference`. The same seed gives the same mask.
+///
+/// `reference` is the ground truth, or a predicted mask where there is none.
+pub fn better_side(stack: &Tensor, reference: &Mask, seed: u64) -> Result<Side> {
+    let (_, height, width) = stack.dims3()?;
+    let (partition, _) = attention_partition(stack, seed)?;
+    let [first, other] = sides(&partition, (height, width), reference)?;
+    Ok(if first.soft_iou > other.soft_iou { first } else { other })
 }
 
 /// Both sides of a partition of `height × width` pixels at the size of `reference`: the side with pixel (0, 0), then

@@ -11,6 +11,7 @@ mod given;
 mod head;
 mod open;
 mod reply;
+mod revision;
 mod session;
 mod settings;
 mod spans;
@@ -37,6 +38,7 @@ pub use attention::Attention;
 pub use caption::Caption;
 pub use head::{GroundingHead, HeadSizes, SAM_PREFIX, overlay};
 pub use open::ModelPaths;
+pub use revision::Revision;
 pub use session::Session;
 pub use settings::{HeadSettings, RefinerKind};
 

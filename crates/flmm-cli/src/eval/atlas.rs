@@ -8,9 +8,9 @@ use flmm::overlay::save_png;
 use flmm_data::images::ImageStore;
 use flmm_data::narratives::Narratives;
 use flmm_eval::atlas::{Atlas, AtlasTable};
+use flmm_eval::png::{SPLIT, caption, picture};
 use serde_json::json;
 
-use super::panels::{SPLIT, caption, picture};
 use crate::args::{ModelArgs, count};
 use crate::failure::{Failure, Result};
 use crate::model;
@@ -58,7 +58,7 @@ pub(crate) fn run(args: &AtlasArgs, talk: &Talk) -> Result<()> {
         }
         seen += 1;
         bar.inc(1);
-        let image = picture(&pictures, &sample)?;
+        let image = pictures.read(&picture(&sample))?;
         let seen_by = grounder.attention(&image, &caption(grounder, &sample)?)?;
         let atlas = atlas.get_or_insert_with(|| Atlas::new(layers, heads, &seen_by.layout));
         for (number, phrase) in sample.phrases.iter().enumerate() {

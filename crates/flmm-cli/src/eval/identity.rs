@@ -45,7 +45,7 @@ fn benchmark(name: &str) -> Result<Benchmark, String> {
 pub(crate) fn run(args: &IdentityArgs, talk: &Talk) -> Result<()> {
     let settings = Settings { data: args.data.clone(), ..Settings::default() };
     let names: Vec<String> = args.task.iter().map(|benchmark| benchmark.name().to_owned()).collect();
-    tasks(&names, &settings)?;
+    tasks(&names, &settings, true)?;
     let model = model::open(&args.model, talk)?;
     let mut sampling = vec![Sampling::Greedy];
     if args.temperature > 0.0 {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
+use flmm::hub::user_cache;
 use flmm_eval::judge::{Judge, JudgeSettings};
 
 use crate::failure::{Failure, Result};
@@ -31,8 +32,7 @@ pub(super) struct JudgeArgs {
 }
 
 impl JudgeArgs {
-    /// The judge, if there is to be one. It is asked something trivial first, so that a wrong key or name is known before
-    /// anything is computed.
+    /// The judge, if there is to be one. Nothing is sent yet.
     pub(super) fn open(&self) -> Result<Option<Arc<Judge>>> {
         let Some(url) = &self.judge_url else { return Ok(None) };
         if let Some(folder) = self.judge_prompts.as_ref().filter(|folder| !folder.is_dir()) {
@@ -42,17 +42,10 @@ impl JudgeArgs {
         let key = std::env::var("OPENAI_API_KEY").ok().map(|key| key.trim().to_owned());
         let judge = Judge::new(JudgeSettings {
             key: key.filter(|key| !key.is_empty()),
-            cache: self.judge_cache.clone().or_else(default_cache),
+            cache: self.judge_cache.clone().or_else(|| Some(user_cache()?.join("flmm/judge"))),
             prompts: self.judge_prompts.clone(),
             ..JudgeSettings::new(url, &self.judge_model)
         })?;
-        judge.check()?;
         Ok(Some(Arc::new(judge)))
     }
-}
-
-fn default_cache() -> Option<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let home = || set("HOME").or_else(|| set("USERPROFILE")).map(|home| home.join(".cache"));
-    set("XDG_CACHE_HOME").or_else(home).map(|cache| cache.join("flmm").join("judge"))
 }

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use flmm_eval::results::Results;
+use flmm_eval::task::Pictures;
 use flmm_eval::{Settings, Task, grefcoco, png, res, viscot};
 
 use crate::failure::{Failure, Result};
@@ -111,6 +112,7 @@ impl DataArgs {
     fn settings(&self) -> Result<Settings> {
         Ok(Settings {
             data: self.data.clone().unwrap_or_default(),
+            store: Pictures::default(),
             res: res::Protocol { split: self.split_objects, all_sentences: self.all_sentences },
             abstention: grefcoco::Abstention { below: self.abstain_below },
             png: png::Protocol { replace_empty: self.replace_empty },
@@ -121,21 +123,14 @@ impl DataArgs {
     }
 }
 
-/// The tasks of these names, whose data must all be there before anything is computed.
-fn tasks(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
-    checked(names, settings, true)
-}
-
-/// The same for predictions of other systems, which are scored without pictures.
-fn tasks_to_score(names: &[String], settings: &Settings) -> Result<Vec<Box<dyn Task>>> {
-    checked(names, settings, false)
-}
-
-fn checked(names: &[String], settings: &Settings, for_model: bool) -> Result<Vec<Box<dyn Task>>> {
+/// The tasks of these names, whose data must all be there before anything is computed. Without `for_model`, predictions
+/// are only scored, which needs no pictures.
+fn tasks(names: &[String], settings: &Settings, for_model: bool) -> Result<Vec<Box<dyn Task>>> {
     let root = &settings.data;
     if !root.is_dir() {
         return Err(Failure::usage(format!("`{}`: no such folder", root.display()), "give the data root"));
     }
+    let store = settings.pictures()?;
     let mut found = Vec::new();
     for name in names {
         let task = flmm_eval::find(name)
@@ -143,7 +138,7 @@ fn checked(names: &[String], settings: &Settings, for_model: bool) -> Result<Vec
         let missing: Vec<String> = task
             .needs()
             .iter()
-            .filter(|need| (for_model || !need.for_model) && !need.is_present(root))
+            .filter(|need| (for_model || !need.for_model) && !need.is_present(&store))
             .map(|need| format!("  {} ({})", need.path, need.source))
             .collect();
         if !missing.is_empty() {

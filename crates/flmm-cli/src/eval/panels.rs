@@ -4,22 +4,19 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use flmm::grounder::Caption;
 use flmm::overlay::save_png;
 use flmm::weights::save_safetensors;
 use flmm::{Error, Grounder};
 use flmm_data::images::ImageStore;
 use flmm_data::narratives::{NarrativeSample, Narratives};
 use flmm_eval::panels::{PhraseStages, four_panels, stages};
+use flmm_eval::png::{SPLIT, caption, picture};
 use image::RgbImage;
 
 use crate::args::{ModelArgs, count};
 use crate::failure::Result;
 use crate::model;
 use crate::talk::Talk;
-
-/// Where the narratives that results are published on come from.
-pub(crate) const SPLIT: &str = "val2017";
 
 #[derive(Debug, Args)]
 pub(crate) struct PanelsArgs {
@@ -66,7 +63,7 @@ pub(crate) fn run(args: &PanelsArgs, talk: &Talk) -> Result<()> {
             found += 1;
             continue;
         }
-        let done = draw(&model.grounder, &picture(&pictures, &sample)?, args, &sample, &name)?;
+        let done = draw(&model.grounder, &pictures.read(&picture(&sample))?, args, &sample, &name)?;
         for stage in &done {
             let [clusters, coarse, refined] = stage.ious()?;
             sums = [sums[0] + stage.soft_iou, sums[1] + clusters, sums[2] + coarse, sums[3] + refined];
@@ -84,17 +81,6 @@ pub(crate) fn run(args: &PanelsArgs, talk: &Talk) -> Result<()> {
         ))?;
     }
     Ok(())
-}
-
-/// The picture of a narrative.
-pub(crate) fn picture(pictures: &ImageStore, sample: &NarrativeSample) -> Result<RgbImage> {
-    Ok(pictures.read(&format!("coco/{SPLIT}/{}", sample.file_name))?)
-}
-
-/// The narrative as a caption of the model.
-pub(crate) fn caption(grounder: &Grounder, sample: &NarrativeSample) -> Result<Caption> {
-    let segments = sample.utterances.iter().map(|(text, phrase)| (text.as_str(), *phrase));
-    Ok(Caption::from_segments(grounder.lmm().tokenizer(), segments)?)
 }
 
 /// Makes the files of one narrative; the picture comes last, because it tells that the rest is there.

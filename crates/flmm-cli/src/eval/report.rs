@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use flmm_data::images::ImageStore;
 use flmm_eval::report::{Report, ReportOptions, page};
 use flmm_eval::results::build;
 
@@ -57,7 +56,7 @@ pub(crate) fn run(args: &ReportArgs, talk: &Talk) -> Result<()> {
     let settings = args.data.settings()?;
     let options = ReportOptions { threshold: args.threshold, most: args.most };
     let mut report = Report { results, ..Report::default() };
-    for task in tasks(&names, &settings)? {
+    for task in tasks(&names, &settings, true)? {
         let _spinner = talk.during("looking at the samples");
         if !report.add(&args.run, task.name(), task.open(&settings)?.as_ref(), options)? {
             talk.note(format_args!("{}: has no masks, left out", task.name()));
@@ -66,7 +65,7 @@ pub(crate) fn run(args: &ReportArgs, talk: &Talk) -> Result<()> {
     let mut models: Vec<&str> = report.results.values().map(|result| result.model.as_str()).collect();
     models.dedup();
     let bar = talk.bar(report.failures.len() as u64);
-    let pictures = ImageStore::open(&settings.data)?;
+    let pictures = settings.pictures()?;
     let title = format!("Failures of {}", models.join(", "));
     let text = page(&report, &title, |name| pictures.read(name), || bar.inc(1))?;
     bar.finish_and_clear();

@@ -7,7 +7,7 @@ use flmm::Error;
 use flmm_data::Part;
 use flmm_eval::Rows;
 use flmm_eval::results::build;
-use flmm_eval::run::{Ran, RunOptions, Watch, run as run_task};
+use flmm_eval::run::{Model, Ran, RunOptions, Watch, run as run_task};
 use indicatif::ProgressBar;
 
 use super::{DataArgs, numbers, tasks};
@@ -56,8 +56,12 @@ pub(crate) fn run(args: &RunArgs, talk: &Talk) -> Result<()> {
     let settings = args.data.settings()?;
     let mut names = args.task.clone();
     names.dedup();
-    let tasks = tasks(&names, &settings)?;
+    let tasks = tasks(&names, &settings, true)?;
+    if let Some(judge) = &settings.judge {
+        judge.check()?;
+    }
     let model = model::open(&args.model, talk)?;
+    let revision = model.revision()?;
     let out = args.out.clone().unwrap_or_default();
     let options = RunOptions {
         out: out.clone(),
@@ -71,8 +75,8 @@ pub(crate) fn run(args: &RunArgs, talk: &Talk) -> Result<()> {
         let samples = task.open(&settings)?;
         drop(spinner);
         let mut watch = Progress { talk, bar: ProgressBar::hidden(), failures: 0 };
-        let ran =
-            run_task(task.name(), samples.as_ref(), (&model.name, &model.grounder), &options, &mut watch);
+        let who = Model { name: &model.name, revision: &revision, grounder: &model.grounder };
+        let ran = run_task(task.name(), samples.as_ref(), who, &options, &mut watch);
         watch.bar.finish_and_clear();
         let Ran { done, found, failed: without } = ran?;
         talk.note(format_args!(

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{DataArgs, tasks_to_score};
+use super::{DataArgs, tasks};
 use crate::failure::{Failure, Result};
 use crate::talk::Talk;
 
@@ -17,7 +17,7 @@ pub(crate) struct SamplesArgs {
 
 pub(crate) fn run(args: &SamplesArgs, talk: &Talk) -> Result<()> {
     let settings = args.data.settings()?;
-    for task in tasks_to_score(std::slice::from_ref(&args.task), &settings)? {
+    for task in tasks(std::slice::from_ref(&args.task), &settings, false)? {
         let samples = task.open(&settings)?;
         for index in 0..samples.ids().len() {
             let line = samples.template(index)?;

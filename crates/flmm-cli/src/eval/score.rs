@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use flmm_eval::results::Results;
 
-use super::{DataArgs, numbers, tasks_to_score};
+use super::{DataArgs, numbers, tasks};
 use crate::failure::{Failure, Result};
 use crate::talk::Talk;
 
@@ -41,7 +41,7 @@ pub(crate) fn run(args: &ScoreArgs, talk: &Talk) -> Result<()> {
     }
     let stem = file.file_stem().unwrap_or(file.as_os_str()).to_string_lossy().into_owned();
     let name = args.name.clone().unwrap_or(stem);
-    let found = tasks_to_score(std::slice::from_ref(&args.task), &settings)?;
+    let found = tasks(std::slice::from_ref(&args.task), &settings, false)?;
     let Some(task) = found.first() else { return Ok(()) };
     let spinner = talk.during("reading the data");
     let samples = task.open(&settings)?;

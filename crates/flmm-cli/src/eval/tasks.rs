@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use flmm_eval::registry;
+use flmm_data::images::ImageStore;
+use flmm_eval::{Need, registry};
 use serde_json::json;
 
 use crate::failure::{Failure, Result};
@@ -23,6 +24,8 @@ pub(crate) fn run(args: &TasksArgs, talk: &Talk) -> Result<()> {
     if let Some(data) = args.data.as_ref().filter(|data| !data.is_dir()) {
         return Err(Failure::usage(format!("`{}`: no such folder", data.display()), "give the data root"));
     }
+    let store = args.data.as_ref().map(ImageStore::open).transpose()?;
+    let present = |need: &Need| store.as_ref().map(|store| need.is_present(store));
     let tasks = registry();
     if args.json {
         let list: Vec<_> = tasks
@@ -31,10 +34,7 @@ pub(crate) fn run(args: &TasksArgs, talk: &Talk) -> Result<()> {
                 let needs: Vec<_> = task
                     .needs()
                     .iter()
-                    .map(|need| {
-                        let present = args.data.as_ref().map(|data| need.is_present(data));
-                        json!({ "path": need.path, "source": need.source, "present": present })
-                    })
+                    .map(|need| json!({ "path": need.path, "source": need.source, "present": present(need) }))
                     .collect();
                 json!({ "task": task.name(), "about": task.about(), "needs": needs })
             })
@@ -45,7 +45,7 @@ pub(crate) fn run(args: &TasksArgs, talk: &Talk) -> Result<()> {
     for task in &tasks {
         text += &format!("{}  {}\n", task.name(), task.about());
         for need in task.needs() {
-            let mark = match args.data.as_ref().map(|data| need.is_present(data)) {
+            let mark = match present(&need) {
                 Some(true) => "there   ",
                 Some(false) => "MISSING ",
                 None => "",

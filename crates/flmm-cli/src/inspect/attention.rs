@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use flmm::Geometry;
-use flmm::clusters::{attention_partition, sides};
+use flmm::clusters::{at_logit_size, better_side};
 use flmm::grounder::{AnswerOptions, GroundOptions, GroundedPhrase};
 use flmm::lmm::Turn;
 use flmm::masks::Mask;
-use flmm::nn::bilinear;
 use flmm::overlay::{draw_mask, heat_map, panels, save_png};
 use flmm::phrases::PhraseChoice;
 use image::RgbImage;
@@ -17,9 +16,6 @@ use crate::args::{AttentionArgs, check_text};
 use crate::failure::Result;
 use crate::talk::Talk;
 use crate::{ground, model, picture};
-
-/// Side of the mask head's logits, which the maps are brought to.
-const LOGIT_SIDE: usize = 64;
 
 pub(crate) fn run(args: &AttentionArgs, talk: &Talk) -> Result<()> {
     if let Some(prompt) = &args.prompt {
@@ -85,11 +81,9 @@ fn draw_phrase(
     geometry: &Geometry,
     seed: u64,
 ) -> Result<(Vec<(String, RgbImage)>, f64)> {
-    let maps = on_picture(maps, geometry)?;
+    let maps = at_logit_size(maps, geometry)?;
     let (_, height, width) = maps.dims3().map_err(flmm::Error::from)?;
-    let (partition, _) = attention_partition(&maps, seed)?;
-    let [first, other] = sides(&partition, (height, width), &phrase.mask)?;
-    let better = if first.soft_iou > other.soft_iou { first } else { other };
+    let better = better_side(&maps, &phrase.mask, seed)?;
     let mean =
         maps.mean(0).and_then(|mean| mean.flatten_all()?.to_vec1::<f32>()).map_err(flmm::Error::from)?;
     let masked = |mask: &Mask| draw_mask(image, mask, index);
@@ -101,14 +95,4 @@ fn draw_phrase(
         ("refined mask".to_owned(), masked(&phrase.mask)?),
     ];
     Ok((row, better.soft_iou))
-}
-
-/// Attention maps `[C, h, w]` at the size of the mask head's logits, padding cut off.
-fn on_picture(maps: &Tensor, geometry: &Geometry) -> flmm::Result<Tensor> {
-    let (_, h, w) = maps.dims3()?;
-    let scale = (LOGIT_SIDE as f64 / h.max(w) as f64).max(1.0);
-    let (height, width) = ((h as f64 * scale) as usize, (w as f64 * scale) as usize);
-    let maps = bilinear(&maps.unsqueeze(0)?, height, width)?.squeeze(0)?;
-    let rect = geometry.picture_rect(height, width);
-    Ok(maps.narrow(1, rect.y0, rect.height)?.narrow(2, rect.x0, rect.width)?)
 }

@@ -1,10 +1,8 @@
 //! `flmm eval` on question answering and visual chain of thought, with a model of random weights and a small world.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpListener;
-
 use serde_json::Value;
 
+use crate::fake_judge::{Act, FakeJudge};
 use crate::support::{Place, model};
 
 const TASKS: &str = "mme,mmbench,mmvet,llavabench,pope,gqa,vqav2,ai2d,viscot,viscot_v2,viscot_v3,pope_cot,pope_cot_v2,pope_cot_v3";
@@ -16,36 +14,17 @@ fn place() -> Place {
     place
 }
 
-/// A server that says "score: 0.5", or two numbers or a letter where its prompt asks for those.
-fn judge() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}/v1", listener.local_addr().unwrap());
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let mut reader = BufReader::new(stream);
-            let (mut line, mut length) = (String::new(), 0);
-            while reader.read_line(&mut line).unwrap_or(0) > 2 {
-                if let Some(value) = line.to_lowercase().strip_prefix("content-length:") {
-                    length = value.trim().parse().unwrap_or(0);
-                }
-                line.clear();
-            }
-            let mut body = vec![0; length];
-            let _ = reader.read_exact(&mut body);
-            let asked = String::from_utf8_lossy(&body).into_owned();
-            let said = match () {
-                () if asked.contains("two numbers alone") => "8 6",
-                () if asked.contains("Write one letter") => "A",
-                () if asked.contains("Write the number") => "0.25",
-                () => "score: 0.5",
-            };
-            let text = format!(r#"{{"choices":[{{"message":{{"content":"{said}"}}}}]}}"#);
-            let head =
-                format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", text.len());
-            let _ = reader.into_inner().write_all((head + &text).as_bytes());
+/// Says "score: 0.5", or two numbers or a letter where its prompt asks for those.
+fn judge() -> FakeJudge {
+    FakeJudge::saying([], |asked| {
+        let asked = asked.to_string();
+        match () {
+            () if asked.contains("two numbers alone") => "8 6",
+            () if asked.contains("Write one letter") => "A",
+            () if asked.contains("Write the number") => "0.25",
+            () => "score: 0.5",
         }
-    });
-    url
+    })
 }
 
 fn results(place: &Place, out: &str) -> Value {
@@ -70,18 +49,62 @@ fn every_benchmark_runs_on_a_world() {
     assert!(table.contains("POPE") && table.contains("Visual CoT"), "{table}");
 
     // The answers are judged without the model.
-    let url = judge();
-    for (task, metric, score) in
-        [("viscot", "world", 50.0), ("mmvet", "score", 25.0), ("llavabench", "score", 75.0)]
-    {
+    let server = judge();
+    let score = |task: &str, out: &str, cache: &str, url: &str| {
         let samples = format!("run/samples_{task}.jsonl");
-        let args =
-            ["eval", "score", "--task", task, "--predictions", &samples, "--data", "w", "--out", "judged"];
-        let more = ["--judge-url", &url, "--judge-model", "wise", "--judge-cache", "cache"];
-        place.run(&[&args[..], &more].concat()).ok();
-        assert_eq!(results(&place, "judged")["tasks"][task]["metrics"][metric], score, "{task}");
+        let args = ["eval", "score", "--task", task, "--predictions", &samples, "--data", "w", "--out", out];
+        let more = ["--judge-url", url, "--judge-model", "wise", "--judge-cache", cache];
+        place.run(&[&args[..], &more].concat())
+    };
+    let graded = [("viscot", "world", 50.0), ("mmvet", "score", 25.0), ("llavabench", "score", 75.0)];
+    for (task, metric, points) in graded {
+        score(task, "judged", "cache", &server.url).ok();
+        assert_eq!(results(&place, "judged")["tasks"][task]["metrics"][metric], points, "{task}");
     }
-    assert!(place.files().contains(&"cache".to_owned()));
+    // What was judged before is judged again without asking anybody.
+    assert!(!server.requests().is_empty());
+    let before = std::fs::read(place.path("judged/samples_viscot.jsonl")).unwrap();
+    for (task, metric, points) in graded {
+        score(task, "again", "cache", &server.url).ok();
+        assert_eq!(results(&place, "again")["tasks"][task]["metrics"][metric], points, "{task}");
+    }
+    assert!(server.requests().is_empty());
+    // A judge that refuses: nothing is written over what is there.
+    (0..9).for_each(|_| server.then(Act::Status(401, "", "")));
+    let refused = score("viscot", "judged", "empty", &server.url);
+    assert_eq!(refused.status, 1, "{}", refused.all());
+    assert!(refused.err.contains("is not asked any more after 3 questions"), "{}", refused.err);
+    assert_eq!(std::fs::read(place.path("judged/samples_viscot.jsonl")).unwrap(), before);
+}
+
+/// A wrong key is known before anything is computed; one that is refused on the way leaves the answers.
+#[test]
+fn a_judge_that_refuses_costs_no_answer() {
+    let place = place();
+    let server = judge();
+    let run = |out: &str| {
+        let args = ["eval", "--task", "mmvet", "--data", "w", "--out", out, "--limit", "5"];
+        let more = ["--judge-url", &server.url, "--judge-model", "wise", "--judge-cache", "cache"];
+        place.run_with_model(&[&args[..], &more].concat())
+    };
+    server.then(Act::Status(401, "", ""));
+    let refused = run("o");
+    assert!(refused.status == 1 && refused.err.contains("OPENAI_API_KEY"), "{}", refused.all());
+    assert!(!place.path("o").exists() && server.requests().len() == 1);
+
+    // Ready, one good reply, then refusals.
+    server.then(Act::Say("ready"));
+    server.then(Act::Say("0.25"));
+    (0..3).for_each(|_| server.then(Act::Status(403, "", "")));
+    let halted = run("o");
+    assert!(halted.status == 1 && halted.err.contains("flmm eval score"), "{}", halted.all());
+    let samples = std::fs::read_to_string(place.path("o/samples_mmvet.jsonl")).unwrap();
+    let lines: Vec<Value> = samples.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 4);
+    assert_eq!((lines[0]["scores"]["judge"].as_f64(), lines[0]["scores"].get("failed")), (Some(0.25), None));
+    for line in &lines[1..] {
+        assert!(line["scores"]["failed"].as_str().unwrap().contains("status 403"), "{line}");
+    }
 }
 
 #[test]

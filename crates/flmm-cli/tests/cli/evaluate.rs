@@ -2,7 +2,7 @@
 
 use insta::assert_snapshot;
 
-use crate::support::{Place, fixture};
+use crate::support::{Place, fixture, model};
 
 /// The miniature trees in the published formats.
 fn tree() -> String {
@@ -90,4 +90,14 @@ fn a_model_runs_through_tasks_and_goes_on_where_it_was() {
     let again = place.run_with_model(&args);
     assert_eq!(again.ok(), ran.out);
     assert!(again.err.contains("refcoco_val: 0 samples computed, 1 from before, 0 failed"), "{}", again.err);
+    // In another precision, or without its head, it is another model.
+    for (change, wanted) in [(["--dtype", "bf16"], "model's dtype"), (["--head", "none"], "model's head")] {
+        let mut model = model();
+        if change[0] == "--head" {
+            model.truncate(4);
+        }
+        let ran = place.ran(place.command(&args).args(model).args(change).output().unwrap());
+        assert!(ran.status == 1 && ran.err.contains(wanted), "{}", ran.all());
+    }
+    assert_eq!(place.run_with_model(&args).ok(), ran.out);
 }

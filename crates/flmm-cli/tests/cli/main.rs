@@ -9,6 +9,9 @@ mod eval_qa;
 mod evaluate;
 #[path = "../../../flmm/tests/common/fake_hub.rs"]
 mod fake_hub;
+#[path = "../../../flmm-eval/tests/common/judge.rs"]
+#[allow(dead_code, reason = "some acts are for the judge's own tests")]
+mod fake_judge;
 mod help;
 mod hub;
 mod inspect_model;

@@ -95,19 +95,10 @@ impl ImageStore {
         }
     }
 
-    /// The content of the file `name`. Errors as [`ImageStore::read`], but nothing is decoded.
-    pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
-        let found = self.find(name)?;
-        self.load(found)
-    }
-
-    /// Whether there is a picture `name`. An error if it could only be in an archive that is damaged.
-    pub fn contains(&self, name: &str) -> Result<bool> {
-        match self.find(name) {
-            Ok(_) => Ok(true),
-            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error),
-        }
+    /// Whether the file or folder `path` is there, or, for a folder, an archive that stands for it and can be read.
+    pub fn has(&self, path: &str) -> bool {
+        let is_file = Path::new(path).extension().is_some();
+        self.root.join(path).exists() || (!is_file && self.archives(path).iter().any(Result::is_ok))
     }
 
     /// Files of the archives that stand for `folder` (`coco/train2017`) and how many entries each has, for

@@ -6,12 +6,14 @@
 
 mod parquet;
 mod readers;
+mod rows;
 mod table;
 mod tsv;
 pub mod write;
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
 
 use flmm::Result;
 use flmm::image_input::decode_image;
@@ -143,7 +145,7 @@ pub struct QaData {
     /// The questions, in the order of the files.
     pub questions: Vec<Question>,
     tables: Vec<Table>,
-    pictures: ImageStore,
+    pictures: Arc<ImageStore>,
 }
 
 impl std::fmt::Debug for QaData {
@@ -184,7 +186,13 @@ impl QaData {
     /// # Errors
     /// What is missing, or the file, row and column of what is malformed; two questions of one id.
     pub fn open(root: &Path, benchmark: Benchmark) -> Result<Self> {
-        let data = readers::read(root, benchmark)?;
+        Self::open_in(Arc::new(ImageStore::open(root)?), benchmark)
+    }
+
+    /// As [`QaData::open`], below the root of `pictures`.
+    pub fn open_in(pictures: Arc<ImageStore>, benchmark: Benchmark) -> Result<Self> {
+        let root = pictures.root().to_owned();
+        let data = readers::read(pictures, benchmark)?;
         let mut seen = HashSet::new();
         if let Some(twice) = data.questions.iter().find(|question| !seen.insert(question.id.as_str())) {
             let what = format!("question `{}` occurs twice", twice.id);

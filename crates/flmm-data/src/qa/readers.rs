@@ -2,23 +2,26 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use flmm::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::parquet::ParquetFile;
+use super::rows::{ai2d, llava_bench, mm_vet, mmbench, mme, plain_name, pope, vqa};
 use super::table::Row;
 use super::tsv::TsvFile;
 use super::{Benchmark, Picture, QaData, Question, Table};
-use crate::coco::{malformed, parse_json, read_json};
+use crate::coco::{id, malformed, parse_json, read_json};
 use crate::images::ImageStore;
 
 /// Pictures of COCO's validation set of 2014.
 const COCO: &str = "coco/val2014";
 
-/// Reads the questions of `benchmark` below `root`.
-pub(super) fn read(root: &Path, benchmark: Benchmark) -> Result<QaData> {
+/// Reads the questions of `benchmark` below the root of `pictures`.
+pub(super) fn read(pictures: Arc<ImageStore>, benchmark: Benchmark) -> Result<QaData> {
+    let root = pictures.root().to_owned();
     let folder = root.join(benchmark.folder());
     if !folder.is_dir() {
         let what = format!("there is no folder `{}`", folder.display());
@@ -26,8 +29,8 @@ pub(super) fn read(root: &Path, benchmark: Benchmark) -> Result<QaData> {
     }
     let mut files = Vec::new();
     list(&folder, 0, &mut files)?;
-    let data = QaData { questions: Vec::new(), tables: Vec::new(), pictures: ImageStore::open(root)? };
-    let mut reading = Reading { root, folder: &folder, files, data };
+    let data = QaData { questions: Vec::new(), tables: Vec::new(), pictures };
+    let mut reading = Reading { root: &root, folder: &folder, files, data };
     match benchmark {
         Benchmark::Mme => {
             reading.tables(&["test", ""], mme)?;
@@ -76,6 +79,40 @@ fn list(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
+/// VQAv2's file of questions.
+#[derive(Deserialize)]
+struct VqaQuestions {
+    questions: Vec<VqaQuestion>,
+}
+
+#[derive(Deserialize)]
+struct VqaQuestion {
+    #[serde(deserialize_with = "id")]
+    question_id: u64,
+    #[serde(deserialize_with = "id")]
+    image_id: u64,
+    question: String,
+}
+
+/// VQAv2's file of answers.
+#[derive(Deserialize)]
+struct VqaAnnotations {
+    annotations: Vec<VqaAnnotation>,
+}
+
+#[derive(Deserialize)]
+struct VqaAnnotation {
+    #[serde(deserialize_with = "id")]
+    question_id: u64,
+    /// Those of ten annotators.
+    answers: Vec<VqaAnswer>,
+}
+
+#[derive(Deserialize)]
+struct VqaAnswer {
+    answer: String,
+}
+
 struct Reading<'a> {
     root: &'a Path,
     folder: &'a Path,
@@ -99,8 +136,11 @@ impl Reading<'_> {
 
     /// Reads the Parquet or TSV files whose name begins with the first of `prefixes` that any has.
     fn tables(&mut self, prefixes: &[&str], make: Make) -> Result<()> {
-        // The data set of MMBench holds other languages beside English.
-        let foreign = |path: &Path| path.iter().any(|part| part == "cn" || part == "cc");
+        // The data set of MMBench holds other languages beside English. Folders above it may have any name.
+        let foreign = |path: &Path| {
+            let below = path.strip_prefix(self.folder).unwrap_or(path);
+            below.iter().any(|part| part == "cn" || part == "cc")
+        };
         let table = |path: &&PathBuf| extension(path, "parquet") || extension(path, "tsv");
         let tables: Vec<PathBuf> =
             self.files.iter().filter(table).filter(|path| !foreign(path)).cloned().collect();
@@ -241,35 +281,26 @@ impl Reading<'_> {
     }
 
     fn vqa(&mut self, path: &Path) -> Result<()> {
-        #[derive(Deserialize)]
-        struct Questions {
-            questions: Vec<Value>,
-        }
-        #[derive(Deserialize)]
-        struct Annotations {
-            annotations: Vec<Value>,
-        }
-        let annotations_path = path.with_file_name("v2_mscoco_val2014_annotations.json");
+        let answers_path = path.with_file_name("v2_mscoco_val2014_annotations.json");
         let mut answers = HashMap::new();
-        for (number, value) in
-            read_json::<Annotations>(&annotations_path)?.annotations.into_iter().enumerate()
-        {
-            let row = json_row(&annotations_path, number, value)?;
-            answers.insert(row.number("question_id")?, row.texts("answers", "answer")?);
+        for annotation in read_json::<VqaAnnotations>(&answers_path)?.annotations {
+            let given: Vec<String> = annotation.answers.into_iter().map(|answer| answer.answer).collect();
+            if answers.insert(annotation.question_id, given).is_some() {
+                let what = format!("question {} is annotated twice", annotation.question_id);
+                return Err(malformed(&answers_path, what, "download the file again"));
+            }
         }
-        for (number, value) in read_json::<Questions>(path)?.questions.into_iter().enumerate() {
-            let row = json_row(path, number, value)?;
-            let (id, image) = (row.number("question_id")?, row.number("image_id")?);
-            let answers = answers.remove(&id).ok_or_else(|| {
-                let hint = "both files must be of the same split";
-                row.error(format!("question {id} has no answers in {}", annotations_path.display()), hint)
+        for VqaQuestion { question_id, image_id, question } in read_json::<VqaQuestions>(path)?.questions {
+            let answers = answers.remove(&question_id).ok_or_else(|| {
+                let what = format!("question {question_id} has no answers in {}", answers_path.display());
+                malformed(path, what, "both files must be of the same split")
             })?;
             self.data.questions.push(Question {
-                id: id.to_string(),
-                question: row.text("question")?,
+                id: question_id.to_string(),
+                question,
                 answers,
-                group: image.to_string(),
-                picture: Picture::File(format!("{COCO}/COCO_val2014_{image:012}.jpg")),
+                group: image_id.to_string(),
+                picture: Picture::File(format!("{COCO}/COCO_val2014_{image_id:012}.jpg")),
                 ..Question::default()
             });
         }
@@ -325,127 +356,8 @@ impl Reading<'_> {
     }
 }
 
-fn mme(row: &Row) -> Result<Question> {
-    Ok(Question {
-        // Both questions about a picture have its name as id.
-        group: row.text("question_id")?,
-        question: row.text("question")?,
-        answers: vec![row.text("answer")?],
-        category: row.text("category")?,
-        picture: row.picture()?,
-        ..Question::default()
-    })
-}
-
-fn mmbench(row: &Row) -> Result<Question> {
-    let index = row.number("index")?;
-    let options = row.lettered_options()?;
-    let answer = row.optional_text("answer")?.ok_or_else(|| {
-        row.error("no `answer`", "the test split is scored by the benchmark's server only: use the dev split")
-    })?;
-    let answer = answer.trim().to_owned();
-    if !options.iter().any(|(letter, _)| answer == letter.to_string()) {
-        return Err(
-            row.error(format!("answer {answer:?} is none of the options"), "compare with the published file")
-        );
-    }
-    let l2 = row.optional_text("l2-category")?;
-    Ok(Question {
-        id: index.to_string(),
-        question: row.text("question")?,
-        hint: row.optional_text("hint")?.unwrap_or_default(),
-        options,
-        answers: vec![answer],
-        category: row.optional_text("category")?.unwrap_or_default(),
-        l2_category: l2
-            .map_or_else(|| row.optional_text("L2-category"), |l2| Ok(Some(l2)))?
-            .unwrap_or_default(),
-        group: (index % 1_000_000).to_string(),
-        picture: row.picture()?,
-        ..Question::default()
-    })
-}
-
-fn ai2d(row: &Row) -> Result<Question> {
-    let options = match row.cells.contains_key("options") {
-        true => ('A'..='Z').zip(row.texts("options", "")?).collect(),
-        false => row.lettered_options()?,
-    };
-    let gold = row.text("answer")?;
-    let letter = match gold.trim().parse::<usize>() {
-        Ok(index) => options.get(index).map(|(letter, _)| *letter),
-        Err(_) => options.iter().map(|(letter, _)| *letter).find(|letter| gold.trim() == letter.to_string()),
-    };
-    let letter = letter.ok_or_else(|| {
-        let hint = "expected an option's letter, or its number counted from 0";
-        row.error(format!("answer {gold:?} is none of the {} options", options.len()), hint)
-    })?;
-    Ok(Question {
-        question: row.text("question")?,
-        options,
-        answers: vec![letter.to_string()],
-        picture: row.picture()?,
-        ..Question::default()
-    })
-}
-
-fn pope(row: &Row) -> Result<Question> {
-    let category = row.text("category")?;
-    Ok(Question {
-        id: format!("{category}-{}", row.text("question_id")?),
-        question: row.text("question")?,
-        answers: vec![row.text("answer")?],
-        category,
-        picture: row.picture()?,
-        ..Question::default()
-    })
-}
-
-fn vqa(row: &Row) -> Result<Question> {
-    Ok(Question {
-        id: row.text("question_id")?,
-        question: row.text("question")?,
-        answers: row.texts("answers", "answer")?,
-        picture: row.picture()?,
-        ..Question::default()
-    })
-}
-
-fn mm_vet(row: &Row) -> Result<Question> {
-    Ok(Question {
-        id: row.text("question_id")?,
-        question: row.text("question")?,
-        answers: vec![row.text("answer")?],
-        capabilities: row.texts("capability", "")?,
-        picture: row.picture()?,
-        ..Question::default()
-    })
-}
-
-fn llava_bench(row: &Row) -> Result<Question> {
-    Ok(Question {
-        id: row.text("question_id")?,
-        question: row.text("question")?,
-        answers: vec![row.text("gpt_answer")?],
-        category: row.text("category")?,
-        context: row.texts_or_text("caption")?,
-        picture: row.picture()?,
-        ..Question::default()
-    })
-}
-
 fn extension(path: &Path, wanted: &str) -> bool {
     path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(wanted))
-}
-
-/// A cell that becomes part of a path: one name.
-fn plain_name(row: &Row, cell: &str) -> Result<String> {
-    let name = row.text(cell)?;
-    match name.contains(['/', '\\']) || name == ".." {
-        false => Ok(name),
-        true => Err(row
-            .error(format!("`{cell}` is {name:?}, expected a file name"), "compare with the published file")),
-    }
 }
 
 fn json_row(file: &Path, number: usize, value: Value) -> Result<Row<'_>> {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Seek, SeekFrom};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -17,7 +17,7 @@ use crate::coco::malformed;
 
 /// A cell of the picture column that is no longer than this names another row's index instead.
 const LONGEST_REFERENCE: usize = 64;
-/// Longest row, bytes: a quotation mark that is never closed must not take all memory.
+/// Longest row, bytes: neither an endless line nor a quotation mark that is never closed may take all memory.
 const LONGEST_ROW: usize = 256 << 20;
 /// The column with pictures.
 const COLUMN: &str = "image";
@@ -105,6 +105,8 @@ struct Records {
     reader: BufReader<File>,
     /// The byte at which the next row begins.
     position: u64,
+    /// Most bytes of a row.
+    longest: usize,
 }
 
 /// Where in a cell the reader is.
@@ -120,7 +122,7 @@ enum At {
 impl Records {
     fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|error| Error::io(path, error))?;
-        Ok(Self { reader: BufReader::with_capacity(1 << 18, file), position: 0 })
+        Ok(Self { reader: BufReader::with_capacity(1 << 18, file), position: 0, longest: LONGEST_ROW })
     }
 
     fn seek(&mut self, path: &Path, position: u64) -> Result<()> {
@@ -139,12 +141,19 @@ impl Records {
         };
         loop {
             line.clear();
-            let read = self.reader.read_until(b'\n', &mut line).map_err(|error| Error::io(path, error))?;
+            // One byte more than a row may have is enough to tell that it is too long.
+            let most = (self.longest + 1).saturating_sub(total) as u64;
+            let read = self.reader.by_ref().take(most).read_until(b'\n', &mut line);
+            let read = read.map_err(|error| Error::io(path, error))?;
             let byte_order = if self.position == 0 { b"\xef\xbb\xbf".as_slice() } else { b"" };
             let bytes = line.strip_prefix(byte_order).unwrap_or(&line);
             self.position += read as u64;
             total += read;
-            if (read == 0 && at == At::Quoted) || total > LONGEST_ROW {
+            if total > self.longest {
+                let what = format!("a row is longer than {} bytes", self.longest);
+                return Err(malformed(path, what, "a quotation mark is not closed: download the file again"));
+            }
+            if read == 0 && at == At::Quoted {
                 return Err(malformed(path, "a quotation mark is never closed", "download the file again"));
             }
             if read == 0 && cells.is_empty() && cell.is_empty() {
@@ -208,6 +217,21 @@ mod tests {
             ["", "a\tb", "\"", "x\ny", "plain", "5\" tall"].iter().map(|&cell| cell.to_owned()).collect();
         let text = crate::qa::write::tsv(&["1", "2", "3", "4", "5", "6"], std::slice::from_ref(&cells));
         assert_eq!(rows(text.as_bytes()).unwrap()[1], cells);
+    }
+
+    #[test]
+    fn rows_have_a_longest_length() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.tsv");
+        for (text, fits) in
+            [("abcd\tef\n", true), ("abcd\tefg\n", false), ("\"abc\nd\ne\"\n", false), ("abcdefgh", true)]
+        {
+            std::fs::write(&path, text).unwrap();
+            let mut records = Records { longest: 8, ..Records::open(&path).unwrap() };
+            let row = records.next(&path);
+            assert_eq!(row.is_ok(), fits, "{text:?}: {row:?}");
+            assert!(fits || row.unwrap_err().to_string().contains("longer than 8 bytes"));
+        }
     }
 
     #[test]

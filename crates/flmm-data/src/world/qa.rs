@@ -3,7 +3,7 @@
 
 use super::records::Record;
 use super::text::{Question, QuestionKind as Kind};
-use super::write::{make_folder, write_file, write_json};
+use super::write::{link, make_folder, write_file, write_json};
 use super::{Level, classes};
 use crate::qa::write::{Column, base64, parquet, tsv};
 use flmm::Result;
@@ -16,9 +16,9 @@ const OPTIONS: usize = 4;
 const ROWS_PER_GROUP: usize = 16;
 const YES_NO: &str = " Please answer yes or no.";
 
-/// Writes `OUT/qa/*` for `records`; pictures that the formats refer to by name must be in `OUT/coco/val2014`.
-pub(super) fn write(root: &Path, level: Level, records: &[Record]) -> Result<()> {
-    let folder = root.join("qa");
+/// Writes all benchmarks below `folder` for `records`, whose pictures lie in `pictures`; those that POPE and VQAv2 refer to
+/// by name must be in `OUT/coco/val2014`.
+pub(super) fn write(folder: &Path, pictures: &Path, level: Level, records: &[Record]) -> Result<()> {
     for name in [
         "pope",
         "mme/data",
@@ -33,12 +33,12 @@ pub(super) fn write(root: &Path, level: Level, records: &[Record]) -> Result<()>
     }
     pope(&folder.join("pope"), records)?;
     mme(&folder.join("mme"), records)?;
-    gqa(&folder.join("gqa"), records)?;
+    gqa(&folder.join("gqa"), pictures, records)?;
     vqa(&folder.join("vqav2"), records)?;
     ai2d(&folder.join("ai2d"), level, records)?;
     mmbench(&folder.join("mmbench"), level, records)?;
-    mm_vet(&folder.join("mmvet"), records)?;
-    llava_bench(&folder.join("llavabench"), records)
+    mm_vet(&folder.join("mmvet"), pictures, records)?;
+    llava_bench(&folder.join("llavabench"), pictures, records)
 }
 
 /// All questions of some kinds with the record they are about.
@@ -123,12 +123,12 @@ fn mme(folder: &Path, records: &[Record]) -> Result<()> {
     write_file(&folder.join("data/test-00000-of-00001.parquet"), &parquet(&columns, ROWS_PER_GROUP)?)
 }
 
-fn gqa(folder: &Path, records: &[Record]) -> Result<()> {
+fn gqa(folder: &Path, pictures: &Path, records: &[Record]) -> Result<()> {
     let mut entries = Map::new();
     for (record, question) in of_kinds(records, &[Kind::Colour, Kind::WhatIn, Kind::RelYesNo]) {
         let Some(answer) = short(question) else { continue };
         let image = record.image_id.to_string();
-        write_file(&folder.join("images").join(format!("{image}.jpg")), &record.jpeg)?;
+        link(&pictures.join(record.picture_name()), &folder.join("images").join(format!("{image}.jpg")))?;
         let entry = json!({
             "imageId": image,
             "question": question.question,
@@ -240,10 +240,10 @@ fn mmbench(folder: &Path, level: Level, records: &[Record]) -> Result<()> {
     write_file(&folder.join("mmbench_dev_world.tsv"), tsv(&header, &rows).as_bytes())
 }
 
-fn mm_vet(folder: &Path, records: &[Record]) -> Result<()> {
+fn mm_vet(folder: &Path, pictures: &Path, records: &[Record]) -> Result<()> {
     let mut entries = Map::new();
     for (record, question) in of_kinds(records, &[Kind::Reason, Kind::Where]) {
-        write_file(&folder.join("images").join(record.picture_name()), &record.jpeg)?;
+        link(&pictures.join(record.picture_name()), &folder.join("images").join(record.picture_name()))?;
         let capability: &[&str] =
             if question.kind == Kind::Reason { &["rec", "know"] } else { &["rec", "spat"] };
         let entry = json!({
@@ -258,13 +258,13 @@ fn mm_vet(folder: &Path, records: &[Record]) -> Result<()> {
     write_json(&folder.join("mm-vet.json"), &entries)
 }
 
-fn llava_bench(folder: &Path, records: &[Record]) -> Result<()> {
+fn llava_bench(folder: &Path, pictures: &Path, records: &[Record]) -> Result<()> {
     let (mut questions, mut answers, mut contexts) = (Vec::new(), Vec::new(), Vec::new());
     let kinds = [("conv", Kind::WhatIn), ("detail", Kind::List), ("complex", Kind::Reason)];
     for record in records {
         let Some((caption, _)) = &record.caption else { continue };
         let image = record.picture_name();
-        write_file(&folder.join("images").join(&image), &record.jpeg)?;
+        link(&pictures.join(&image), &folder.join("images").join(&image))?;
         contexts.push(json!({ "id": image, "image": image, "caption": caption }));
         for (category, kind) in kinds {
             let Some(question) = record.questions.iter().find(|q| q.kind == kind) else { continue };

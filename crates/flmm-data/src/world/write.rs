@@ -75,7 +75,7 @@ pub fn write(
     let records = Records::new(split, level, records?);
     records.write(&paths)?;
     if split != Split::Train {
-        super::qa::write(&folder.path, level, records.all())?;
+        super::qa::write(&folder.path.join("qa"), &paths.pictures, level, records.all())?;
     }
     write_json(&folder.path.join("world.json"), &settings)?;
     folder.finish(out)
@@ -221,10 +221,12 @@ pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     write_file(path, &bytes)
 }
 
-/// A second name for a picture; a copy where the file system has no links.
+/// A second name for a picture, unless it has it already; a copy where the file system has no links.
 pub(super) fn link(from: &Path, to: &Path) -> Result<()> {
-    if fs::hard_link(from, to).is_err() {
-        fs::copy(from, to).map_err(|error| Error::io(to, error))?;
+    match fs::hard_link(from, to) {
+        Ok(()) => Ok(()),
+        // Copying a picture onto a link of itself would empty it.
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        Err(_) => fs::copy(from, to).map(drop).map_err(|error| Error::io(to, error)),
     }
-    Ok(())
 }

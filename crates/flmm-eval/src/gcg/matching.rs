@@ -1,7 +1,6 @@
 //! Which predicted masks belong to which true ones: matched IoU and mask recall (`spec/evaluation.md` §4).
 
 use flmm::Result;
-use serde::{Deserialize, Serialize};
 
 use crate::runs::Runs;
 
@@ -19,6 +18,21 @@ pub fn transposed(matrix: &[Vec<f64>], width: usize) -> Vec<Vec<f64>> {
     (0..width).map(|column| matrix.iter().map(|row| row[column]).collect()).collect()
 }
 
+/// IoUs `[true][mask]` and similarities `[true][text]` with the text of every mask in the mask's column: `text_of` says
+/// which one it is. Masks without a text come last; texts without a mask are left out, because no mask can mean them.
+pub fn side_by_side(
+    ious: &[Vec<f64>],
+    similarity: &[Vec<f64>],
+    text_of: &[Option<usize>],
+) -> (Vec<Vec<f64>>, Vec<Vec<f64>>) {
+    let with_text = || text_of.iter().enumerate().filter_map(|(mask, text)| Some((mask, (*text)?)));
+    let without = || text_of.iter().enumerate().filter(|(_, text)| text.is_none()).map(|(mask, _)| mask);
+    let masks =
+        |row: &Vec<f64>| with_text().map(|(mask, _)| mask).chain(without()).map(|mask| row[mask]).collect();
+    let texts = |row: &Vec<f64>| with_text().map(|(_, text)| row[text]).collect();
+    (ious.iter().map(masks).collect(), similarity.iter().map(texts).collect())
+}
+
 /// Mean IoU of the pairs that a greedy pairing finds in `ious [predicted][true]`: the largest IoU first, until none above
 /// 0 is left. 0 without a pair. Masks without a partner cost nothing.
 pub fn matched_iou(ious: &[Vec<f64>]) -> f64 {
@@ -32,7 +46,7 @@ pub fn matched_iou(ious: &[Vec<f64>]) -> f64 {
 }
 
 /// Whose procedure counts recalled phrases.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Variant {
     /// GLaMM's evaluator: a picture whose best mask has no phrase counts as failed, without matches.
     Glamm,
@@ -97,6 +111,18 @@ mod tests {
         assert!((matched_iou(&ious) - 0.85).abs() < 1e-12);
         assert_eq!(matched_iou(&[vec![0.0], vec![0.0]]), 0.0);
         assert_eq!(matched_iou(&[]), 0.0);
+    }
+
+    /// Three entries: a text alone, a mask alone, both. The mask of the last one is compared with its own text.
+    #[test]
+    fn masks_are_compared_with_their_own_texts() {
+        let (ious, similarity) = (vec![vec![0.2, 0.9]], vec![vec![0.1, 0.8]]);
+        let (ious, similarity) = side_by_side(&ious, &similarity, &[None, Some(1)]);
+        assert_eq!((ious.clone(), similarity.clone()), (vec![vec![0.9, 0.2]], vec![vec![0.8]]));
+        for variant in [Variant::Glamm, Variant::Flmm] {
+            assert_eq!(recalled(&ious, &similarity, variant), Some(vec![(0, 0)]));
+        }
+        assert_eq!(side_by_side(&[vec![]], &[vec![0.5]], &[]), (vec![vec![]], vec![vec![]]));
     }
 
     #[test]

@@ -1,21 +1,24 @@
 //! The tasks `gcg_val` and `gcg_test`: describe a picture, mark what is spoken of (`spec/evaluation.md` §4).
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use flmm::grounder::{AnswerOptions, GroundOptions, GroundedPhrase};
 use flmm::lmm::Turn;
 use flmm::masks::Mask;
 use flmm::phrases::PhraseChoice;
-use flmm::{Error, Geometry, Grounder, Result};
+use flmm::weights::fingerprint;
+use flmm::{Error, Grounder, Result};
 use flmm_data::coco::RunLengths;
 use flmm_data::gcg::{Gcg, GcgSample};
 use flmm_data::images::ImageStore;
+use image::RgbImage;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::ap::{Detections, coco_stats};
-use super::matching::{Variant, ious, matched_iou, recalled, transposed};
+use super::matching::{Variant, ious, matched_iou, recalled, side_by_side, transposed};
 use super::similarity::Similarity;
 use crate::captions::meteor::{Meteor, MeteorData, Statistics};
 use crate::captions::{CaptionPair, by_words};
@@ -47,6 +50,14 @@ pub enum SimilaritySource {
     Model(PathBuf),
     /// A file with matrices.
     File(PathBuf),
+}
+
+impl SimilaritySource {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Model(path) | Self::File(path) => path,
+        }
+    }
 }
 
 /// How phrases are found in a caption.
@@ -87,7 +98,7 @@ impl Task for GcgTask {
         vec![
             Need::new(file("caption"), source),
             Need::new(file("mask"), source),
-            Need::new("GranDf/images", "the pictures of GranD-f's val and test split, <id>.jpg"),
+            Need::pictures("GranDf/images", "the pictures of GranD-f's val and test split, <id>.jpg"),
         ]
     }
 
@@ -114,8 +125,21 @@ impl Task for GcgTask {
             Some(SimilaritySource::File(file)) => Some(Similarity::file(file)?),
             None => None,
         };
-        let pictures = ImageStore::open(&settings.data)?;
-        Ok(Box::new(GcgSamples { data, ids, pictures, meteor, similarity, protocol }))
+        let scoring = json!({
+            "meteor": meteor.label(),
+            "meteor_data": protocol.meteor.as_deref().map(fingerprint).transpose()?,
+            "similarity": protocol.similarity.as_ref().map(|source| fingerprint(source.path())).transpose()?,
+        });
+        let pictures = settings.pictures()?;
+        Ok(Box::new(GcgSamples {
+            data,
+            ids,
+            pictures,
+            meteor,
+            similarity,
+            scoring,
+            phrases: protocol.phrases,
+        }))
     }
 
     fn aggregate(&self, scores: &[Value]) -> Result<Aggregate> {
@@ -203,10 +227,12 @@ pub fn metrics(mut scores: Vec<Score>) -> Result<Aggregate> {
 struct GcgSamples {
     data: Gcg,
     ids: Vec<String>,
-    pictures: ImageStore,
+    pictures: Arc<ImageStore>,
     meteor: Meteor,
     similarity: Option<Similarity>,
-    protocol: Protocol,
+    /// What scores depend on, as it is kept with them.
+    scoring: Value,
+    phrases: CaptionPhrases,
 }
 
 fn picture(sample: &GcgSample) -> String {
@@ -222,19 +248,21 @@ impl GcgSamples {
     fn rows(
         &self,
         rows: Rows,
-        truth: &[Mask],
+        (sample, image): (&GcgSample, &RgbImage),
+        grounder: &Grounder,
         phrases: &[GroundedPhrase],
-        geometry: &Geometry,
     ) -> Result<Vec<(&'static str, Vec<RunLengths>)>> {
         let mut out = Vec::new();
         if rows.kmeans {
+            let geometry = grounder.lmm().prepare_image(image)?.geometry;
+            let truth: Vec<Mask> = self.data.masks(sample)?.iter().map(Mask::from).collect();
             let cluster = |phrase: &GroundedPhrase| {
                 // No true mask belongs to a phrase of the model's own; the one that fits its mask best chooses.
                 let overlap = |mask: &&Mask| mask.iou(&phrase.mask).unwrap_or(0.0);
                 let nearest = truth.iter().max_by(|a, b| overlap(a).total_cmp(&overlap(b)));
                 let reference = nearest.filter(|mask| overlap(mask) > 0.0).unwrap_or(&phrase.mask);
                 match &phrase.maps {
-                    Some(maps) => Ok(better_cluster(maps, geometry, reference)?.to_coco()),
+                    Some(maps) => Ok(better_cluster(maps, &geometry, reference)?.to_coco()),
                     None => Ok(Runs::from(&phrase.mask).to_coco()),
                 }
             };
@@ -254,11 +282,15 @@ impl Samples for GcgSamples {
     }
 
     fn settings(&self) -> Value {
-        let phrases = match self.protocol.phrases {
+        let phrases = match self.phrases {
             CaptionPhrases::Keywords => "keywords",
             CaptionPhrases::Nouns => "nouns",
         };
-        json!({ "phrases": phrases, "meteor": self.meteor.label(), "similarity": self.similarity.is_some() })
+        json!({ "phrases": phrases })
+    }
+
+    fn scoring(&self) -> Value {
+        self.scoring.clone()
     }
 
     fn template(&self, index: usize) -> Result<Value> {
@@ -291,7 +323,7 @@ impl Samples for GcgSamples {
                 "the pictures and the caption file must belong together",
             ));
         }
-        let phrases = match self.protocol.phrases {
+        let phrases = match self.phrases {
             CaptionPhrases::Keywords => PhraseChoice::Keywords,
             CaptionPhrases::Nouns => PhraseChoice::NounPhrases,
         };
@@ -302,11 +334,6 @@ impl Samples for GcgSamples {
             ..AnswerOptions::default()
         };
         let answer = grounder.answer(&image, &[Turn::user(INSTRUCTION)], &options)?;
-        let truth = match rows.kmeans {
-            true => self.data.masks(sample)?.iter().map(Mask::from).collect(),
-            false => Vec::new(),
-        };
-        let geometry = grounder.lmm().prepare_image(&image)?.geometry;
         let marked = answer.phrases.iter().map(|phrase| Phrase {
             text: phrase.text.clone(),
             segmentation: Some(Runs::from(&phrase.mask).to_coco()),
@@ -320,7 +347,8 @@ impl Samples for GcgSamples {
             phrases: marked.collect(),
             ..Prediction::default()
         };
-        Ok(Predicted { prediction, rows: self.rows(rows, &truth, &answer.phrases, &geometry)? })
+        let rows = self.rows(rows, (sample, &image), grounder, &answer.phrases)?;
+        Ok(Predicted { prediction, rows })
     }
 
     /// A phrase without a mask, or a mask without a text, counts as missing in the one list only.
@@ -328,28 +356,30 @@ impl Samples for GcgSamples {
         let sample = &self.data.samples[index];
         prediction.check_picture(&self.ids[index])?;
         let truth = self.truth_masks(sample)?;
-        let masked =
-            (0..prediction.phrases.len()).filter(|&at| prediction.phrases[at].segmentation.is_some());
-        let masks: Vec<Runs> = masked.map(|at| prediction.mask(at, sample.size)).collect::<Result<_>>()?;
-        let texts: Vec<String> = prediction
-            .phrases
-            .iter()
-            .filter(|phrase| !phrase.text.is_empty())
-            .map(|phrase| phrase.text.clone())
-            .collect();
+        let (mut masks, mut texts, mut text_of) = (Vec::new(), Vec::new(), Vec::new());
+        for (at, phrase) in prediction.phrases.iter().enumerate() {
+            if phrase.segmentation.is_some() {
+                masks.push(prediction.mask(at, sample.size)?);
+                text_of.push((!phrase.text.is_empty()).then_some(texts.len()));
+            }
+            if !phrase.text.is_empty() {
+                texts.push(phrase.text.clone());
+            }
+        }
         let ious = ious(&masks, &truth)?;
         let by_truth = transposed(&ious, truth.len());
-        let count = |similarity: &[Vec<f64>], variant| {
-            recalled(&by_truth, similarity, variant).map_or(0, |matches| matches.len())
+        let count = |ious: &[Vec<f64>], similarity: &[Vec<f64>], variant| {
+            recalled(ious, similarity, variant).map_or(0, |matches| matches.len())
         };
         let mut found = Recalled {
-            masks: count(&vec![vec![1.0; masks.len()]; truth.len()], Variant::Glamm),
+            masks: count(&by_truth, &vec![vec![1.0; masks.len()]; truth.len()], Variant::Glamm),
             ..Recalled::default()
         };
         if let Some(similarity) = &self.similarity {
             let alike = similarity.between(&self.ids[index], &sample.phrases, &texts)?;
-            found.glamm = Some(count(&alike, Variant::Glamm));
-            found.flmm = Some(count(&alike, Variant::Flmm));
+            let (by_truth, alike) = side_by_side(&by_truth, &alike, &text_of);
+            found.glamm = Some(count(&by_truth, &alike, Variant::Glamm));
+            found.flmm = Some(count(&by_truth, &alike, Variant::Flmm));
         }
         let areas = |masks: &[Runs]| masks.iter().map(|mask| mask.area() as f64).collect();
         let score = Score {

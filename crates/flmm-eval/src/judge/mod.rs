@@ -7,11 +7,12 @@ pub mod parse;
 pub mod prompt;
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use flmm::{Error, Result};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use ureq::Agent;
 use ureq::http::{StatusCode, header};
 
@@ -24,6 +25,11 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 const LONGEST_REPLY: u64 = 4 << 20;
 /// Asked once per judge before anything is computed.
 const CHECK: &str = "Write the word ready and nothing else.";
+/// So many questions without a reply, one after the other, and the judge is not asked any more.
+const MOST_FAILURES: usize = 3;
+
+/// How often a judge is asked for a reply that can be read.
+pub(crate) const READINGS: usize = 3;
 
 /// Which judge, and how patiently it is asked.
 #[derive(Clone)]
@@ -69,7 +75,14 @@ pub struct Judge {
     endpoint: String,
     cache: Option<Cache>,
     prompts: [Prompt; 4],
-    sent: AtomicUsize,
+    failures: Mutex<Failures>,
+}
+
+/// Questions without a reply since the last one that had one, and why the last of them had none.
+#[derive(Default)]
+struct Failures {
+    count: usize,
+    last: Option<(String, String)>,
 }
 
 impl std::fmt::Debug for Judge {
@@ -89,8 +102,8 @@ pub type Reply = std::result::Result<String, String>;
 enum Fault {
     /// Worth another attempt, after this pause if the server names one.
     Passing(String, Option<Duration>),
-    /// Would be refused again.
-    Final(Error),
+    /// Would be refused again; what is wrong, and a hint.
+    Final(String, String),
 }
 
 impl Judge {
@@ -118,66 +131,94 @@ impl Judge {
             .timeout_global(Some(settings.timeout))
             .build()
             .into();
-        Ok(Self { agent, settings, endpoint, cache, prompts, sent: AtomicUsize::new(0) })
+        Ok(Self { agent, settings, endpoint, cache, prompts, failures: Mutex::default() })
     }
 
-    /// Asks something trivial, so that a wrong address, key or model is known before anything is computed.
+    /// Sends something trivial once, so that a wrong address, key or model is known before anything is computed. The cache
+    /// has no part in it.
+    ///
+    /// # Errors
+    /// If the judge refuses, or gives no reply.
     pub fn check(&self) -> Result<()> {
         let question =
             Question { temperature: 0.0, max_tokens: 8, system: String::new(), user: CHECK.into() };
-        self.ask(&question, 0)?.map(|_| ()).map_err(|reason| {
-            let what = format!("the judge at {} gives no reply: {reason}", self.endpoint);
-            Error::request(what, "check --judge-url and whether the server is up")
-        })
+        match self.send(&self.body(&question)) {
+            Ok(_) => Ok(()),
+            Err(Fault::Final(what, hint)) => Err(Error::request(what, hint)),
+            Err(Fault::Passing(reason, _)) => {
+                Err(Error::request(self.silent(&reason), "check --judge-url and whether the server is up"))
+            }
+        }
+    }
+
+    /// Why the judge is not asked any more, if so: it gave no reply to several questions, one after the other.
+    pub fn halted(&self) -> Option<Error> {
+        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let (what, hint) = failures.last.as_ref().filter(|_| failures.count >= MOST_FAILURES)?;
+        Some(Error::request(
+            format!(
+                "the judge is not asked any more after {MOST_FAILURES} questions without a reply: {what}"
+            ),
+            format!(
+                "{hint}; answers that are kept can be judged later: flmm eval score --predictions SAMPLES"
+            ),
+        ))
     }
 
     /// What results depend on: kept with them.
     pub fn describe(&self, role: Role) -> Value {
         let prompt = &self.prompts[role as usize];
-        json!({ "model": self.settings.model, "prompt": format!("{:016x}", fingerprint(&format!("{prompt:?}"))) })
+        let hash = Sha256::digest(format!("{prompt:?}"));
+        let hash: String = hash[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+        json!({ "model": self.settings.model, "prompt": hash })
     }
 
-    /// How many requests were sent; replies from the cache do not count.
-    pub fn requests(&self) -> usize {
-        self.sent.load(Ordering::Relaxed)
-    }
-
-    /// Asks in `role`, with `values` in the places of its prompt: the judge's reply, or why there is none after all
-    /// attempts at sending. Another `attempt` (from 0) is another question to the cache.
+    /// Asks in `role`, with `values` in the places of its prompt: the judge's reply, or why there is none: it refuses, or
+    /// all attempts at sending failed, or it is not asked any more ([`Judge::halted`]). Another `attempt` (from 0) is
+    /// another question to the cache.
     ///
     /// # Errors
-    /// If the judge refuses for good (key, model, address), or a reply cannot be kept.
+    /// If a reply cannot be kept.
     pub fn grade(&self, role: Role, values: &[(&str, &str)], attempt: usize) -> Result<Reply> {
         self.ask(&self.prompts[role as usize].fill(values), attempt)
     }
 
-    fn ask(&self, question: &Question, attempt: usize) -> Result<Reply> {
+    /// A chat request.
+    fn body(&self, question: &Question) -> Value {
         let mut messages = Vec::new();
         if !question.system.is_empty() {
             messages.push(json!({ "role": "system", "content": question.system }));
         }
         messages.push(json!({ "role": "user", "content": question.user }));
-        let body = json!({
+        json!({
             "model": self.settings.model,
             "messages": messages,
             "temperature": question.temperature,
             "max_tokens": question.max_tokens,
-        });
+        })
+    }
+
+    fn ask(&self, question: &Question, attempt: usize) -> Result<Reply> {
+        let body = self.body(question);
         let request = json!({ "url": self.endpoint, "attempt": attempt, "body": body });
         if let Some(reply) = self.cache.as_ref().and_then(|cache| cache.get(&request)) {
             return Ok(Ok(reply));
+        }
+        if let Some(error) = self.halted() {
+            return Ok(Err(error.to_string()));
         }
         let mut reason = String::new();
         let mut pause = self.settings.pause;
         for left in (0..self.settings.attempts.max(1)).rev() {
             match self.send(&body) {
                 Ok(reply) => {
+                    *self.failures.lock().unwrap_or_else(PoisonError::into_inner) = Failures::default();
                     if let Some(cache) = &self.cache {
                         cache.put(&request, &reply)?;
                     }
                     return Ok(Ok(reply));
                 }
-                Err(Fault::Final(error)) => return Err(error),
+                Err(Fault::Final(what, hint)) => return Ok(Err(self.failed(what, hint))),
                 Err(Fault::Passing(why, wait)) => {
                     reason = why;
                     if left > 0 {
@@ -187,12 +228,24 @@ impl Judge {
                 }
             }
         }
+        self.failed(self.silent(&reason), "check whether the server is up".to_owned());
         Ok(Err(reason))
+    }
+
+    fn silent(&self, reason: &str) -> String {
+        format!("the judge at {} gives no reply: {reason}", self.endpoint)
+    }
+
+    /// Counts a question without a reply, and gives the reason back.
+    fn failed(&self, what: String, hint: String) -> String {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        failures.count += 1;
+        failures.last = Some((what.clone(), hint));
+        what
     }
 
     fn send(&self, body: &Value) -> Result<String, Fault> {
         let passing = |error: ureq::Error| Fault::Passing(error.to_string(), None);
-        self.sent.fetch_add(1, Ordering::Relaxed);
         let mut request = self.agent.post(&self.endpoint).header(header::CONTENT_TYPE, "application/json");
         if let Some(key) = &self.settings.key {
             request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
@@ -230,12 +283,6 @@ impl Judge {
             status.as_u16(),
             said.unwrap_or_default()
         );
-        Fault::Final(Error::request(what, hint))
+        Fault::Final(what, hint.to_owned())
     }
-}
-
-/// A short name for a text (FNV-1a).
-fn fingerprint(text: &str) -> u64 {
-    text.bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }

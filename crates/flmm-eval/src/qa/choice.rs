@@ -3,11 +3,6 @@
 /// Letters that options can have.
 const LETTERS: [char; 5] = ['A', 'B', 'C', 'D', 'E'];
 
-/// Letter of option number `index`; `None` behind Z.
-pub fn letter(index: usize) -> Option<char> {
-    u8::try_from(index).ok().filter(|&i| i < 26).map(|i| char::from(b'A' + i))
-}
-
 /// AI2D's reading of a reply: one that begins, after blanks, with a capital letter and a dot is that letter; any
 /// other stays as it is.
 pub fn leading_letter(reply: &str) -> &str {
@@ -73,11 +68,6 @@ pub fn infer_text(reply: &str, options: &[(char, String)]) -> Option<char> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn letters_of_options() {
-        assert_eq!((letter(0), letter(25), letter(26)), (Some('A'), Some('Z'), None));
-    }
 
     #[test]
     fn only_a_capital_letter_with_a_dot_leads() {

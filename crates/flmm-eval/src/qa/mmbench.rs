@@ -6,12 +6,10 @@ use flmm::Result;
 use serde::{Deserialize, Serialize};
 
 use super::choice;
+use crate::judge::READINGS;
 
 /// Copies of an item are numbered this far apart.
 pub const ROTATION: u64 = 1_000_000;
-
-/// How often the judge is asked for one reply.
-pub const JUDGE_ATTEMPTS: usize = 3;
 
 /// One copy of an item and the letter that the model's reply means.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,7 +81,7 @@ pub fn judged(
     options: &[(char, String)],
     mut ask: impl FnMut(usize) -> Result<Option<String>>,
 ) -> Result<Option<char>> {
-    for attempt in 0..JUDGE_ATTEMPTS {
+    for attempt in 0..READINGS {
         let Some(reply) = ask(attempt)? else { return Ok(None) };
         if let Some(letter) = choice::infer(&reply, options) {
             return Ok(Some(letter));

@@ -88,7 +88,7 @@ pub struct QaSamples {
 impl QaSamples {
     /// Reads the questions below the data root.
     pub fn open(benchmark: Benchmark, settings: &Settings) -> Result<Self> {
-        let data = QaData::open(&settings.data, benchmark)?;
+        let data = QaData::open_in(settings.pictures()?, benchmark)?;
         let ids = data.questions.iter().map(|question| question.id.clone()).collect();
         let judge = settings.judge.clone().filter(|_| role(benchmark).is_some());
         Ok(Self { benchmark, data, ids, judge })
@@ -111,12 +111,16 @@ impl Samples for QaSamples {
         &self.ids
     }
 
-    fn settings(&self) -> Value {
+    fn scoring(&self) -> Value {
         let judge = self.judge.as_ref().zip(role(self.benchmark)).map(|(judge, role)| judge.describe(role));
         match judge {
             Some(judge) => json!({ "judge": judge }),
             None => Value::Null,
         }
+    }
+
+    fn halted(&self) -> Option<Error> {
+        self.judge.as_ref()?.halted()
     }
 
     fn template(&self, index: usize) -> Result<Value> {

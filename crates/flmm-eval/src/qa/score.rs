@@ -10,12 +10,9 @@ use serde_json::{Value, json};
 use super::mmbench::{Copy, circular, judged};
 use super::yes_no::{MmeScore, Verdict, mme, mme_right, pope};
 use super::{choice, normalise, vqa};
-use crate::judge::{Judge, Role, offline, parse};
+use crate::judge::{Judge, READINGS, Role, offline, parse};
 use crate::record::Metrics;
 use crate::task::{Aggregate, parse_scores};
-
-/// How often a judge is asked for a number that can be read.
-const JUDGE_ATTEMPTS: usize = 3;
 
 /// POPE.
 #[derive(Debug, Serialize, Deserialize)]
@@ -43,13 +40,14 @@ struct OpenScore {
 /// What is known of a free answer with and without a judge.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Graded {
-    /// The judge's score of the answer; none without a judge.
+    /// The judge's score of the answer; none without a judge, and of LLaVA-Bench where it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub judge: Option<f64>,
     /// Its score of the reference (LLaVA-Bench).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference: Option<f64>,
-    /// Why the judge gave none; the answer then counts 0.
+    /// Why the judge gave none. The answer then counts 0, as published; in LLaVA-Bench, whose score is a quotient, it
+    /// counts in neither sum.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,
     /// [`offline::exact`].
@@ -74,7 +72,7 @@ impl Graded {
         attempts: usize,
         read: impl Fn(&str) -> Option<(Option<f64>, f64)>,
     ) -> Result<Self> {
-        self.judge = Some(0.0);
+        self.judge = (role != Role::LlavaBench).then_some(0.0);
         for attempt in 0..attempts {
             match judge.grade(role, values, attempt)? {
                 Ok(reply) => match read(&reply) {
@@ -134,7 +132,7 @@ pub(super) fn score(
                 let values =
                     [("question", question.question.as_str()), ("reference", gold), ("answer", reply)];
                 let read = |reply: &str| Some((None, parse::mmvet_score(reply)?));
-                graded = graded.ask(judge, Role::MmVet, &values, JUDGE_ATTEMPTS, read)?;
+                graded = graded.ask(judge, Role::MmVet, &values, READINGS, read)?;
             }
             json!(OpenScore { groups: question.capabilities.clone(), graded })
         }
@@ -150,7 +148,7 @@ pub(super) fn score(
                 let read = |reply: &str| {
                     parse::llavabench_scores(reply).map(|(reference, answer)| (Some(reference), answer))
                 };
-                graded = graded.ask(judge, Role::LlavaBench, &values, JUDGE_ATTEMPTS, read)?;
+                graded = graded.ask(judge, Role::LlavaBench, &values, READINGS, read)?;
             }
             json!(OpenScore { groups: vec![question.category.clone()], graded })
         }
@@ -239,8 +237,9 @@ fn open(benchmark: Benchmark, scores: &[OpenScore]) -> Result<Aggregate> {
         (whole > 0.0).then(|| 100.0 * sum / whole)
     };
     let mut metrics = Metrics::default();
-    // Answers of which some were never judged have no comparable score.
-    if scores.iter().all(|score| score.graded.judge.is_some())
+    // Answers of which some were never given to a judge have no comparable score.
+    let asked = |graded: &Graded| graded.judge.is_some() || graded.failed.is_some();
+    if scores.iter().all(|score| asked(&score.graded))
         && let Some(score) = judged(None)
     {
         metrics.push("score", score);

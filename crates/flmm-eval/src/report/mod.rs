@@ -3,16 +3,16 @@
 mod classify;
 mod page;
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use flmm::{Error, Result};
 use serde::Deserialize;
+use serde_json::Value;
 
+use crate::lines::Lines;
 use crate::record::Prediction;
-use crate::results::{TaskResult, samples_files};
+use crate::results::{Header, TaskResult, check_run, read_header, samples_files};
 use crate::runs::Runs;
 use crate::task::{Samples, Truth};
 
@@ -68,7 +68,9 @@ pub struct ReportOptions {
 
 /// A line of a samples file, without its scores.
 #[derive(Deserialize)]
-struct Line {
+struct Made {
+    #[serde(default)]
+    run: Option<String>,
     #[serde(flatten)]
     prediction: Prediction,
 }
@@ -77,7 +79,8 @@ impl Report {
     /// Adds the failures of one task in the run folder `out`. `false` if the task has no masks to look at.
     ///
     /// # Errors
-    /// A line that is damaged or belongs to another sample, with its number.
+    /// If the run was made with other data or another protocol than `samples`; a line that is damaged, of another run, or
+    /// belongs to another sample, with its number.
     pub fn add(
         &mut self,
         out: &Path,
@@ -85,29 +88,30 @@ impl Report {
         samples: &dyn Samples,
         options: ReportOptions,
     ) -> Result<bool> {
+        if samples.ids().is_empty() || samples.truth(0)?.is_none() {
+            return Ok(false);
+        }
+        let Some(header) = read_header(out, task)? else { return Ok(false) };
+        same_samples(out, &header, samples)?;
+        let key = header.key()?;
         let index: HashMap<&str, usize> = samples.ids().iter().map(String::as_str).zip(0..).collect();
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         let mut kept: BTreeMap<Kind, Vec<Failure>> = BTreeMap::new();
         for file in samples_files(out, task)? {
-            let reader =
-                BufReader::with_capacity(1 << 20, File::open(&file).map_err(|e| Error::io(&file, e))?);
-            for (number, line) in reader.lines().enumerate() {
-                let line = line.map_err(|e| Error::io(&file, e))?;
-                let named = |what: String| {
-                    let hint = "make the report with the same data and protocol as the run";
-                    Error::config(&file, format!("line {}: {what}", number + 1), hint)
-                };
-                // A run that was stopped may leave a torn last line; its sample is computed again.
-                if !line.ends_with('}') {
-                    continue;
-                }
-                let Line { prediction } = serde_json::from_str(&line).map_err(|e| named(e.to_string()))?;
+            let mut lines = Lines::open(&file)?;
+            // A run that was stopped may leave a torn last line; its sample is computed again.
+            while let Some(line) = lines.next()?.filter(|line| !line.is_torn()) {
+                let named =
+                    |what: String| Error::config(&file, format!("line {}: {what}", line.number), SAME_DATA);
+                let Made { run, prediction } =
+                    serde_json::from_slice(&line.text).map_err(|e| named(e.to_string()))?;
+                check_run(&file, line.number, run.as_deref(), &key)?;
                 let Some(&at) = index.get(prediction.id.as_str()) else {
                     return Err(named(format!("the data have no sample `{}`", prediction.id)));
                 };
                 let Some(truth) = samples.truth(at)? else { return Ok(false) };
                 if seen.insert(at) {
-                    self.look(task, prediction, (&picture(samples, at)?, truth), options, &mut kept)
+                    self.look(task, prediction, (samples, at, truth), options, &mut kept)
                         .map_err(|e| named(e.to_string()))?;
                 }
             }
@@ -124,12 +128,14 @@ impl Report {
         &mut self,
         task: &str,
         prediction: Prediction,
-        (picture, truth): (&str, Truth),
+        (samples, at, truth): (&dyn Samples, usize, Truth),
         options: ReportOptions,
         kept: &mut BTreeMap<Kind, Vec<Failure>>,
     ) -> Result<()> {
         let counts = self.counts.entry(task.to_owned()).or_default();
         let verdicts = classify::classify(&prediction, &truth, options.threshold)?;
+        // Most samples have no failure, whose picture would have to be named.
+        let mut named = None;
         for ((phrase, mask), verdict) in truth.phrases.into_iter().zip(verdicts) {
             counts.0 += 1;
             let Some(kind) = verdict.kind else { continue };
@@ -148,7 +154,10 @@ impl Report {
                 predicted_phrase,
                 prompt: prediction.prompt.clone(),
                 answer: prediction.answer.clone(),
-                picture: picture.to_owned(),
+                picture: match &named {
+                    Some(name) => String::clone(name),
+                    None => named.insert(picture(samples, at)?).clone(),
+                },
                 predicted: verdict.predicted.map(|(_, mask)| mask),
                 truth: mask,
             });
@@ -157,6 +166,30 @@ impl Report {
             }
         }
         Ok(())
+    }
+}
+
+const SAME_DATA: &str = "make the report with the same data and protocol as the run";
+
+/// An error if the run of `header` had other samples: another protocol, or another number of them.
+fn same_samples(out: &Path, header: &Header, samples: &dyn Samples) -> Result<()> {
+    let settings = samples.settings();
+    let now = settings.as_object().into_iter().flatten();
+    // What only scores depend on does not matter here, and stands in the header beside the settings.
+    let there = |name: &str| header.settings.get(name).cloned().unwrap_or(Value::Null);
+    let differs = |(name, now): (&String, &Value)| {
+        (there(name) != *now).then(|| format!("{name} {} there, {now} now", there(name)))
+    };
+    let mut differences: Vec<String> = now.filter_map(differs).collect();
+    if header.of != samples.ids().len() {
+        differences.push(format!("number of samples {} there, {} now", header.of, samples.ids().len()));
+    }
+    match differences.is_empty() {
+        true => Ok(()),
+        false => Err(Error::request(
+            format!("{} holds other samples of {}: {}", out.display(), header.task, differences.join("; ")),
+            SAME_DATA,
+        )),
     }
 }
 

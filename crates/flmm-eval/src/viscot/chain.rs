@@ -1,6 +1,6 @@
 //! Describe, ground, look again: the visual chain of thought of any model (`spec/evaluation.md` §5.2).
 
-use flmm::grounder::{AnswerOptions, Caption, Observation, Session};
+use flmm::grounder::{AnswerOptions, Observation, Session};
 use flmm::lmm::{Lmm, Turn};
 use flmm::masks::Mask;
 use flmm::nn::bilinear;
@@ -8,6 +8,7 @@ use flmm::{Grounder, Result};
 use image::RgbImage;
 
 use super::region::{box_from_mask, crop, side_by_side};
+use crate::marks::{observe_reply, one_phrase};
 use crate::qa::{reply, reply_in};
 
 /// What is added to the question, without a blank before it, to make the model describe what it should look at.
@@ -26,17 +27,6 @@ pub enum Variant {
     V2,
     /// Just answer.
     V3,
-}
-
-impl Variant {
-    /// `v1`, `v2` or `v3`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::V1 => "v1",
-            Self::V2 => "v2",
-            Self::V3 => "v3",
-        }
-    }
 }
 
 /// What the chain leaves open.
@@ -78,8 +68,10 @@ pub fn answer(
     most_tokens: usize,
 ) -> Result<Chain> {
     let (thought, observation) = match variant {
-        Variant::V1 => think(grounder, picture, question)?,
-        Variant::V2 => (String::new(), read_question(grounder, picture, question)?),
+        Variant::V1 => think(grounder, session(grounder, picture, protocol)?, question)?,
+        Variant::V2 => {
+            (String::new(), read_question(grounder, session(grounder, picture, protocol)?, question)?)
+        }
         Variant::V3 => {
             let turn = Turn::user(format!("{question}{suffix}"));
             let answer = reply(grounder, picture, &turn, most_tokens)?;
@@ -96,29 +88,29 @@ pub fn answer(
     Ok(Chain { thought, box_in_image, mask, answer })
 }
 
+/// A session about `picture` in which something is looked for: SAM looks at it only if masks are refined.
+fn session(grounder: &Grounder, picture: &RgbImage, protocol: &Protocol) -> Result<Session> {
+    let session = grounder.start(picture)?;
+    Ok(if protocol.sam { session } else { session.coarse_only() })
+}
+
 /// The model's thought and what it looked at while it had it; nothing if it said nothing.
-fn think(grounder: &Grounder, picture: &RgbImage, question: &str) -> Result<(String, Option<Observation>)> {
-    let mut session = grounder.start(picture)?;
+fn think(grounder: &Grounder, mut session: Session, question: &str) -> Result<(String, Option<Observation>)> {
     let turns = [Turn::user(format!("{question}{LOOK_FOR}")), Turn::opening(OPENING)];
-    session.turns = turns.to_vec();
     let options = AnswerOptions {
         max_new_tokens: MOST_THOUGHT_TOKENS,
         phrases: None,
         stop_words: vec![".".into()],
         ..AnswerOptions::default()
     };
-    let thought = grounder.reply(&mut session, &options, &mut |_| {})?;
-    if thought.token_ids.is_empty() {
-        return Ok((String::new(), None));
-    }
-    let observation = grounder.observe_in(&mut session, &turns, &one_phrase(thought.token_ids))?;
-    Ok((thought.answer.trim().to_owned(), Some(observation)))
+    let (thought, observation) = observe_reply(grounder, &mut session, &turns, &options)?;
+    Ok((thought.trim().to_owned(), observation))
 }
 
 /// What the model looks at while it reads the question, up to its last word; nothing where it has no tokens.
 ///
 /// As published, the question's end is found by putting one more image token behind it, which is cut off.
-fn read_question(grounder: &Grounder, picture: &RgbImage, question: &str) -> Result<Option<Observation>> {
+fn read_question(grounder: &Grounder, mut session: Session, question: &str) -> Result<Option<Observation>> {
     let lmm = grounder.lmm();
     let (before, ids) = (wrapped(lmm, "")?, wrapped(lmm, question)?);
     let shared = before.iter().zip(&ids).take_while(|(a, b)| a == b).count();
@@ -126,7 +118,6 @@ fn read_question(grounder: &Grounder, picture: &RgbImage, question: &str) -> Res
     if question.is_empty() {
         return Ok(None);
     }
-    let mut session: Session = grounder.start(picture)?;
     grounder.observe_tokens(&mut session, 0, prompt, &one_phrase(question.to_vec())).map(Some)
 }
 
@@ -140,11 +131,6 @@ pub fn wrapped(lmm: &dyn Lmm, question: &str) -> Result<Vec<u32>> {
         ids.truncate(end);
     }
     Ok(ids)
-}
-
-/// All tokens as one phrase.
-fn one_phrase(token_ids: Vec<u32>) -> Caption {
-    Caption { mask_ids: vec![0; token_ids.len()], token_ids }
 }
 
 /// The mask of the only phrase at the picture's own size. The mask head's logits are brought to that size before SAM

@@ -64,15 +64,11 @@ fn way(variant: Variant) -> &'static str {
     }
 }
 
-fn settings(variant: Variant, protocol: &Protocol, judge: Option<&Judge>) -> Value {
-    let mut settings = match variant {
-        Variant::V3 => json!({}),
+fn settings(variant: Variant, protocol: &Protocol) -> Value {
+    match variant {
+        Variant::V3 => Value::Null,
         _ => json!({ "sam": protocol.sam, "box_scale": protocol.box_scale }),
-    };
-    if let Some(judge) = judge {
-        settings["judge"] = judge.describe(Role::VisCot);
     }
-    settings
 }
 
 /// A chain as a prediction: the thought is its only phrase.
@@ -116,8 +112,13 @@ impl Task for VisCot {
         let folder = settings.data.join(FOLDER);
         let mut questions = Vec::new();
         let mut ids = Vec::new();
+        let mut stems: BTreeMap<String, PathBuf> = BTreeMap::new();
         for path in files(&folder)? {
             let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            if let Some(other) = stems.insert(stem.clone(), path.clone()) {
+                let what = format!("`{}` is a file of the same dataset", other.display());
+                return Err(Error::config(path, what, "keep one of the two"));
+            }
             for (number, question) in viscot::read(&path)?.into_iter().enumerate() {
                 ids.push(format!("{stem}-{number}"));
                 questions.push((stem.clone(), question));
@@ -127,7 +128,7 @@ impl Task for VisCot {
             let what = format!("{} holds no benchmark files", folder.display());
             return Err(Error::request(what, "put docvqa.json, textvqa.json and the others there"));
         }
-        let pictures = ImageStore::open(&settings.data)?;
+        let pictures = settings.pictures()?;
         let (variant, protocol, judge) = (self.variant, settings.cot, settings.judge.clone());
         Ok(Box::new(VisCotSamples { pictures, questions, ids, variant, protocol, judge }))
     }
@@ -193,7 +194,7 @@ fn metrics(scores: &[Score]) -> Aggregate {
 }
 
 struct VisCotSamples {
-    pictures: ImageStore,
+    pictures: Arc<ImageStore>,
     /// With the name of their dataset.
     questions: Vec<(String, VisCotQuestion)>,
     ids: Vec<String>,
@@ -214,7 +215,15 @@ impl Samples for VisCotSamples {
     }
 
     fn settings(&self) -> Value {
-        settings(self.variant, &self.protocol, self.judge.as_deref())
+        settings(self.variant, &self.protocol)
+    }
+
+    fn scoring(&self) -> Value {
+        self.judge.as_ref().map_or(Value::Null, |judge| json!({ "judge": judge.describe(Role::VisCot) }))
+    }
+
+    fn halted(&self) -> Option<Error> {
+        self.judge.as_ref()?.halted()
     }
 
     fn template(&self, index: usize) -> Result<Value> {
@@ -289,7 +298,7 @@ impl Samples for PopeCotSamples {
     }
 
     fn settings(&self) -> Value {
-        settings(self.variant, &self.protocol, None)
+        settings(self.variant, &self.protocol)
     }
 
     fn template(&self, index: usize) -> Result<Value> {

@@ -24,6 +24,9 @@ pub(crate) enum Act {
 
 type Log = Arc<Mutex<Vec<(String, Value)>>>;
 
+/// What is said to a request when the script is at its end.
+type Otherwise = fn(&Value) -> &'static str;
+
 pub(crate) struct FakeJudge {
     pub(crate) url: String,
     script: Arc<Mutex<VecDeque<Act>>>,
@@ -33,6 +36,11 @@ pub(crate) struct FakeJudge {
 impl FakeJudge {
     /// Does `acts` one after the other, then says "score: 1" for ever.
     pub(crate) fn new(acts: impl IntoIterator<Item = Act>) -> Self {
+        Self::saying(acts, |_| "score: 1")
+    }
+
+    /// Does `acts` one after the other, then says what `otherwise` makes of a request.
+    pub(crate) fn saying(acts: impl IntoIterator<Item = Act>, otherwise: Otherwise) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/v1", listener.local_addr().unwrap());
         let script: Arc<Mutex<VecDeque<Act>>> = Arc::new(Mutex::new(acts.into_iter().collect()));
@@ -41,7 +49,7 @@ impl FakeJudge {
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let (acts, requests) = (acts.clone(), requests.clone());
-                std::thread::spawn(move || serve(stream, &acts, &requests));
+                std::thread::spawn(move || serve(stream, &acts, &requests, otherwise));
             }
         });
         Self { url, script, log }
@@ -58,7 +66,7 @@ impl FakeJudge {
     }
 }
 
-fn serve(stream: TcpStream, acts: &Mutex<VecDeque<Act>>, log: &Log) -> Option<()> {
+fn serve(stream: TcpStream, acts: &Mutex<VecDeque<Act>>, log: &Log, otherwise: Otherwise) -> Option<()> {
     let mut reader = BufReader::new(stream);
     let (mut head, mut length) = (String::new(), 0);
     loop {
@@ -75,8 +83,9 @@ fn serve(stream: TcpStream, acts: &Mutex<VecDeque<Act>>, log: &Log) -> Option<()
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body).ok()?;
-    log.lock().unwrap().push((head, serde_json::from_slice(&body).ok()?));
-    let act = acts.lock().unwrap().pop_front().unwrap_or(Act::Say("score: 1"));
+    let asked: Value = serde_json::from_slice(&body).ok()?;
+    let act = acts.lock().unwrap().pop_front().unwrap_or_else(|| Act::Say(otherwise(&asked)));
+    log.lock().unwrap().push((head, asked));
     let mut stream = reader.into_inner();
     let completion =
         |text: &str| json!({ "choices": [{ "message": { "role": "assistant", "content": text } }] });

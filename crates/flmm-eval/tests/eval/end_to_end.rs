@@ -4,13 +4,13 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 use flmm::Grounder;
-use flmm::grounder::ModelPaths;
+use flmm::grounder::{ModelPaths, Revision};
 use flmm_data::world::Level;
-use flmm_eval::run::{Ran, RunOptions, run};
+use flmm_eval::run::{Model, Ran, RunOptions, run};
 use flmm_eval::score::score;
 use flmm_eval::{Rows, Settings, find, registry, results};
 
-use crate::support::{Count, options, repository, tiny, world_of};
+use crate::support::{Count, options, repository, revision, tiny, world_of};
 
 const TASKS: [&str; 8] = [
     "refcoco_val",
@@ -27,7 +27,8 @@ const BOTH: Rows = Rows { coarse: true, kmeans: true };
 fn run_task(name: &str, settings: &Settings, grounder: &Grounder, options: &RunOptions) -> (Ran, usize) {
     let samples = find(name).unwrap().open(settings).unwrap();
     let mut watch = Count::default();
-    let ran = run(name, samples.as_ref(), ("tiny", grounder), options, &mut watch).unwrap();
+    let model = Model { name: "tiny", revision: &revision(), grounder };
+    let ran = run(name, samples.as_ref(), model, options, &mut watch).unwrap();
     (ran, watch.done)
 }
 
@@ -92,14 +93,55 @@ fn resumes_after_a_kill(settings: &Settings, grounder: &Grounder, whole: &Path) 
     assert_eq!(one, two);
     assert_eq!(text(&out.join("results.json")), text(&shards.join("results.json")));
 
-    // Another model, or other settings, must not be mixed in.
+    nothing_else_is_mixed_in(settings, grounder, out);
+}
+
+/// Another model, another state of the same one, other settings: the folder is refused, and its samples stay.
+fn nothing_else_is_mixed_in(settings: &Settings, grounder: &Grounder, out: &Path) {
+    let name = "refcoco_val";
+    let file = out.join(format!("samples_{name}.jsonl"));
+    let before = text(&file);
     let samples = find(name).unwrap().open(settings).unwrap();
-    let mut watch = Count::default();
-    let error = run(name, samples.as_ref(), ("other", grounder), &options(out, 2, BOTH), &mut watch);
-    assert!(error.unwrap_err().to_string().contains(r#"model "tiny" there, "other" now"#));
-    let error =
-        run(name, samples.as_ref(), ("tiny", grounder), &options(out, 2, Rows::default()), &mut watch);
-    assert!(error.unwrap_err().to_string().contains("settings {"));
+    let refused = |name: &str, model: &str, revision: &Revision, rows: Rows, wanted: &str| {
+        let model = Model { name: model, revision, grounder };
+        let error = run(name, samples.as_ref(), model, &options(out, 2, rows), &mut Count::default());
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(wanted), "{wanted}: {error}");
+    };
+    let known = revision();
+    let other = |change: fn(&mut Revision)| {
+        let mut other = known.clone();
+        change(&mut other);
+        other
+    };
+    refused(name, "other", &known, BOTH, r#"model "tiny" there, "other" now"#);
+    refused(name, "tiny", &other(|r| r.lmm = "x".into()), BOTH, r#"model's lmm "1" there, "x" now"#);
+    refused(name, "tiny", &other(|r| r.head = None), BOTH, r#"model's head "3" there, null now"#);
+    refused(name, "tiny", &other(|r| r.sam = None), BOTH, "model's sam");
+    refused(name, "tiny", &other(|r| r.dtype = "bf16".into()), BOTH, "model's dtype");
+    refused(name, "tiny", &other(|r| r.image_size = Some(448)), BOTH, "model's image_size");
+    refused(name, "tiny", &other(|r| r.vision_towers = vec!["t".into()]), BOTH, "model's vision_towers");
+    refused(name, "tiny", &known, Rows::default(), "settings {");
+    assert_eq!(text(&file), before);
+
+    // Samples of such a run, copied beside the others, are told apart by their lines.
+    let stranger = before.replacen(r#""run":""#, r#""run":"0"#, 1);
+    assert_ne!(stranger, before);
+    std::fs::write(&file, stranger).unwrap();
+    let error = results::build(out).unwrap_err().to_string();
+    assert!(error.contains("line 1 was made with another model"), "{error}");
+    std::fs::write(&file, &before).unwrap();
+    // Nor do two states of a model stand in one table.
+    let header = results::header_file(out, "png");
+    let mut second = text(&results::header_file(out, name)).replace(name, "png");
+    second = second.replace(r#""lmm": "1""#, r#""lmm": "2""#);
+    std::fs::write(&header, second).unwrap();
+    let line = r#"{"id": "0", "scores": {"iou": [], "accuracy": [], "thing": [], "plural": []}}"#;
+    std::fs::write(out.join("samples_png.jsonl"), format!("{line}\n")).unwrap();
+    let error = results::build(out).unwrap_err().to_string();
+    assert!(error.contains("two models called tiny: png and refcoco_val"), "{error}");
+    std::fs::remove_file(header).unwrap();
+    results::build(out).unwrap();
 }
 
 #[test]
@@ -113,21 +155,23 @@ fn the_real_formats_run_end_to_end() {
     };
     let grounder = Grounder::open(&paths, &Device::Cpu, DType::F32).unwrap();
     let settings = Settings { data: fixtures.join("datasets/tree"), ..Settings::default() };
+    let store = settings.pictures().unwrap();
+    let revision = revision();
+    let model = Model { name: "random", revision: &revision, grounder: &grounder };
     let out = tempfile::tempdir().unwrap();
     let mut ran = Vec::new();
     for task in registry() {
         let name = task.name();
         let ours = ["refcoco", "png", "reasonseg", "gcg"].iter().any(|start| name.starts_with(start));
         // The random head has no keyword selector; not every split is in the trees.
-        if !ours || name == "png_keywords" || task.needs().iter().any(|need| !need.is_present(&settings.data))
-        {
+        if !ours || name == "png_keywords" || task.needs().iter().any(|need| !need.is_present(&store)) {
             continue;
         }
         let Ok(samples) = task.open(&settings) else { continue };
         let all = samples.ids().len();
         let mut watch = Count::default();
         let options = options(out.path(), 2, BOTH);
-        let done = run(name, samples.as_ref(), ("random", &grounder), &options, &mut watch).unwrap().done;
+        let done = run(name, samples.as_ref(), model, &options, &mut watch).unwrap().done;
         assert_eq!(done, all.min(2), "{name}");
         ran.push(name.to_owned());
     }

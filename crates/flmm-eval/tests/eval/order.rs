@@ -32,7 +32,8 @@ fn scores(task: &str, [a, b, c]: [u32; 3]) -> Value {
 }
 
 fn result(task: &dyn Task, scores: &Scores, of: usize) -> TaskResult {
-    let header = Header { task: task.name().into(), model: "m".into(), settings: Value::Null, of };
+    let header =
+        Header { task: task.name().into(), model: "m".into(), revision: None, settings: Value::Null, of };
     scores.result(task, &header).unwrap()
 }
 
@@ -76,7 +77,7 @@ proptest! {
                     writeln!(file, "{}", lines[at]).unwrap();
                 }
                 write!(file, r#"{{"id": "torn", "sco"#).unwrap();
-                read_samples(&path, &mut shared).unwrap();
+                read_samples(&path, "key", &mut shared).unwrap();
             }
             let found = result(task.as_ref(), &shared, lines.len());
             prop_assert_eq!(serde_json::to_string(&found).unwrap(), serde_json::to_string(&wanted).unwrap());

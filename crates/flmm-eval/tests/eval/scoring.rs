@@ -112,6 +112,21 @@ fn protocols_count_what_they_say() {
     }
 }
 
+/// Two files of one dataset would give two questions of one id.
+#[test]
+fn a_dataset_of_the_visual_chain_of_thought_has_one_file() {
+    let (_folder, settings) = world(2);
+    let viscot = settings.data.join("viscot");
+    let open = || find("viscot").unwrap().open(&settings).map(|samples| samples.ids().len());
+    assert!(open().unwrap() > 0);
+    std::fs::create_dir(viscot.join("benchmark")).unwrap();
+    std::fs::rename(viscot.join("world.json"), viscot.join("benchmark/world.json")).unwrap();
+    assert!(open().unwrap() > 0);
+    std::fs::copy(viscot.join("benchmark/world.json"), viscot.join("world.json")).unwrap();
+    let error = open().unwrap_err().to_string();
+    assert!(error.contains("world.json") && error.contains("is a file of the same dataset"), "{error}");
+}
+
 #[test]
 fn faults_are_named_and_the_rest_counts() {
     let (_folder, settings) = world(14);
@@ -158,10 +173,40 @@ fn faults_are_named_and_the_rest_counts() {
     assert_eq!(results.tasks["refcoco_val"].metrics, result.metrics);
     let listed = std::fs::read_to_string(out.path().join("failed_refcoco_val.jsonl")).unwrap();
     assert_eq!(listed.lines().count(), bad.len());
+}
 
-    // Nothing that counts at all: an error that names the first fault, and no samples file.
+#[test]
+fn samples_that_are_there_stay_until_better_ones_are_complete() {
+    let (_folder, settings) = world(3);
+    let right = truth(&settings);
+    let mut wrong = right[0].clone();
+    wrong["phrases"] = json!([]);
     let out = tempfile::tempdir().unwrap();
-    let error = scored("refcoco_val", &settings, &bad[4].0, Some(out.path())).unwrap_err();
+    let out = out.path();
+    let files = || {
+        let mut files: Vec<(String, String)> = std::fs::read_dir(out)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .map(|path| (path.display().to_string(), std::fs::read_to_string(&path).unwrap()))
+            .collect();
+        files.sort();
+        files
+    };
+    // Nothing that counts at all: an error that names the first fault, and no file.
+    let error = scored("refcoco_val", &settings, &lines(&[wrong.clone()]), Some(out)).unwrap_err();
     assert!(error.to_string().contains("line 1, sample"), "{error}");
-    assert!(scored("refcoco_val", &settings, "", None).unwrap_err().to_string().contains("no predictions"));
+    assert!(files().is_empty());
+    scored("refcoco_val", &settings, &lines(&right), Some(out)).unwrap();
+    let good = files();
+    assert_eq!(good.len(), 2, "{good:?}");
+    for (bad, wanted) in [(lines(&[wrong]), "0 masks for"), (String::new(), "no predictions")] {
+        let error = scored("refcoco_val", &settings, &bad, Some(out)).unwrap_err();
+        assert!(error.to_string().contains(wanted), "{error}");
+        assert_eq!(files(), good);
+    }
+    // Other predictions under another protocol do not get into the folder either.
+    let split = Settings { res: res::Protocol { split: true, all_sentences: false }, ..settings.clone() };
+    let error = scored("refcoco_val", &split, &lines(&right), Some(out)).unwrap_err();
+    assert!(error.to_string().contains("holds other samples of refcoco_val"), "{error}");
+    assert_eq!(files(), good);
 }

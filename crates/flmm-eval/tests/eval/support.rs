@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use flmm::Grounder;
-use flmm::grounder::ModelPaths;
+use flmm::grounder::{ModelPaths, Revision};
 use flmm_data::Part;
 use flmm_data::world::{Level, Split, write};
 use flmm_eval::run::{RunOptions, Watch};
@@ -31,6 +31,18 @@ pub(crate) fn world_of(level: Level, count: u64) -> (tempfile::TempDir, Settings
 pub(crate) fn tiny() -> Grounder {
     let bundle = ModelPaths::bundle(&repository().join("models/flmm-tiny"));
     Grounder::open(&bundle, &Device::Cpu, DType::F32).unwrap()
+}
+
+/// Some revision.
+pub(crate) fn revision() -> Revision {
+    Revision {
+        lmm: "1".into(),
+        sam: Some("2".into()),
+        head: Some("3".into()),
+        vision_towers: Vec::new(),
+        dtype: "f32".into(),
+        image_size: None,
+    }
 }
 
 pub(crate) fn options(out: &Path, limit: usize, rows: Rows) -> RunOptions {

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use flmm::{Error, Result};
+use flmm::{Error, Result, atomic};
 use flmm_data::Part;
 
 use super::key::CacheKey;
@@ -42,10 +42,8 @@ impl Writer {
         let path = dir.join(format!("{prefix}.lock"));
         let lock = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let lock = lock.map_err(|e| Error::io(&path, e))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => return Ok(None),
-            Err(std::fs::TryLockError::Error(e)) => return Err(Error::io(&path, e)),
+        if !atomic::try_lock(&lock) {
+            return Ok(None);
         }
         let mut writer =
             Self { dir: dir.to_owned(), header: header(key)?, _lock: lock, number: 0, open: None, prefix };

@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use crate::error::Result;
 use crate::geometry::Geometry;
 use crate::masks::Mask;
-use crate::phrases::PhraseChoice;
+use crate::phrases::{LAMBDA, PhraseChoice};
 use crate::sam::SamGeometry;
 
 /// What the frozen models have seen: everything that masks are made from.
@@ -61,7 +61,7 @@ pub struct GroundOptions {
 
 impl Default for GroundOptions {
     fn default() -> Self {
-        Self { keyword_threshold: 0.3, keep_maps: false, image: 0 }
+        Self { keyword_threshold: LAMBDA, keep_maps: false, image: 0 }
     }
 }
 

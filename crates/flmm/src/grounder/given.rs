@@ -9,7 +9,7 @@ use super::{Caption, GroundOptions, GroundedAnswer, Grounder, Session, Timings};
 use crate::capture::Capture;
 use crate::error::{Error, Result};
 use crate::lmm::{GROUNDING_INSTRUCTION, Turn};
-use crate::phrases::{PhraseChoice, find_phrases, noun_phrases};
+use crate::phrases::{PhraseChoice, find_phrases, noun_phrases, token_offsets};
 
 impl Grounder {
     /// Grounds phrases of a given `text`, read as if the model had said it about `picture`.
@@ -74,7 +74,7 @@ impl Grounder {
                 spans.collect()
             }
             _ => {
-                let (text, offsets) = spans::token_offsets(tokenizer, &caption.token_ids);
+                let (text, offsets) = token_offsets(tokenizer, &caption.token_ids);
                 result.answer = text;
                 spans::select(choice, &result.answer, &offsets, probs.as_deref(), options.keyword_threshold)?
             }

@@ -10,6 +10,7 @@ use super::{AnswerOptions, GroundedAnswer, Grounder, Sampling, Session, Timings,
 use crate::capture::Capture;
 use crate::error::Result;
 use crate::lmm::Turn;
+use crate::phrases::token_offsets;
 use crate::text::sampling::Sampler;
 use crate::text::stop::StopWords;
 use crate::text::stream::TextStream;
@@ -120,7 +121,7 @@ impl Grounder {
         session.continued(&ids);
         timings.generate = clock.elapsed();
 
-        let (answer, offsets) = spans::token_offsets(tokenizer, &ids);
+        let (answer, offsets) = token_offsets(tokenizer, &ids);
         let mut result = GroundedAnswer { answer, token_ids: ids, phrases: Vec::new(), timings };
         if let (Some(choice), Some(capture)) = (&options.phrases, &capture)
             && !result.token_ids.is_empty()

@@ -3,8 +3,7 @@
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::phrases::{PhraseChoice, char_range_to_tokens, find_phrases, noun_phrases, select_keywords};
-use crate::text::tokenizer::Tokenizer;
+use crate::phrases::{PhraseChoice, char_range_to_tokens, cut, find_phrases, noun_phrases, select_keywords};
 
 /// A phrase before it is grounded: characters and tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,9 +26,7 @@ pub(super) fn select(
     let ranges = match (choice, probs) {
         (PhraseChoice::Keywords, Some(probs)) => {
             let chars: Vec<char> = text.chars().collect();
-            let texts: Vec<String> =
-                offsets.iter().map(|&(start, end)| chars[start..end].iter().collect()).collect();
-            let spans = select_keywords(probs, &texts, lambda).into_iter().map(|tokens| {
+            let spans = select_keywords(probs, &cut(&chars, offsets), lambda).into_iter().map(|tokens| {
                 let covered = offsets[tokens.start].0..offsets[tokens.end - 1].1;
                 Span { chars: trimmed(&chars, covered), tokens }
             });
@@ -47,28 +44,6 @@ pub(super) fn overlapping(ranges: &[Range<usize>]) -> bool {
     let mut sorted = ranges.to_vec();
     sorted.sort_by_key(|range| range.start);
     sorted.windows(2).any(|pair| pair[1].start < pair[0].end)
-}
-
-/// The text of `ids` and the characters each token adds to it.
-pub(super) fn token_offsets(tokenizer: &Tokenizer, ids: &[u32]) -> (String, Vec<(usize, usize)>) {
-    let text = tokenizer.decode(ids, false);
-    let total = text.chars().count();
-    let mut start = 0;
-    let offsets = (1..=ids.len()).map(|count| {
-        let end = if count == ids.len() {
-            total
-        } else {
-            complete(&tokenizer.decode(&ids[..count], false)).chars().count()
-        };
-        let end = end.clamp(start, total);
-        (std::mem::replace(&mut start, end), end)
-    });
-    (text, offsets.collect())
-}
-
-/// `text` without a character at its end that more tokens may complete.
-fn complete(text: &str) -> &str {
-    text.trim_end_matches('\u{fffd}')
 }
 
 /// `range` without white space at its ends.

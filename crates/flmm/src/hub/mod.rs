@@ -29,7 +29,7 @@ use http::{Client, Fault};
 
 pub use part::PartId;
 pub use repo::RepoId;
-pub use settings::HubSettings;
+pub use settings::{HubSettings, user_cache};
 
 use crate::error::{Error, Result};
 use crate::weights::checkpoint_files;

@@ -37,20 +37,13 @@ impl HubSettings {
 
     /// The settings that variables looked up by `var` describe.
     pub fn from_vars(var: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
-        let set =
-            |name: &str| var(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty());
+        let set = |name: &str| value(name, var);
         let flag = |name: &str| {
             set(name).is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()))
         };
-        let user = set("HOME").or_else(|| set("USERPROFILE")).map(PathBuf::from);
-        let path = |text: String| match (text.strip_prefix("~/"), &user) {
-            (Some(rest), Some(user)) => user.join(rest),
-            _ => PathBuf::from(text),
-        };
-        let home = set("HF_HOME")
-            .map(path)
-            .or_else(|| set("XDG_CACHE_HOME").map(|cache| path(cache).join("huggingface")))
-            .or_else(|| user.as_ref().map(|user| user.join(".cache/huggingface")));
+        let path = |text: String| expanded(text, var);
+        let home = set("HF_HOME").map(path);
+        let home = home.or_else(|| Some(cache_folder(var)?.join("huggingface")));
         let cache = set("HF_HUB_CACHE").or_else(|| set("HUGGINGFACE_HUB_CACHE")).map(path);
         let cache = cache.or_else(|| home.as_ref().map(|home| home.join("hub"))).ok_or_else(|| {
             Error::hub("it is not known where downloaded models are kept", "set HF_HOME to a folder")
@@ -83,6 +76,33 @@ impl HubSettings {
             silence: Duration::from_secs(30),
         })
     }
+}
+
+/// The user's cache folder: `XDG_CACHE_HOME`, else `~/.cache`; `None` if no variable says where that is.
+pub fn user_cache() -> Option<PathBuf> {
+    cache_folder(&|name| std::env::var(name).ok())
+}
+
+fn cache_folder(var: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    let set = value("XDG_CACHE_HOME", var).map(|text| expanded(text, var));
+    set.or_else(|| Some(user_folder(var)?.join(".cache")))
+}
+
+fn user_folder(var: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    value("HOME", var).or_else(|| value("USERPROFILE", var)).map(PathBuf::from)
+}
+
+/// A path as it was typed, `~` in its place.
+fn expanded(text: String, var: &dyn Fn(&str) -> Option<String>) -> PathBuf {
+    match (text.strip_prefix("~/"), user_folder(var)) {
+        (Some(rest), Some(user)) => user.join(rest),
+        _ => PathBuf::from(text),
+    }
+}
+
+/// A variable that is set to more than blanks.
+fn value(name: &str, var: &dyn Fn(&str) -> Option<String>) -> Option<String> {
+    var(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty())
 }
 
 impl std::fmt::Debug for HubSettings {

@@ -2,12 +2,15 @@
 
 mod chunker;
 mod nouns;
+mod tokens;
 
 use std::ops::Range;
 
 use crate::{Error, Result};
 
 pub use nouns::{noun_phrases, pick_chunks};
+pub(crate) use tokens::cut;
+pub use tokens::{average_precision, token_offsets, token_texts, true_ranges};
 
 /// Keyword threshold λ of the published method (`spec/training.md` §8.2).
 pub const LAMBDA: f32 = 0.3;
