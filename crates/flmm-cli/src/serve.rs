@@ -64,6 +64,9 @@ struct LimitArgs {
     /// Largest body of a request, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 32, value_parser = count)]
     max_body: usize,
+    /// Most seconds for the body of a request to arrive.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = seconds)]
+    body_time: u64,
     /// Most pixels of a picture, in millions.
     #[arg(long, value_name = "MILLIONS", default_value_t = 25, value_parser = count)]
     max_pixels: usize,
@@ -110,6 +113,7 @@ fn settings(args: &ServeArgs, api_keys: Vec<String>) -> Settings {
         connections: limits.max_connections,
         body_bytes,
         bodies_bytes: default.bodies_bytes.max(body_bytes),
+        body_time: Duration::from_secs(limits.body_time),
         pictures: limits.max_images,
         picture_pixels: limits.max_pixels as u64 * 1_000_000,
         tokens: limits.max_tokens,

@@ -12,7 +12,6 @@ use flmm::layout::maps_in_picture;
 use flmm::lmm::{Role, Turn};
 use flmm::overlay::heat_map;
 use safetensors::tensor::{Dtype, TensorView};
-use tokio::sync::oneshot;
 
 use crate::api::{AttentionFormat, AttentionRequest, Merged};
 use crate::app::App;
@@ -75,16 +74,8 @@ pub(crate) async fn attention(
         format: request.format,
         limits: limits.clone(),
     };
-    let (sender, receiver) = oneshot::channel();
-    let (wanted, _waiting) = Wanted::within(app.settings().deadline);
-    app.engine().submit(task.shown.count(), wanted.clone(), move |context| {
-        match run(context, &task, &wanted) {
-            Ok(file) => drop(sender.send(Ok(file))),
-            Err(Stop::Failed(error)) => drop(sender.send(Err(error))),
-            Err(Stop::Gone) => work::tell_abandoned(),
-        }
-    })?;
-    let file = receiver.await.map_err(|_| ApiError::internal())??;
+    let pictures = task.shown.count();
+    let file = work::run(&app, pictures, move |context, wanted| run(context, &task, wanted)).await?;
     let kind = match request.format {
         AttentionFormat::Safetensors => "application/octet-stream",
         AttentionFormat::Png => "image/png",

@@ -133,5 +133,9 @@ mod tests {
         assert!(error.message.contains("line 1 column 1"), "{}", error.message);
         let deep = "[".repeat(100_000);
         assert!(parse::<ChatRequest>(deep.as_bytes()).is_err());
+        let many = format!(r#"{{"messages": [], "stop": [{}"a"]}}"#, r#""a","#.repeat(5000));
+        assert!(
+            parse::<ChatRequest>(many.as_bytes()).unwrap_err().message.contains("more than 4096 elements")
+        );
     }
 }

@@ -1,6 +1,6 @@
 //! `POST /v1/chat/completions`
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -21,13 +21,11 @@ use crate::masks::Form;
 use crate::model::Model;
 use crate::observe::RequestId;
 use crate::settings::Limits;
-use crate::work::{Shown, check_model, late, threshold};
+use crate::work::{MARGIN, Shown, check_model, late, threshold};
 use crate::{conversation, pictures, stream};
 
 /// Tokens of an answer where nothing else is said, as on the command line.
 const MAX_TOKENS: usize = 512;
-/// After a deadline, the model threads are given so long to say so themselves.
-const MARGIN: Duration = Duration::from_secs(2);
 
 /// Where an answer goes.
 pub(crate) struct Envelope {

@@ -4,7 +4,6 @@ use axum::Json;
 use axum::extract::State;
 use flmm::grounder::GroundOptions;
 use flmm::phrases::{PhraseChoice, find_phrases};
-use tokio::sync::oneshot;
 
 use crate::api::{GroundRequest, GroundResponse, ImageSize, PhraseRule, Phrases};
 use crate::app::App;
@@ -49,14 +48,7 @@ pub(crate) async fn ground(
         form,
         limits: limits.clone(),
     };
-    let (sender, receiver) = oneshot::channel();
-    let (wanted, _waiting) = Wanted::within(app.settings().deadline);
-    app.engine().submit(1, wanted.clone(), move |context| match run(context, &task, &wanted) {
-        Ok(response) => drop(sender.send(Ok(response))),
-        Err(Stop::Failed(error)) => drop(sender.send(Err(error))),
-        Err(Stop::Gone) => work::tell_abandoned(),
-    })?;
-    receiver.await.map_err(|_| ApiError::internal())?.map(Json)
+    work::run(&app, 1, move |context, wanted| run(context, &task, wanted)).await.map(Json)
 }
 
 struct Task {

@@ -1,17 +1,24 @@
 //! What model threads do for every kind of request.
 
+use std::time::Duration;
+
 use axum::http::StatusCode;
 use flmm::grounder::{Session, Timings};
 use metrics::{counter, histogram};
+use tokio::sync::oneshot;
 
 use crate::api::TimingsMs;
+use crate::app::App;
 use crate::body::Room;
-use crate::engine::{Context, Halt};
+use crate::engine::{Context, Halt, Wanted};
 use crate::error::ApiError;
 use crate::model::Model;
 use crate::pictures::{self, Files};
 use crate::prefixes::{self, Key};
 use crate::settings::Limits;
+
+/// After a deadline, the model threads are given so long to say so themselves.
+pub(crate) const MARGIN: Duration = Duration::from_secs(2);
 
 /// Pictures of a request, and the room that they take until the request is done.
 pub(crate) struct Shown {
@@ -48,6 +55,31 @@ pub(crate) fn late() -> ApiError {
     let message = "the request took longer than the server's deadline";
     ApiError::new(StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded", message)
         .hint("ask for fewer tokens, or try again when the server is less busy")
+}
+
+/// Runs `work` about `pictures` pictures on a model thread and waits for its result.
+///
+/// # Errors
+/// [`ApiError`] of the work; 429 or 503 if it is not taken, 504 after the deadline.
+pub(crate) async fn run<T: Send + 'static>(
+    app: &App,
+    pictures: usize,
+    work: impl FnOnce(&Context, &Wanted) -> Result<T, Stop> + Send + 'static,
+) -> Result<T, ApiError> {
+    let (sender, receiver) = oneshot::channel();
+    let deadline = app.settings().deadline;
+    let (wanted, _waiting) = Wanted::within(deadline);
+    app.engine().submit(pictures, wanted.clone(), move |context| {
+        // A receiver that has gone needs no answer.
+        match work(context, &wanted) {
+            Ok(result) => drop(sender.send(Ok(result))),
+            Err(Stop::Failed(error)) => drop(sender.send(Err(error))),
+            Err(Stop::Gone) => tell_abandoned(),
+        }
+    })?;
+    let result = tokio::time::timeout(deadline + MARGIN, receiver).await.map_err(|_| late())?;
+    // A sender that went away without a word panicked.
+    result.map_err(|_| ApiError::internal())?
 }
 
 /// Refuses another model than the one that is served.
@@ -115,7 +147,7 @@ pub(crate) fn tell_timings(context: &Context, timings: &Timings) -> TimingsMs {
     for (stage, time) in stages {
         histogram!("flmm_stage_seconds", "stage" => stage).record(time.as_secs_f64());
     }
-    let ms = |time: std::time::Duration| (time.as_secs_f64() * 1e4).round() / 10.0;
+    let ms = |time: Duration| (time.as_secs_f64() * 1e4).round() / 10.0;
     TimingsMs {
         queue: ms(context.waited),
         read: ms(timings.read),

@@ -1,8 +1,12 @@
 //! Chat completions, as OpenAI's clients know them.
 
+use std::fmt;
+
+use serde::de::{Deserializer, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::content::bounded;
 use super::{Annotation, Grounding, Message};
 
 /// A conversation to be answered. Fields that are not listed are ignored.
@@ -46,14 +50,14 @@ pub struct ChatRequest {
     /// Not supported: refused unless empty.
     #[serde(default)]
     #[schema(value_type = Option<Vec<Object>>)]
-    pub tools: Option<Vec<serde_json::Value>>,
+    pub tools: Option<Vec<IgnoredAny>>,
     /// Not supported: refused if true.
     #[serde(default)]
     pub logprobs: Option<bool>,
 }
 
 /// One text or several.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, ToSchema)]
 #[serde(untagged)]
 pub enum StopWords {
     /// One.
@@ -184,4 +188,28 @@ pub struct Delta {
     /// A phrase that has become complete, in events named `grounding`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub annotations: Vec<Annotation>,
+}
+
+impl<'de> Deserialize<'de> for StopWords {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct StopVisitor;
+
+        impl<'de> Visitor<'de> for StopVisitor {
+            type Value = StopWords;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a text or a list of texts")
+            }
+
+            fn visit_str<E>(self, word: &str) -> Result<StopWords, E> {
+                Ok(StopWords::One(word.to_owned()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, words: A) -> Result<StopWords, A::Error> {
+                Ok(StopWords::Several(bounded(words)?))
+            }
+        }
+
+        deserializer.deserialize_any(StopVisitor)
+    }
 }

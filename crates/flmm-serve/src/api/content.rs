@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::de::{Deserializer, SeqAccess, Visitor};
+use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -62,7 +62,8 @@ pub struct ImageUrl {
     pub url: String,
 }
 
-// By hand: serde's untagged enums copy what they read (pictures are large) and hide what was wrong.
+// By hand, as wherever one of two kinds may come: serde's untagged enums keep a copy of what they read, which is many times
+// larger than the JSON, and hide what was wrong.
 impl<'de> Deserialize<'de> for Content {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct ContentVisitor;
@@ -82,15 +83,26 @@ impl<'de> Deserialize<'de> for Content {
                 Ok(Content::Text(text))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Content, A::Error> {
-                let mut list = Vec::new();
-                while let Some(part) = parts.next_element()? {
-                    list.push(part);
-                }
-                Ok(Content::Parts(list))
+            fn visit_seq<A: SeqAccess<'de>>(self, parts: A) -> Result<Content, A::Error> {
+                Ok(Content::Parts(bounded(parts)?))
             }
         }
 
         deserializer.deserialize_any(ContentVisitor)
     }
+}
+
+/// Most elements of a list whose kind is not known beforehand.
+const MOST: usize = 4096;
+
+/// The elements of a list that is not too long.
+pub(super) fn bounded<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(mut list: A) -> Result<Vec<T>, A::Error> {
+    let mut elements = Vec::new();
+    while let Some(element) = list.next_element()? {
+        if elements.len() == MOST {
+            return Err(A::Error::custom(format!("a list has more than {MOST} elements")));
+        }
+        elements.push(element);
+    }
+    Ok(elements)
 }

@@ -1,8 +1,13 @@
 //! Grounding of a given text.
 
+use std::fmt;
+
+use serde::de::value::StrDeserializer;
+use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::content::bounded;
 use super::{Annotation, ImageUrl, MaskFormat, PhraseRule};
 
 /// A text to be read as if the model had said it about a picture.
@@ -31,7 +36,7 @@ pub struct GroundRequest {
 }
 
 /// A rule, or parts of the text.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, ToSchema)]
 #[serde(untagged)]
 pub enum Phrases {
     /// How to find them.
@@ -77,4 +82,28 @@ pub struct TimingsMs {
     pub encode: f64,
     /// Attention maps, masks and refinement.
     pub segment: f64,
+}
+
+impl<'de> Deserialize<'de> for Phrases {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PhrasesVisitor;
+
+        impl<'de> Visitor<'de> for PhrasesVisitor {
+            type Value = Phrases;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("`keywords`, `noun_phrases`, or a list of parts of the text")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, rule: &str) -> Result<Phrases, E> {
+                PhraseRule::deserialize(StrDeserializer::new(rule)).map(Phrases::Rule)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, phrases: A) -> Result<Phrases, A::Error> {
+                Ok(Phrases::Given(bounded(phrases)?))
+            }
+        }
+
+        deserializer.deserialize_any(PhrasesVisitor)
+    }
 }

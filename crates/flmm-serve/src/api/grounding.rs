@@ -1,8 +1,11 @@
 //! What a client may say about grounding, and what it gets.
 
+use std::fmt;
+
 use flmm::masks::Segmentation;
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 /// `true`, `false`, or how to ground. The text of an answer is the same either way.
@@ -112,15 +115,26 @@ impl Grounding {
     }
 }
 
-// By hand, so that an error names the field that is wrong.
 impl<'de> Deserialize<'de> for Grounding {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match serde_json::Value::deserialize(deserializer)? {
-            serde_json::Value::Bool(on) => Ok(Self::Switch(on)),
-            value => {
-                let options = serde_json::from_value(value);
-                options.map(Self::Options).map_err(|e| D::Error::custom(format!("grounding: {e}")))
+        struct GroundingVisitor;
+
+        impl<'de> Visitor<'de> for GroundingVisitor {
+            type Value = Grounding;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("true, false, or how to ground")
+            }
+
+            fn visit_bool<E>(self, on: bool) -> Result<Grounding, E> {
+                Ok(Grounding::Switch(on))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Grounding, A::Error> {
+                GroundingOptions::deserialize(MapAccessDeserializer::new(map)).map(Grounding::Options)
             }
         }
+
+        deserializer.deserialize_any(GroundingVisitor)
     }
 }
