@@ -4,9 +4,12 @@ use axum::http::StatusCode;
 use flmm::grounder::AnswerOptions;
 use flmm::lmm::Turn;
 use flmm::masks::{Mask, Segmentation};
+use flmm_serve::Settings;
 use serde_json::{Value, json};
 
-use crate::support::{NAME, app, chat, events, grounder, picture, question, with};
+use crate::support::{
+    NAME, app, app_with, chat, data_url, events, grounder, picture, question, repository, settings, with,
+};
 
 const QUESTION: &str = "What is in the picture?";
 
@@ -158,6 +161,32 @@ async fn a_second_question_does_not_look_again() {
     let cached = second["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
     assert!(cached > again["usage"]["prompt_tokens"].as_u64().unwrap() - 2, "{cached}");
     assert!(!text(&second).is_empty());
+}
+
+#[tokio::test]
+async fn pictures_are_kept_within_a_bound_and_the_least_recently_used_goes() {
+    let ask = async |app: &axum::Router, file: &str| {
+        let picture = std::fs::read(repository(file)).unwrap();
+        let content = json!([
+            {"type": "image_url", "image_url": {"url": data_url(&picture)}}, {"type": "text", "text": QUESTION},
+        ]);
+        let completion = chat(app, &json!({"messages": [{"role": "user", "content": content}]})).await.ok();
+        completion["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() > 0
+    };
+    let (a, b, c) = ("examples/scene.png", "examples/book-and-dog.png", "examples/colours.png");
+    // Room for two pictures and a half.
+    let grounder = grounder();
+    let image = flmm::image_input::decode_image(&picture(), "scene").unwrap();
+    let mut session = grounder.start(&image).unwrap();
+    grounder.ask(&mut session, QUESTION, &AnswerOptions::default()).unwrap();
+    let app = app_with(Settings { prefix_cache_bytes: session.bytes() * 5 / 2, ..settings() });
+    let mut known = Vec::new();
+    for file in [a, b, a, b, c, b, a, c] {
+        known.push(ask(&app, file).await);
+    }
+    assert_eq!(known, [false, false, true, true, false, true, false, false]);
+    let nothing = app_with(Settings { prefix_cache_bytes: 0, ..settings() });
+    assert!(!ask(&nothing, a).await && !ask(&nothing, a).await);
 }
 
 #[tokio::test]
