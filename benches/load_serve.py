@@ -3,7 +3,8 @@
     flmm serve --addr 127.0.0.1:8080 &
     python benches/load_serve.py http://127.0.0.1:8080 --clients 32 --minutes 10
 
-First one client asks alone, then all at once; every client waits for its answer before it asks again, and for Retry-After
+Half of the requests (--fresh) are about pictures that the server has not seen. Its prefix cache should be small enough to be
+full soon, for example `--cache 64`: until then memory grows. First one client asks alone, then all at once; every client waits for its answer before it asks again, and for Retry-After
 after a 429. Exit status 1 if anything but 200 and 429 was answered, or if memory after warm-up leaves ±5 % of its mean.
 """
 
@@ -14,6 +15,7 @@ import collections
 import ipaddress
 import json
 import pathlib
+import random
 import statistics
 import sys
 import time
@@ -66,18 +68,25 @@ class Client:
             self.reader = self.writer = None
 
 
-def bodies():
-    """Requests about every example picture, streamed and whole."""
-    found = []
-    for picture in sorted(PICTURES.glob("*.png")):
-        url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
-        for number, question in enumerate(QUESTIONS):
-            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 64}
-            if number % 2:
-                body |= {"stream": True, "stream_options": {"include_usage": True}}
-            found.append(json.dumps(body).encode())
-    return found
+class Requests:
+    """Questions about the example pictures, streamed and whole in turn."""
+
+    def __init__(self, fresh):
+        self.fresh = fresh
+        self.pictures = [path.read_bytes() for path in sorted(PICTURES.glob("*.png"))]
+
+    def next(self):
+        picture = random.choice(self.pictures)
+        if random.random() < self.fresh:
+            # What follows the end of a PNG is not read, but makes it another file.
+            picture += random.randbytes(9)
+        url = "data:image/png;base64," + base64.b64encode(picture).decode()
+        text = random.choice(QUESTIONS)
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 64}
+        if random.random() < 0.5:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return json.dumps(body).encode()
 
 
 def tokens(answer):
@@ -99,19 +108,17 @@ class Tally:
         self.broken = []
 
 
-async def client(number, make, requests, until, tally):
+async def client(make, requests, until, tally):
     connection = make()
-    at = number
     while time.monotonic() < until:
         clock = time.monotonic()
         try:
-            status, headers, answer = await connection.ask("POST", "/v1/chat/completions", requests[at % len(requests)])
+            status, headers, answer = await connection.ask("POST", "/v1/chat/completions", requests.next())
         except (OSError, asyncio.IncompleteReadError) as error:
             tally.broken.append(repr(error))
             connection.close()
             await asyncio.sleep(0.1)
             continue
-        at += 1
         tally.statuses[status] += 1
         if status == 429:
             await asyncio.sleep(float(headers["retry-after"]))
@@ -141,7 +148,7 @@ async def memory(make, until):
 
 async def phase(make, clients, seconds, requests):
     tally, until, clock = Tally(), time.monotonic() + seconds, time.monotonic()
-    tasks = [client(number, make, requests, until, tally) for number in range(clients)]
+    tasks = [client(make, requests, until, tally) for _ in range(clients)]
     samples, *_ = await asyncio.gather(memory(make, until), *tasks)
     return tally, samples, time.monotonic() - clock
 
@@ -164,13 +171,14 @@ async def main():
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--alone", type=float, default=30, help="seconds of the single stream before")
+    parser.add_argument("--fresh", type=float, default=0.5, help="share of pictures that were not seen before")
     parser.add_argument("--key", default="")
     args = parser.parse_args()
     url = urllib.parse.urlsplit(args.url)
     if not ipaddress.ip_address(url.hostname).is_loopback:
         sys.exit("error: only a server on this machine is put under load\nhint: give an address like http://127.0.0.1:8080")
     make = lambda: Client(url.hostname, url.port or 80, args.key)
-    requests = bodies()
+    requests = Requests(args.fresh)
     alone, _, seconds = await phase(make, 1, args.alone, requests)
     single = report("one client", alone, seconds)
     tally, samples, seconds = await phase(make, args.clients, args.minutes * 60, requests)

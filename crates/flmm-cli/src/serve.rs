@@ -27,7 +27,11 @@ pub(crate) struct ServeArgs {
     /// Origin of a web page that may call the server from a browser, may be repeated (the server's own page always may).
     #[arg(long, value_name = "ORIGIN", value_parser = origin)]
     cors_origin: Vec<String>,
-    /// Form of the log on standard error.
+    /// Name that the server answers to beside its addresses and localhost, may be repeated; asked for only at a loopback
+    /// address without keys, where pages of other names must not get through.
+    #[arg(long, value_name = "NAME")]
+    allow_host: Vec<String>,
+    /// Form of the log on standard error: for people, or one JSON object per line.
     #[arg(long, value_name = "FORM", value_enum, default_value_t)]
     log: LogForm,
     #[command(flatten)]
@@ -83,10 +87,8 @@ struct LimitArgs {
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
 enum LogForm {
-    /// For people.
     #[default]
     Text,
-    /// One JSON object per line.
     Json,
 }
 
@@ -129,6 +131,7 @@ fn settings(args: &ServeArgs, api_keys: Vec<String>) -> Settings {
         grace: Duration::from_secs(args.engine.grace),
         remote_images: args.allow_remote_images,
         cors_origins: args.cors_origin.clone(),
+        hosts: args.allow_host.clone(),
         limits,
     }
 }

@@ -21,6 +21,7 @@ function draw() {
   if (!shown) return stage.draw({ point });
   if (view === "attention") {
     const heat = state.heat ?? phraseHeat(lit);
+    if (!heat && !point) at("where").textContent = "Point at a word to see where it looks.";
     return stage.draw({ heat, opacity, point });
   }
   const masks = shown.annotations.map((annotation, index) => ({
@@ -72,7 +73,8 @@ function explore(x, y) {
     });
     const most = Math.max(...words.map(({ level }) => level), 1e-9);
     for (const { word, level } of words) word.style.setProperty("--look", ((level / most) ** 2).toFixed(3));
-    const best = words.toSorted((a, b) => b.level - a.level).slice(0, 3);
+    const spoken = words.filter(({ word }) => /\p{L}|\p{N}/u.test(word.textContent));
+    const best = spoken.sort((a, b) => b.level - a.level).slice(0, 3);
     told.push(`words that look here: ${best.map(({ word }) => word.textContent).join(", ")}`);
   }
   at("where").textContent = told.join("; ");
@@ -286,12 +288,20 @@ at("key").addEventListener("change", ({ target }) => { api.useKey(target.value);
 for (const kind of ["png", "coco", "labelstudio"]) at(`export-${kind}`).addEventListener("click", () => exportShown(kind));
 
 const canvas = at("canvas");
-canvas.addEventListener("pointermove", (event) => {
+/** Whether a click holds the place that is shown, until the next one. */
+let held = false;
+function exploreAt(event) {
   const box = canvas.getBoundingClientRect();
   explore((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height);
+}
+canvas.addEventListener("pointermove", (event) => { if (!held) exploreAt(event); });
+canvas.addEventListener("pointerleave", (event) => { if (!held && event.pointerType !== "touch") explore(); });
+canvas.addEventListener("click", (event) => {
+  held = !held || event.pointerType === "touch";
+  exploreAt(event);
 });
-canvas.addEventListener("pointerleave", () => explore());
 canvas.addEventListener("keydown", (event) => {
+  held = false;
   const step = { ArrowLeft: [-0.03, 0], ArrowRight: [0.03, 0], ArrowUp: [0, -0.03], ArrowDown: [0, 0.03] }[event.key];
   if (event.key === "Escape") explore();
   if (!step) return;

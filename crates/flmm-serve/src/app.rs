@@ -13,7 +13,7 @@ use crate::auth::Keys;
 use crate::engine::Engine;
 use crate::fetch::Fetcher;
 use crate::settings::Settings;
-use crate::{attention, chat, ground, health, observe, page};
+use crate::{attention, chat, ground, health, host, observe, page};
 
 /// What handlers share.
 #[derive(Clone)]
@@ -94,6 +94,7 @@ pub(crate) fn router(app: App) -> Router {
         Some(cors) => router.layer(cors),
         None => router,
     };
+    let router = router.layer(middleware::from_fn_with_state(app.clone(), host::check));
     router.layer(middleware::from_fn(observe::request)).with_state(app)
 }
 

@@ -18,6 +18,7 @@ mod error;
 mod fetch;
 mod ground;
 mod health;
+mod host;
 mod masks;
 mod model;
 mod observe;

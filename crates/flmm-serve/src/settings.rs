@@ -24,6 +24,8 @@ pub struct Settings {
     pub remote_images: bool,
     /// Origins of web pages that may call the server from a browser, beside its own page.
     pub cors_origins: Vec<String>,
+    /// Names that the server answers to beside its addresses and `localhost`, where it listens at loopback and asks for no key.
+    pub hosts: Vec<String>,
     /// What is refused before memory is taken for it.
     pub limits: Limits,
 }
@@ -40,6 +42,7 @@ impl Default for Settings {
             grace: Duration::from_secs(60),
             remote_images: false,
             cors_origins: Vec::new(),
+            hosts: Vec::new(),
             limits: Limits::default(),
         }
     }

@@ -93,3 +93,11 @@ async fn without_its_model_the_server_lives_and_is_not_ready() {
         assert!(answer.headers.contains_key("retry-after"));
     }
 }
+
+#[tokio::test]
+async fn foreign_names_are_refused_at_loopback() {
+    let app = app_with(settings());
+    let asked = |host: &str| Request::get("/").header("host", host).body(Body::empty()).unwrap();
+    assert_eq!(send(&app, asked("127.0.0.1:8080")).await.status, StatusCode::OK);
+    assert_eq!(send(&app, asked("evil.example")).await.error(), (421, "unknown_host".to_owned()));
+}

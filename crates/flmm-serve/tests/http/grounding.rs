@@ -1,9 +1,12 @@
 //! Grounding of given text, and attention.
 
 use axum::http::StatusCode;
+use flmm::Grounder;
+use flmm::grounder::ModelPaths;
+use flmm_serve::Named;
 use serde_json::{Value, json};
 
-use crate::support::{app, data_url, get, picture, post, question, with};
+use crate::support::{app, data_url, get, picture, post, question, repository, settings, with};
 
 fn ground(more: Value) -> Value {
     with(json!({"image": {"url": data_url(&picture())}, "text": "A dog and a ball."}), more)
@@ -112,4 +115,43 @@ async fn attention_that_there_is_not_is_refused() {
     assert_eq!(open.error(), (400, "no_answer".to_owned()));
     let other = post(&app, "/v1/attention", &answered(json!({"image": 1}))).await;
     assert_eq!(other.error(), (400, "no_such_image".to_owned()));
+}
+
+#[tokio::test]
+async fn a_conversation_may_be_about_several_pictures() {
+    let paths = ModelPaths {
+        model: repository("fixtures/lmm/deepseek_vl_1_3b/model"),
+        sam: repository("fixtures/lmm/_sam/sam_vit_tiny.pth"),
+        head: None,
+    };
+    let grounder = Grounder::open(&paths, &candle_core::Device::Cpu, candle_core::DType::F32).unwrap();
+    let app = flmm_serve::app(settings(), Named { name: "random".into(), grounder }).unwrap();
+    let model = get(&app, "/v1/models").await.ok()["data"][0].clone();
+    assert_eq!(model["several_images"], true);
+    let image = |file: &str| {
+        let bytes = std::fs::read(repository(file)).unwrap();
+        json!({"type": "image_url", "image_url": {"url": data_url(&bytes)}})
+    };
+    let text = |text: &str| json!({"type": "text", "text": text});
+    let content = [
+        image("examples/scene.png"),
+        text("Here is one, and here "),
+        image("examples/colours.png"),
+        text(" another. What differs?"),
+    ];
+    let asked = json!({"messages": [{"role": "user", "content": content}], "max_tokens": 6,
+        "grounding": {"image": 1, "phrases": "noun_phrases"}});
+    let answer = post(&app, "/v1/chat/completions", &asked).await.ok();
+    let tokens = model["image_tokens"].as_u64().unwrap();
+    assert!(answer["usage"]["prompt_tokens"].as_u64().unwrap() > 2 * tokens);
+
+    let mut looked = asked["messages"].as_array().unwrap().clone();
+    looked.push(json!({"role": "assistant", "content": "A dog."}));
+    let looked = json!({"messages": looked, "image": 1, "layers": [0], "heads": [0]});
+    let answer = post(&app, "/v1/attention", &looked).await;
+    assert_eq!(answer.status, StatusCode::OK, "{:?}", answer.body);
+    // The question about the same two pictures had read them.
+    let other = with(asked, json!({"grounding": false}));
+    let again = post(&app, "/v1/chat/completions", &other).await.ok();
+    assert!(again["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() > 2 * tokens);
 }
