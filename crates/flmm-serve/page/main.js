@@ -104,7 +104,7 @@ function pointing(answer) {
 function fail(error) {
   const box = at("error");
   box.hidden = !error;
-  box.textContent = error ? [error.message, error.hint].filter(Boolean).join(" ") : "";
+  box.textContent = error ? [error.message, error.hint].filter(Boolean).join("\n") : "";
 }
 
 async function take(file) {
@@ -280,7 +280,13 @@ at("question").addEventListener("keydown", (event) => {
 });
 at("stop").addEventListener("click", stop);
 
-for (const input of document.querySelectorAll("input[name=view], #opacity")) input.addEventListener("input", draw);
+at("opacity").addEventListener("input", draw);
+for (const input of document.querySelectorAll("input[name=view]")) {
+  input.addEventListener("input", () => {
+    at("where").textContent = "";
+    draw();
+  });
+}
 for (const id of ["layer", "head"]) {
   at(id).addEventListener("change", () => { if (state.shown) look(state.shown).catch(fail); });
 }

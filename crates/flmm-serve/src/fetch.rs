@@ -102,7 +102,7 @@ fn explain(error: ureq::Error) -> ApiError {
         }
         _ => (StatusCode::BAD_GATEWAY, "fetch_failed", "the picture could not be fetched from its address"),
     };
-    tracing::info!(%error, "a picture was not fetched");
+    tracing::debug!(%error, "a picture was not fetched");
     ApiError::new(status, code, message).param("image_url")
 }
 

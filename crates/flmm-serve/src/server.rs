@@ -9,7 +9,7 @@ use flmm::Grounder;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
 use crate::app::{self, App};
@@ -163,6 +163,7 @@ async fn accept(listener: &TcpListener, router: &Router, graceful: &GracefulShut
         };
         // Small events are to arrive as they are sent.
         let _ = stream.set_nodelay(true);
+        give_up_on_deaf(&stream, limits.deaf_time);
         let mut http = hyper::server::conn::http1::Builder::new();
         http.timer(TokioTimer::new())
             .header_read_timeout(limits.head_time)
@@ -177,6 +178,16 @@ async fn accept(listener: &TcpListener, router: &Router, graceful: &GracefulShut
             drop(permit);
         });
     }
+}
+
+/// Lets the operating system, where it can, close a connection whose client takes nothing of what is sent to it.
+fn give_up_on_deaf(stream: &TcpStream, time: Duration) {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = socket2::SockRef::from(stream).set_tcp_user_timeout(Some(time)) {
+        tracing::debug!(%error, "a client that reads nothing will be kept");
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (stream, time);
 }
 
 /// Keeps the samples of times from piling up between two looks at the metrics.

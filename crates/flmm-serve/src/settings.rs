@@ -65,6 +65,8 @@ pub struct Limits {
     pub head_bytes: usize,
     /// Time for a request's head to arrive.
     pub head_time: Duration,
+    /// Time for which a client may take nothing of what is sent to it (on Linux).
+    pub deaf_time: Duration,
     /// Pictures in a conversation.
     pub pictures: usize,
     /// Longest side of a picture in pixels.
@@ -99,6 +101,7 @@ impl Default for Limits {
             headers: 64,
             head_bytes: 32 << 10,
             head_time: Duration::from_secs(10),
+            deaf_time: Duration::from_secs(60),
             pictures: 8,
             picture_side: 16_384,
             picture_pixels: 25_000_000,

@@ -40,8 +40,10 @@ fn a_slow_upload_is_cut_off_and_harms_nobody() {
     let server = Server::start(&["--body-time", "2"]);
     let clock = Instant::now();
     let mut slow = server.connect();
-    slow.write_all(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
-        .unwrap();
+    slow.write_all(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n",
+    )
+    .unwrap();
     slow.write_all(b"Content-Length: 100000\r\n\r\n").unwrap();
     assert_eq!(server.post(CHAT, &request(false)).status, 200);
     slow.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
@@ -68,7 +70,9 @@ fn what_is_too_large_is_refused() {
     assert!(answer.body.contains("body_too_large"));
     let head = |lines: String| {
         let mut stream = server.connect();
-        stream.write_all(format!("GET /health HTTP/1.1\r\nHost: x\r\n{lines}\r\n").as_bytes()).unwrap();
+        stream
+            .write_all(format!("GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n{lines}\r\n").as_bytes())
+            .unwrap();
         server::read(stream).status
     };
     assert_eq!(head(String::new()), 200);
@@ -83,7 +87,7 @@ fn ten_thousand_tiny_requests_are_answered() {
     let ask = |count: usize| {
         let mut stream = server.connect();
         for _ in 0..count {
-            stream.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+            stream.write_all(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").unwrap();
             let mut answer = Vec::new();
             let mut buffer = [0; 1024];
             while !answer.ends_with(br#"{"status":"ok"}"#) {
@@ -125,7 +129,7 @@ fn keys_come_from_a_file() {
     let server = Server::start_with_key(&["--api-key-file", file.to_str().unwrap()], "secret");
     assert_eq!(server.get("/v1/models").status, 200);
     let mut stream = server.connect();
-    stream.write_all(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    stream.write_all(b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n").unwrap();
     assert_eq!(server::read(stream).status, 401);
     assert!(!server.log().contains("secret"));
 }
