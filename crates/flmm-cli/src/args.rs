@@ -38,6 +38,8 @@ pub(crate) enum Command {
     Chat(ChatArgs),
     /// Mark in a picture what a given text speaks of.
     Ground(GroundArgs),
+    /// Serve grounded chat over HTTP, as OpenAI's clients speak it, and a page to try it.
+    Serve(Box<crate::serve::ServeArgs>),
     /// Train a grounding head for a frozen LMM on the published datasets; a run that was stopped goes on.
     Train(crate::train::TrainArgs),
     /// Keep what the frozen models see of training samples, so that epochs need not show it to them again.
@@ -64,7 +66,7 @@ pub(crate) enum Command {
 }
 
 /// Which model to use.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
     /// LMM in the Hugging Face layout, or a bundle with `lmm/`, `sam/` and `head/`: a folder, or a repository of the

@@ -18,6 +18,7 @@ mod inspect;
 mod model;
 mod picture;
 mod report;
+mod serve;
 mod talk;
 mod train;
 mod world;
@@ -52,6 +53,7 @@ fn run(cli: &Cli, talk: &Talk) -> Result<()> {
     match &cli.command {
         Command::Chat(args) => chat::run(args, talk),
         Command::Ground(args) => ground::run(args, talk),
+        Command::Serve(args) => serve::run(args, talk),
         Command::Train(args) => train::run(args, talk),
         Command::Data(args) => data::run(args, talk),
         Command::Eval(args) => eval::run(args, talk),

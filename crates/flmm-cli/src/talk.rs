@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::failure::{Failure, Result};
 
 /// How much is told, and whether in colour.
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Talk {
     quiet: bool,
     verbose: bool,
@@ -33,6 +34,11 @@ impl Talk {
     /// Whether results may be coloured.
     pub(crate) fn colour(&self) -> bool {
         self.stdout_colour
+    }
+
+    /// Whether nothing but results and errors was asked for.
+    pub(crate) fn quiet(&self) -> bool {
+        self.quiet
     }
 
     /// Whether more was asked for.

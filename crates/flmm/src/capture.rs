@@ -90,9 +90,15 @@ impl Capture {
     /// Hidden states at `positions`: `[L, rows, hidden]`, the embedding state left out (`spec/pipeline.md` §2.4).
     pub fn hidden_rows(&self, positions: &[usize]) -> Result<Tensor> {
         let index = self.index(positions)?;
-        let states = self.hidden.iter().skip(1).map(|pieces| {
-            let rows = Tensor::cat(pieces, 0)?;
-            Ok(rows.index_select(&index.to_device(rows.device())?, 0)?)
+        // While an answer grows, its newest rows are asked for again and again: older pieces are not touched then.
+        let (least, most) = positions.iter().fold((usize::MAX, 0), |(a, b), &p| (a.min(p), b.max(p + 1)));
+        let in_a_row = most.saturating_sub(least) == positions.len() && positions.is_sorted();
+        let states = self.hidden.iter().skip(1).map(|pieces| match in_a_row {
+            true => piece_rows(pieces, least - self.first, most - self.first),
+            false => {
+                let rows = Tensor::cat(pieces, 0)?;
+                Ok(rows.index_select(&index.to_device(rows.device())?, 0)?)
+            }
         });
         Ok(Tensor::stack(&states.collect::<Result<Vec<_>>>()?, 0)?)
     }
@@ -150,6 +156,20 @@ impl Capture {
         let device = self.lse.first().and_then(|pieces| pieces.first()).map(Tensor::device);
         Ok(Tensor::from_vec(rows, positions.len(), device.unwrap_or(&candle_core::Device::Cpu))?)
     }
+}
+
+/// Rows `from..to` of `pieces [t, hidden]`, counted through.
+fn piece_rows(pieces: &[Tensor], from: usize, to: usize) -> Result<Tensor> {
+    let (mut wanted, mut start) = (Vec::new(), 0);
+    for piece in pieces {
+        let end = start + piece.dim(0)?;
+        let (first, last) = (from.max(start), to.min(end));
+        if first < last {
+            wanted.push(piece.narrow(0, first - start, last - first)?);
+        }
+        start = end;
+    }
+    Ok(Tensor::cat(&wanted, 0)?)
 }
 
 fn push(lists: &mut Vec<Vec<Tensor>>, index: usize, piece: Tensor) {

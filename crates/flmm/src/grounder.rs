@@ -29,18 +29,22 @@ use crate::nn::bilinear;
 use crate::sam::Sam;
 use crate::training_free::TrainingFree;
 
-use spans::Span;
+use spans::Chosen;
 
 pub use answer::{
     AnswerOptions, GroundOptions, GroundedAnswer, GroundedPhrase, MaskLogits, Observation, Sampling, Timings,
 };
-pub use attention::Attention;
+pub use attention::{Attention, AttentionChoice, TokenAttention};
 pub use caption::Caption;
 pub use head::{GroundingHead, HeadSizes, SAM_PREFIX, overlay};
 pub use open::ModelPaths;
+pub use reply::{Ended, Reply};
 pub use revision::Revision;
 pub use session::Session;
 pub use settings::{HeadSettings, RefinerKind};
+
+/// Phrases are refined so many pixels at a time: 128 MB of logits, however many phrases of however large a picture.
+const GROUP_PIXELS: usize = 32 << 20;
 
 /// A frozen LMM, a frozen SAM image encoder and a grounding head.
 pub struct Grounder {
@@ -97,6 +101,13 @@ impl Grounder {
     /// Fails as [`Grounder::start_with`].
     pub fn add_picture(&self, session: &mut Session, picture: &RgbImage) -> Result<()> {
         session.add(self.lmm(), picture)
+    }
+
+    /// Lets SAM look at picture number `image` of the session on a thread of its own, unless it has. Worth it before
+    /// [`Grounder::begin_reply`] or [`Grounder::ground_in`], where there are processors to spare: masks need SAM's embedding
+    /// only when the LMM has read the picture.
+    pub fn look_ahead(&self, session: &mut Session, image: usize) {
+        session.look_ahead(self.sam(), image);
     }
 
     /// Reads `caption` as if the model had said it about `picture`, and keeps what grounding needs.
@@ -222,41 +233,49 @@ impl Grounder {
         Ok(Observation { maps, hidden, phrases, geometry: input.geometry, sam_embedding, sam_geometry })
     }
 
-    /// Grounds `spans` and adds them to `result`.
+    /// Grounds the chosen phrases of a text whose rows are in `capture`, and gives them to `on_phrase` in their order.
     fn ground_spans(
         &self,
         session: &mut Session,
         capture: &Capture,
-        result: &mut GroundedAnswer,
-        spans: &[Span],
-        probs: Option<&[f32]>,
+        chosen: &Chosen,
         options: &GroundOptions,
+        timings: &mut Timings,
+        on_phrase: &mut dyn FnMut(GroundedPhrase),
     ) -> Result<()> {
-        if spans.is_empty() {
+        if chosen.spans.is_empty() {
             return Ok(());
         }
         let clock = Instant::now();
         session.sam(self.sam(), options.image)?;
-        result.timings.encode = clock.elapsed();
+        timings.encode += clock.elapsed();
         let clock = Instant::now();
-        let phrases = spans.iter().map(|span| span.tokens.clone().collect()).collect();
+        let phrases = chosen.spans.iter().map(|span| span.tokens.clone().collect()).collect();
         let observation = self.observation(session, options.image, capture, phrases)?;
-        let chars: Vec<char> = result.answer.chars().collect();
-        for (number, (span, (mask, coarse_mask))) in spans.iter().zip(self.segment(&observation)?).enumerate()
-        {
-            let score = |probs: &[f32]| probs.iter().sum::<f32>() / probs.len() as f32;
-            result.phrases.push(GroundedPhrase {
-                text: chars[span.chars.clone()].iter().collect(),
-                start: span.chars.start,
-                end: span.chars.end,
-                tokens: (span.tokens.start, span.tokens.end),
-                score: probs.map_or(1.0, |probs| score(&probs[span.tokens.clone()])),
-                mask,
-                coarse_mask,
-                maps: if options.keep_maps { Some(observation.maps.get(number)?) } else { None },
-            });
+        let coarse = self.coarse(&observation)?;
+        let (height, width) = observation.sam_geometry.original;
+        let group = (GROUP_PIXELS / (height * width).max(1)).max(1);
+        let chars: Vec<char> = chosen.text.chars().collect();
+        let count = chosen.spans.len();
+        for from in (0..count).step_by(group) {
+            let part = observation.part(from..count.min(from + group))?;
+            let coarse = coarse.narrow(0, from, part.phrases.len())?;
+            let refined = self.refine(&part, &coarse)?;
+            let masks = self.binarise(&MaskLogits { coarse, refined }, &part)?;
+            for (number, (span, (mask, coarse_mask))) in chosen.spans[from..].iter().zip(masks).enumerate() {
+                on_phrase(GroundedPhrase {
+                    text: chars[span.chars.clone()].iter().collect(),
+                    start: span.chars.start,
+                    end: span.chars.end,
+                    tokens: (span.tokens.start, span.tokens.end),
+                    score: chosen.score(span),
+                    mask,
+                    coarse_mask,
+                    maps: if options.keep_maps { Some(part.maps.get(number)?) } else { None },
+                });
+            }
         }
-        result.timings.segment = clock.elapsed();
+        timings.segment += clock.elapsed();
         Ok(())
     }
 }

@@ -71,6 +71,27 @@ pub fn decode_image(bytes: &[u8], name: &str) -> Result<RgbImage> {
 
 /// As [`decode_image`], with other limits.
 pub fn decode_image_with(bytes: &[u8], name: &str, limits: &Limits) -> Result<RgbImage> {
+    let (format, (width, height)) = header(bytes, name, limits)?;
+    let explain = |error| explain(error, name, format, limits);
+    if format == ImageFormat::Jpeg && !jpeg_is_complete(bytes) {
+        // The decoder would fill what is missing with grey.
+        return Err(Error::image(format!("`{name}` is truncated: its JPEG data has no end"), BROKEN));
+    }
+    let pixels = u64::from(width) * u64::from(height);
+    let decoder = decoder(bytes, format, limits, pixels).map_err(explain)?;
+    Ok(to_rgb(DynamicImage::from_decoder(decoder).map_err(explain)?))
+}
+
+/// Width and height from the header alone, with what [`decode_image_with`] checks before it takes memory for pixels.
+///
+/// # Errors
+/// [`Error::Image`] if this is not a picture, has no pixels, or exceeds a limit.
+pub fn image_size(bytes: &[u8], name: &str, limits: &Limits) -> Result<(u32, u32)> {
+    Ok(header(bytes, name, limits)?.1)
+}
+
+/// Kind, width and height of a picture within the limits.
+fn header(bytes: &[u8], name: &str, limits: &Limits) -> Result<(ImageFormat, (u32, u32))> {
     if bytes.is_empty() {
         return Err(Error::image(format!("`{name}` is empty"), BROKEN));
     }
@@ -92,12 +113,7 @@ pub fn decode_image_with(bytes: &[u8], name: &str, limits: &Limits) -> Result<Rg
     if width > limits.side || height > limits.side || pixels > limits.pixels {
         return Err(too_large(name, Some((width, height)), limits));
     }
-    if format == ImageFormat::Jpeg && !jpeg_is_complete(bytes) {
-        // The decoder would fill what is missing with grey.
-        return Err(Error::image(format!("`{name}` is truncated: its JPEG data has no end"), BROKEN));
-    }
-    let decoder = decoder(bytes, format, limits, pixels).map_err(explain)?;
-    Ok(to_rgb(DynamicImage::from_decoder(decoder).map_err(explain)?))
+    Ok((format, (width, height)))
 }
 
 /// A decoder with its header read, and memory for `pixels`.

@@ -3,7 +3,6 @@
 mod common;
 
 use std::collections::{BTreeMap, HashMap};
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
@@ -19,7 +18,7 @@ use flmm::masks::Mask;
 use flmm::phrases::PhraseChoice;
 use flmm::sam::{Sam, SamConfig};
 use flmm::text::sampling::Sampler;
-use flmm::text::{KvCache, Limits, generate};
+use flmm::text::{Generation, KvCache, Limits};
 use flmm::weights::{Params, load_checkpoint, save_safetensors};
 use flmm::{Error, Grounder};
 use image::RgbImage;
@@ -84,19 +83,11 @@ fn capture_changes_neither_ids_nor_logits() -> TestResult {
                 let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?;
                 let mut bits = Vec::new();
                 let limits = Limits { max_new_tokens: 20, stop_ids: &[] };
-                let mut sampler = sampler.clone();
-                let ids = generate(
-                    lmm.decoder(),
-                    &last,
-                    &mut cache,
-                    capture.as_mut(),
-                    limits,
-                    &mut sampler,
-                    |_, logits| {
-                        bits.extend(logits.iter().map(|logit| logit.to_bits()));
-                        ControlFlow::Continue(())
-                    },
-                )?;
+                let mut generation = Generation::new(last, limits, sampler.clone());
+                while let Some((_, logits)) = generation.step(lmm.decoder(), &mut cache, capture.as_mut())? {
+                    bits.extend(logits.iter().map(|logit| logit.to_bits()));
+                }
+                let ids = generation.ids().to_vec();
                 Ok((ids, bits))
             };
             let plain = run(None)?;

@@ -8,7 +8,9 @@ use crate::support::Place;
 fn help_texts() {
     let place = Place::new();
     assert_snapshot!("help", place.run(&["--help"]).ok());
-    for command in ["chat", "ground", "train", "features", "bench", "data", "world", "convert", "inspect"] {
+    for command in
+        ["chat", "ground", "serve", "train", "features", "bench", "data", "world", "convert", "inspect"]
+    {
         assert_snapshot!(format!("help_{command}"), place.run(&[command, "--help"]).ok());
     }
     for what in ["lmms", "model", "attention"] {

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use image::RgbImage;
 
-use super::spans::{self, Span};
-use super::{Caption, GroundOptions, GroundedAnswer, Grounder, Session, Timings};
+use super::spans::{self, Chosen, Span};
+use super::{Caption, GroundOptions, GroundedAnswer, GroundedPhrase, Grounder, Session, Timings};
 use crate::capture::Capture;
 use crate::error::{Error, Result};
 use crate::lmm::{GROUNDING_INSTRUCTION, Turn};
@@ -33,6 +33,21 @@ impl Grounder {
         text: &str,
         choice: &PhraseChoice,
         options: &GroundOptions,
+    ) -> Result<GroundedAnswer> {
+        let mut phrases = Vec::new();
+        let answer = self.ground_each(session, text, choice, options, &mut |phrase| phrases.push(phrase))?;
+        Ok(GroundedAnswer { phrases, ..answer })
+    }
+
+    /// As [`Grounder::ground_in`], but gives phrases to `on_phrase`, so that masks of a large picture need not all be
+    /// held at once; the answer comes without any.
+    pub fn ground_each(
+        &self,
+        session: &mut Session,
+        text: &str,
+        choice: &PhraseChoice,
+        options: &GroundOptions,
+        on_phrase: &mut dyn FnMut(GroundedPhrase),
     ) -> Result<GroundedAnswer> {
         if text.trim().is_empty() {
             return Err(Error::request(
@@ -79,7 +94,8 @@ impl Grounder {
                 spans::select(choice, &result.answer, &offsets, probs.as_deref(), options.keyword_threshold)?
             }
         };
-        self.ground_spans(session, &capture, &mut result, &spans, probs.as_deref(), options)?;
+        let chosen = Chosen { text: &result.answer, spans: &spans, probs: probs.as_deref() };
+        self.ground_spans(session, &capture, &chosen, options, &mut result.timings, on_phrase)?;
         Ok(result)
     }
 

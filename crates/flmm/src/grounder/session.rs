@@ -1,5 +1,7 @@
 //! Pictures and the conversation about them: what is computed once and kept.
 
+use std::thread::JoinHandle;
+
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
@@ -35,7 +37,21 @@ struct Picture {
     input: ImageInput,
     /// `[image tokens, hidden]`
     features: Option<Tensor>,
-    sam: Option<(Tensor, SamGeometry)>,
+    sam: Encoding,
+}
+
+/// SAM's embedding of a picture.
+#[derive(Debug, Default)]
+enum Encoding {
+    #[default]
+    None,
+    /// Being computed beside the LMM.
+    Begun {
+        thread: JoinHandle<Result<(Tensor, SamGeometry)>>,
+        /// Memory that the embedding will take.
+        bytes: usize,
+    },
+    Known(Tensor, SamGeometry),
 }
 
 /// A token in the cache, and the picture it is part of: all pictures share one id.
@@ -72,6 +88,11 @@ impl Session {
     /// How many pictures the conversation is about.
     pub fn images(&self) -> usize {
         self.pictures.len()
+    }
+
+    /// Picture number `image`, counted from 0.
+    pub fn picture(&self, image: usize) -> Option<&RgbImage> {
+        self.pictures.get(image).map(|picture| &picture.picture)
     }
 
     /// How many tokens the last prompt shared with what was read before, and did not read again.
@@ -118,18 +139,43 @@ impl Session {
             return Err(self.no_picture(image));
         }
         let picture = &mut self.pictures[image];
-        if let Some(known) = &picture.sam {
-            return Ok(known.clone());
-        }
-        let encoded = match sam.filter(|_| !self.coarse_only) {
-            Some(sam) => sam.encode_image(&picture.picture)?,
-            None => {
+        let encoded = match (std::mem::take(&mut picture.sam), sam.filter(|_| !self.coarse_only)) {
+            (Encoding::Known(embedding, geometry), _) => (embedding, geometry),
+            (Encoding::Begun { thread, .. }, _) => thread.join().unwrap_or_else(|_| {
+                Err(candle_core::Error::Msg("SAM's image encoder panicked".into()).into())
+            })?,
+            (Encoding::None, Some(sam)) => sam.encode_image(&picture.picture)?,
+            (Encoding::None, None) => {
                 let original = (picture.picture.height() as usize, picture.picture.width() as usize);
                 let geometry = SamGeometry::new(original, SamConfig::vit_l().image_size);
                 (Tensor::zeros((1, 0, 0, 0), DType::F32, &Device::Cpu)?, geometry)
             }
         };
-        Ok(picture.sam.insert(encoded).clone())
+        picture.sam = Encoding::Known(encoded.0.clone(), encoded.1);
+        Ok(encoded)
+    }
+
+    /// Lets SAM look at picture number `image` on a thread of its own, unless it has: masks need its embedding only after
+    /// the LMM has read the picture. Where no thread can be had, SAM looks when masks are made.
+    pub(super) fn look_ahead(&mut self, sam: Option<&Sam>, image: usize) {
+        let Some(sam) = sam.filter(|_| !self.coarse_only) else { return };
+        let Some(picture) = self.pictures.get_mut(image) else { return };
+        if matches!(picture.sam, Encoding::None) {
+            let (sam, shown) = (sam.clone(), picture.picture.clone());
+            let config = sam.config();
+            let side = config.image_size / config.patch_size.max(1);
+            let bytes = config.prompt_embed_dim * side * side * DType::F32.size_in_bytes();
+            let encode = move || sam.encode_image(&shown);
+            if let Ok(thread) = std::thread::Builder::new().name("sam".into()).spawn(encode) {
+                picture.sam = Encoding::Begun { thread, bytes };
+            }
+        }
+    }
+
+    /// Memory in bytes that the session holds: pictures, image features, embeddings, keys and values.
+    pub fn bytes(&self) -> usize {
+        let pictures = self.pictures.iter().map(Picture::bytes).sum::<usize>();
+        pictures + self.cache.bytes() + self.read.len() * size_of::<Token>()
     }
 
     fn no_picture(&self, image: usize) -> Error {
@@ -229,6 +275,17 @@ impl Session {
 impl Picture {
     fn new(lmm: &dyn Lmm, picture: &RgbImage) -> Result<Self> {
         let input = lmm.prepare_image(picture)?;
-        Ok(Self { picture: picture.clone(), input, features: None, sam: None })
+        Ok(Self { picture: picture.clone(), input, features: None, sam: Encoding::None })
+    }
+
+    fn bytes(&self) -> usize {
+        let size = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        let input = size(&self.input.pixel_values) + self.input.pixel_values_aux.as_ref().map_or(0, size);
+        let embedding = match &self.sam {
+            Encoding::Known(embedding, _) => size(embedding),
+            Encoding::Begun { bytes, .. } => *bytes,
+            Encoding::None => 0,
+        };
+        self.picture.as_raw().len() + input + self.features.as_ref().map_or(0, size) + embedding
     }
 }

@@ -12,6 +12,22 @@ pub(super) struct Span {
     pub(super) tokens: Range<usize>,
 }
 
+/// The phrases of a text that are to be grounded.
+pub(super) struct Chosen<'a> {
+    pub(super) text: &'a str,
+    pub(super) spans: &'a [Span],
+    /// Keyword probability of every token, where the head has a selector.
+    pub(super) probs: Option<&'a [f32]>,
+}
+
+impl Chosen<'_> {
+    /// Mean keyword probability of the tokens of `span`; 1 without a selector.
+    pub(super) fn score(&self, span: &Span) -> f32 {
+        let mean = |probs: &[f32]| probs.iter().sum::<f32>() / probs.len() as f32;
+        self.probs.map_or(1.0, |probs| mean(&probs[span.tokens.clone()]))
+    }
+}
+
 /// The phrases of `text`, whose token `t` covers the characters `offsets[t]`.
 ///
 /// `probs` are the tokens' keyword probabilities; the keyword selector takes runs above `lambda`. A head without

@@ -49,6 +49,12 @@ impl KvCache {
         self.len == 0
     }
 
+    /// Memory in bytes that is taken, for tokens to come too.
+    pub fn bytes(&self) -> usize {
+        let size = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        self.layers.iter().flatten().map(|buffers| size(&buffers.keys) + size(&buffers.values)).sum()
+    }
+
     /// Forgets all tokens from position `len` on.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);

@@ -20,5 +20,5 @@ pub use cache::KvCache;
 pub use config::{Activation, DecoderConfig, Norm};
 pub use decoder::Decoder;
 pub(crate) use decoder::too_long;
-pub use generate::{Limits, generate};
+pub use generate::{Generation, Limits};
 pub use rope::{Rope, Rotation};

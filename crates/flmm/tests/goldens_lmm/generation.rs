@@ -1,7 +1,5 @@
 //! Greedy answers, and conversations that go on.
 
-use std::ops::ControlFlow;
-
 use candle_core::{DType, Device, Tensor};
 use flmm::capture::{Capture, weighted_hidden};
 use flmm::grounder::{AnswerOptions, Observation};
@@ -11,7 +9,7 @@ use flmm::lmm::{ImageInput, Turn};
 use flmm::nn::bilinear;
 use flmm::text::chat::MODELS;
 use flmm::text::sampling::Sampler;
-use flmm::text::{KvCache, Limits, generate};
+use flmm::text::{Generation, KvCache, Limits};
 
 use crate::case::{Case, Opened, unexpanded};
 use crate::common::TestResult;
@@ -41,18 +39,11 @@ pub(crate) fn check_generation(case: &mut Case, opened: &Opened) -> TestResult {
     let mut capture = Capture::from_position(prepared.token_ids.len());
     let mut steps = Vec::new();
     let limits = Limits { max_new_tokens: expected.len(), stop_ids: &[] };
-    let ids = generate(
-        lmm.decoder(),
-        &last,
-        &mut cache,
-        Some(&mut capture),
-        limits,
-        &mut Sampler::greedy(),
-        |_, logits| {
-            steps.push(logits.to_vec());
-            ControlFlow::Continue(())
-        },
-    )?;
+    let mut generation = Generation::new(last, limits, Sampler::greedy());
+    while let Some((_, logits)) = generation.step(lmm.decoder(), &mut cache, Some(&mut capture))? {
+        steps.push(logits);
+    }
+    let ids = generation.ids().to_vec();
     let agreed = ids.iter().zip(&expected).take_while(|(a, b)| a == b).count();
     if let Some(noise) = &case.noise {
         // A step whose margin is within the noise may go either way; nothing later is comparable then.

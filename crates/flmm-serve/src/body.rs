@@ -1,0 +1,141 @@
+//! Request bodies: size and time are bounded before memory is taken.
+
+use axum::body::{Body, Bytes};
+use axum::extract::{FromRequest, Request};
+use axum::http::{HeaderMap, StatusCode, header};
+use http_body_util::BodyExt;
+use serde::de::DeserializeOwned;
+use tokio::sync::OwnedSemaphorePermit;
+
+use crate::app::App;
+use crate::error::ApiError;
+
+/// A request's JSON. While it is held, its size counts as taken.
+pub(crate) struct Received<T> {
+    pub(crate) value: T,
+    pub(crate) room: Room,
+}
+
+/// Room for a body; given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Room {
+    _permit: OwnedSemaphorePermit,
+}
+
+impl<T: DeserializeOwned + Send + 'static> FromRequest<App> for Received<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
+        check_type(request.headers())?;
+        let limits = &app.settings().limits;
+        let limit = limits.body_bytes;
+        let declared = declared_length(request.headers());
+        let body = request.into_body();
+        let time = limits.body_time;
+        if declared.is_some_and(|length| length > limit) {
+            let _ = tokio::time::timeout(time, discard(body, limit)).await;
+            return Err(too_large(limit));
+        }
+        let kib = declared.unwrap_or(limit).div_ceil(1 << 10).max(1);
+        let permit = u32::try_from(kib).ok().and_then(|kib| {
+            let bodies = app.bodies().clone();
+            bodies.try_acquire_many_owned(kib).ok()
+        });
+        let Some(permit) = permit else {
+            let message = "too many request bodies are being held";
+            return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "too_many_bodies", message)
+                .hint("try again, or send smaller pictures")
+                .retry_after(1));
+        };
+        let bytes = tokio::time::timeout(time, collect(body, limit)).await.map_err(|_| {
+            let message = format!("the request's body did not arrive within {} s", time.as_secs());
+            ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message)
+        })??;
+        // Megabytes of base64 take milliseconds: not on the threads that talk to clients.
+        let parsed = tokio::task::spawn_blocking(move || parse(&bytes)).await;
+        let value = parsed.map_err(|_| ApiError::internal())??;
+        Ok(Self { value, room: Room { _permit: permit } })
+    }
+}
+
+fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let given = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
+    let essence = given.split(';').next().unwrap_or("").trim();
+    match essence.eq_ignore_ascii_case("application/json") {
+        true => Ok(()),
+        false => Err(ApiError::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "unsupported_media_type",
+            "the body must be JSON",
+        )
+        .hint("send `Content-Type: application/json`")),
+    }
+}
+
+fn declared_length(headers: &HeaderMap) -> Option<usize> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+fn too_large(limit: usize) -> ApiError {
+    let message = format!("the request's body is larger than {limit} bytes");
+    ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+        .hint("make the picture smaller; the models see at most about 1,000 pixels a side anyway")
+}
+
+async fn collect(mut body: Body, limit: usize) -> Result<Bytes, ApiError> {
+    let mut all = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| ApiError::bad_request("body_cut", "the request's body was cut off"))?;
+        let Ok(data) = frame.into_data() else { continue };
+        if all.len() + data.len() > limit {
+            discard(body, limit).await;
+            return Err(too_large(limit));
+        }
+        all.extend_from_slice(&data);
+    }
+    Ok(all.into())
+}
+
+/// Reads on for a while without keeping anything: a client that is still sending would not see the response.
+async fn discard(mut body: Body, limit: usize) {
+    let mut left = limit.saturating_mul(4);
+    while left > 0
+        && let Some(Ok(frame)) = body.frame().await
+    {
+        left = left.saturating_sub(frame.data_ref().map_or(1, Bytes::len));
+    }
+}
+
+/// Longest reason that is repeated: serde quotes values, and values may be pictures.
+const LONGEST_REASON: usize = 200;
+
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    serde_json::from_slice(bytes).map_err(|error| {
+        let reason: String = error.to_string().chars().take(LONGEST_REASON).collect();
+        let place = format!("line {} column {}", error.line(), error.column());
+        let reason = if reason.contains(&place) { reason } else { format!("{reason}… at {place}") };
+        ApiError::bad_request("invalid_json", format!("the body cannot be read: {reason}"))
+            .hint("/openapi.json describes what is expected")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse;
+    use crate::api::ChatRequest;
+
+    #[test]
+    fn reasons_are_short_and_say_where() {
+        let long = format!(r#"{{"messages": "{}"}}"#, "A".repeat(1 << 20));
+        let error = parse::<ChatRequest>(long.as_bytes()).unwrap_err();
+        assert!(error.message.len() < 400 && error.message.contains("line 1 column"), "{}", error.message);
+        let error = parse::<ChatRequest>(b"{").unwrap_err();
+        assert!(error.message.contains("line 1 column 1"), "{}", error.message);
+        let deep = "[".repeat(100_000);
+        assert!(parse::<ChatRequest>(deep.as_bytes()).is_err());
+        let many = format!(r#"{{"messages": [], "stop": [{}"a"]}}"#, r#""a","#.repeat(5000));
+        assert!(
+            parse::<ChatRequest>(many.as_bytes()).unwrap_err().message.contains("more than 4096 elements")
+        );
+    }
+}

@@ -1,0 +1,84 @@
+//! Pictures of a request: where they are, and what they are before they are decoded.
+
+use axum::http::StatusCode;
+use base64::Engine as _;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+
+use crate::app::App;
+use crate::error::ApiError;
+use crate::settings::Limits;
+
+/// Standard base64, with or without its padding.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &base64::alphabet::STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+/// The pictures of a request as files in memory; each has a header that was checked.
+pub(crate) type Files = Vec<Vec<u8>>;
+
+/// Brings the pictures at `urls` and checks their headers; nothing is decoded.
+///
+/// # Errors
+/// [`ApiError`] 400 for an address of another kind and for what is no picture, 403 for an address that may not be
+/// fetched, 502 if fetching fails.
+pub(crate) async fn bring(app: &App, urls: Vec<String>) -> Result<Files, ApiError> {
+    let mut files = Vec::with_capacity(urls.len());
+    for (number, url) in urls.into_iter().enumerate() {
+        let app = app.clone();
+        // Decoding base64 and fetching block.
+        let file = tokio::task::spawn_blocking(move || one(&app, number, &url)).await;
+        files.push(file.map_err(|_| ApiError::internal())??);
+    }
+    Ok(files)
+}
+
+fn one(app: &App, number: usize, url: &str) -> Result<Vec<u8>, ApiError> {
+    let limits = &app.settings().limits;
+    let name = format!("image {number}");
+    let file = match url.split_once(':') {
+        Some((scheme, rest)) if scheme.eq_ignore_ascii_case("data") => data(rest, &name)?,
+        Some((scheme, _)) if ["http", "https"].contains(&scheme.to_ascii_lowercase().as_str()) => {
+            let fetcher = app.fetcher().ok_or_else(|| {
+                let message = "this server does not fetch pictures";
+                ApiError::new(StatusCode::FORBIDDEN, "remote_images_off", message)
+                    .hint("send the picture itself: `data:image/png;base64,…`")
+                    .param("image_url")
+            })?;
+            fetcher.get(url, limits.body_bytes as u64)?
+        }
+        _ => {
+            return Err(ApiError::bad_request(
+                "unsupported_url",
+                format!("{name} has an address of no known kind"),
+            )
+            .hint("send the picture itself: `data:image/png;base64,…`")
+            .param("image_url"));
+        }
+    };
+    flmm::image_input::image_size(&file, &name, &limits.picture())
+        .map_err(|error| ApiError::from(error).param("image_url"))?;
+    Ok(file)
+}
+
+/// The content of a data URL without its scheme.
+fn data(rest: &str, name: &str) -> Result<Vec<u8>, ApiError> {
+    let wrong = |what: String| {
+        ApiError::bad_request("invalid_data_url", what)
+            .hint("write `data:image/png;base64,` and the file in base64 without line breaks")
+            .param("image_url")
+    };
+    let (kind, content) =
+        rest.split_once(',').ok_or_else(|| wrong(format!("the data URL of {name} has no comma")))?;
+    if !kind.to_ascii_lowercase().ends_with(";base64") {
+        return Err(wrong(format!("the data URL of {name} is not base64")));
+    }
+    BASE64.decode(content.trim()).map_err(|e| wrong(format!("the data URL of {name} is not base64: {e}")))
+}
+
+/// Decodes a picture whose header was checked.
+pub(crate) fn decode(file: &[u8], number: usize, limits: &Limits) -> Result<image::RgbImage, ApiError> {
+    let name = format!("image {number}");
+    let decoded = flmm::image_input::decode_image_with(file, &name, &limits.picture());
+    decoded.map_err(|error| ApiError::from(error).param("image_url"))
+}
