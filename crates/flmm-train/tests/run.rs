@@ -223,7 +223,7 @@ fn a_run_that_goes_on_skips_what_one_that_was_not_stopped_skips() {
     ];
     let whole = train(dir, "a", &settings, &mut Silent).unwrap();
     let list = |out: &str| std::fs::read_to_string(dir.join(out).join(SKIPPED)).unwrap();
-    for step in 1..4 {
+    for step in [1, 3] {
         let out = format!("b{step}");
         train(dir, &out, &settings, &mut At(step, || true, Vec::new())).unwrap();
         let resumed = train(dir, &out, &settings, &mut Silent).unwrap();
