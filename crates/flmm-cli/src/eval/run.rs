@@ -61,6 +61,9 @@ pub(crate) fn run(args: &RunArgs, talk: &Talk) -> Result<()> {
         judge.check()?;
     }
     let model = model::open(&args.model, talk)?;
+    for task in &tasks {
+        task.fits(&model.grounder)?;
+    }
     let revision = model.revision()?;
     let out = args.out.clone().unwrap_or_default();
     let options = RunOptions {
