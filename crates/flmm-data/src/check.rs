@@ -397,7 +397,10 @@ mod tests {
             std::fs::write(pictures.join("1.jpg"), b"")?;
             let mut tar = tar::Builder::new(std::fs::File::create(pictures.join("0.tar"))?);
             for name in ["2.jpg", "3.jpg"] {
-                tar.append_data(&mut tar::Header::new_gnu(), name, &b""[..])?;
+                let mut header = tar::Header::new_gnu();
+                header.set_size(0);
+                header.set_mode(0o644);
+                tar.append_data(&mut header, name, &b""[..])?;
             }
             tar.finish()
         };

@@ -38,6 +38,10 @@ impl Task for Keywords {
         png::needs()
     }
 
+    fn fits(&self, grounder: &Grounder) -> Result<()> {
+        if grounder.head().keyword_selector.is_some() { Ok(()) } else { Err(no_selector()) }
+    }
+
     fn open(&self, settings: &Settings) -> Result<Box<dyn Samples>> {
         let protocol = png::Protocol { replace_empty: None };
         Ok(Box::new(KeywordSamples(PngSamples::open(&Settings { png: protocol, ..settings.clone() })?)))
@@ -159,6 +163,10 @@ pub fn metrics(scores: &[Score]) -> Aggregate {
     Aggregate { metrics, details: json!({ "tokens": tokens, "phrases": phrases, "threshold": LAMBDA }) }
 }
 
+fn no_selector() -> Error {
+    Error::request("png_keywords: the head has no keyword selector", "train one, or leave this task out")
+}
+
 struct KeywordSamples(PngSamples);
 
 impl Samples for KeywordSamples {
@@ -168,15 +176,6 @@ impl Samples for KeywordSamples {
 
     fn settings(&self) -> Value {
         json!({ "keyword_threshold": LAMBDA })
-    }
-
-    fn fits(&self, grounder: &Grounder) -> Result<()> {
-        match grounder.head().keyword_selector {
-            Some(_) => Ok(()),
-            None => {
-                Err(Error::request("the head has no keyword selector", "train one, or leave this task out"))
-            }
-        }
     }
 
     fn template(&self, index: usize) -> Result<Value> {
@@ -195,7 +194,7 @@ impl Samples for KeywordSamples {
         // Without labels: a model may cut off a text with true phrases at its end.
         let mut marked = Caption { mask_ids: vec![-1; told.token_ids.len()], token_ids: told.token_ids };
         let hidden = self.0.hidden(grounder, &sample, &marked)?;
-        let mut probs = grounder.head().keyword_probs(&hidden)?.unwrap_or_default();
+        let mut probs = grounder.head().keyword_probs(&hidden)?.ok_or_else(no_selector)?;
         // A model that cuts texts off says nothing about the tokens behind: it does not find them.
         probs.resize(marked.token_ids.len(), 0.0);
         let found = select_keywords(&probs, &token_texts(tokenizer, &marked.token_ids), LAMBDA);

@@ -65,7 +65,7 @@ pub struct Ran {
 /// A sample that cannot be computed is told to `watch`, listed in `failed_<task>.jsonl`, and tried again by the next run.
 ///
 /// # Errors
-/// If the model does not fit the task ([`Samples::fits`]), if the folder holds samples of another model (or of the same one with other files) or other settings, if another
+/// If the folder holds samples of another model (or of the same one with other files) or other settings, if another
 /// process is at work on the same shard, if a file cannot be read or written, or if no more samples can be scored
 /// ([`Samples::halted`]); the answer at which that was found out is kept.
 pub fn run(
@@ -75,7 +75,6 @@ pub fn run(
     options: &RunOptions,
     watch: &mut dyn Watch,
 ) -> Result<Ran> {
-    samples.fits(model.grounder)?;
     let out = &options.out;
     std::fs::create_dir_all(out).map_err(|e| Error::io(out, e))?;
     let key = claim(

@@ -27,6 +27,11 @@ pub trait Task: Send + Sync {
     /// The files it needs below the data root.
     fn needs(&self) -> Vec<Need>;
 
+    /// An error if no sample can be predicted with `grounder`, for example for want of a part of its head.
+    fn fits(&self, _grounder: &Grounder) -> Result<()> {
+        Ok(())
+    }
+
     /// Opens its data. An error names the file that is missing or malformed.
     fn open(&self, settings: &Settings) -> Result<Box<dyn Samples>>;
 
@@ -55,11 +60,6 @@ pub trait Samples: Send + Sync {
     /// Why no more samples can be scored, for example a judge that refuses every question. Asked after every sample.
     fn halted(&self) -> Option<Error> {
         None
-    }
-
-    /// An error if no sample can be predicted with `grounder`, for example for want of a part of its head.
-    fn fits(&self, _grounder: &Grounder) -> Result<()> {
-        Ok(())
     }
 
     /// What a system is given for sample `index`, as a line of a predictions file that only lacks what it predicts: id,

@@ -61,7 +61,15 @@ pub(crate) fn run(args: &RunArgs, talk: &Talk) -> Result<()> {
         judge.check()?;
     }
     let model = model::open(&args.model, talk)?;
+    for task in &tasks {
+        task.fits(&model.grounder)?;
+    }
     let revision = model.revision()?;
+    // In a table the two must be told apart.
+    let name = match revision.head {
+        Some(_) => model.name.clone(),
+        None => format!("{} without a head", model.name),
+    };
     let out = args.out.clone().unwrap_or_default();
     let options = RunOptions {
         out: out.clone(),
@@ -75,7 +83,7 @@ pub(crate) fn run(args: &RunArgs, talk: &Talk) -> Result<()> {
         let samples = task.open(&settings)?;
         drop(spinner);
         let mut watch = Progress { talk, bar: ProgressBar::hidden(), failures: 0 };
-        let who = Model { name: &model.name, revision: &revision, grounder: &model.grounder };
+        let who = Model { name: &name, revision: &revision, grounder: &model.grounder };
         let ran = run_task(task.name(), samples.as_ref(), who, &options, &mut watch);
         watch.bar.finish_and_clear();
         let Ran { done, found, failed: without } = ran?;

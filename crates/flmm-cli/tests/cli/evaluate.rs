@@ -79,6 +79,17 @@ fn templates_filled_in_are_scored_and_faults_named() {
     assert!(place.run(&["eval", "merge", "o"]).ok().contains("cIoU"));
 }
 
+/// A task that the model cannot do is known before the others are computed.
+#[test]
+fn a_head_without_a_keyword_selector_is_told_at_once() {
+    let place = Place::new();
+    let tree = tree();
+    let args = ["eval", "--task", "refcoco_val,png_keywords", "--data", &tree, "--out", "o", "--limit", "1"];
+    let ran = place.run_with_model(&args);
+    assert!(ran.status == 1 && ran.err.contains("has no keyword selector"), "{}", ran.all());
+    assert!(!place.path("o").exists());
+}
+
 #[test]
 fn a_model_runs_through_tasks_and_goes_on_where_it_was() {
     let place = Place::new();

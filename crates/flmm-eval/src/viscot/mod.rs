@@ -71,10 +71,12 @@ fn settings(variant: Variant, protocol: &Protocol) -> Value {
     }
 }
 
-/// A chain as a prediction: the thought is its only phrase.
-fn predicted(id: &str, prompt: String, chain: Chain) -> Predicted {
+/// A chain as a prediction: the thought is its only phrase. Without a chain there is no box to speak of.
+fn predicted(id: &str, prompt: String, variant: Variant, chain: Chain) -> Predicted {
     let mut extra = Map::new();
-    extra.insert("box".into(), json!(chain.box_in_image));
+    if variant != Variant::V3 {
+        extra.insert("box".into(), json!(chain.box_in_image));
+    }
     let coco = |mask: &Mask| Runs::from(mask).to_coco();
     let phrase = chain.mask.as_ref().map(|mask| Phrase {
         text: chain.thought.clone(),
@@ -237,7 +239,7 @@ impl Samples for VisCotSamples {
         let picture = self.picture(question)?;
         let asked = (question.question.as_str(), SHORT);
         let chain = chain::answer(grounder, &picture, asked, self.variant, &self.protocol, MOST_TOKENS)?;
-        Ok(predicted(&self.ids[index], question.question.clone(), chain))
+        Ok(predicted(&self.ids[index], question.question.clone(), self.variant, chain))
     }
 
     fn score(&self, index: usize, prediction: &Prediction) -> Result<Value> {
@@ -311,7 +313,7 @@ impl Samples for PopeCotSamples {
         let picture = self.pope.picture(index)?;
         let asked = (prompt.as_str(), "");
         let chain = chain::answer(grounder, &picture, asked, self.variant, &self.protocol, most_tokens)?;
-        Ok(predicted(&self.ids()[index], prompt, chain))
+        Ok(predicted(&self.ids()[index], prompt, self.variant, chain))
     }
 
     fn score(&self, index: usize, prediction: &Prediction) -> Result<Value> {
