@@ -1,0 +1,76 @@
+//! Products of activations with frozen weights on the processor, on plain slices.
+//!
+//! A frozen model's time is spent in `y = x·weightᵀ + bias`. Weights stay as the checkpoint stores them, `[outputs,
+//! inputs]`, so that they may lie in a mapped file and exist once. Many rows (reading a prompt, a picture) are blocked
+//! for the caches and computed at the speed of the arithmetic units; few rows (writing an answer) at the speed at which
+//! memory is read. Instructions are chosen when the program runs: AVX512-BF16 for bf16, else f32 arithmetic on whatever
+//! vector unit there is.
+//!
+//! Every result is a sum in f32, in an order that depends on the sizes alone and not on the number of threads, rounded
+//! once.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod element;
+mod few;
+mod kernel;
+mod line;
+mod product;
+#[cfg(test)]
+mod tests;
+
+use half::bf16;
+
+pub use product::Sizes;
+
+use element::{Float, Pairs, Singles, Units};
+use few::{FEW, Few};
+use kernel::{Kernel, Wide};
+
+/// `y = x·weightᵀ + bias` in bf16: `x [rows, inputs]`, `weight [outputs, inputs]`, `bias [outputs]`, `y [rows, outputs]`.
+///
+/// # Panics
+/// If a slice is not as long as `sizes` says.
+pub fn linear_bf16(x: &[bf16], weight: &[bf16], bias: Option<&[bf16]>, sizes: Sizes, y: &mut [bf16]) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(native) = avx512::Avx512Bf16::detect() {
+        return linear::<_, Pairs, _>(native, x, weight, bias, sizes, y);
+    }
+    linear::<_, Singles, _>(Wide::new(), x, weight, bias, sizes, y);
+}
+
+/// As [`linear_bf16`], in f32.
+pub fn linear_f32(x: &[f32], weight: &[f32], bias: Option<&[f32]>, sizes: Sizes, y: &mut [f32]) {
+    linear::<_, Singles, _>(Wide::new(), x, weight, bias, sizes, y);
+}
+
+fn linear<T, U, K>(kernel: K, x: &[T], weight: &[T], bias: Option<&[T]>, sizes: Sizes, y: &mut [T])
+where
+    T: Float,
+    U: Units<T>,
+    K: Kernel + Few<T>,
+{
+    let Sizes { rows, inputs, outputs } = sizes;
+    assert_eq!(x.len(), rows * inputs, "x is not [{rows}, {inputs}]");
+    assert_eq!(weight.len(), outputs * inputs, "the weight is not [{outputs}, {inputs}]");
+    assert_eq!(y.len(), rows * outputs, "y is not [{rows}, {outputs}]");
+    assert!(bias.is_none_or(|bias| bias.len() == outputs), "the bias is not [{outputs}]");
+    if y.is_empty() {
+    } else if inputs == 0 {
+        for y in y.chunks_exact_mut(outputs) {
+            match bias {
+                Some(bias) => y.copy_from_slice(bias),
+                None => y.fill(T::round(0.0)),
+            }
+        }
+    } else if rows <= FEW {
+        few::product(kernel, x, weight, bias, sizes, y);
+    } else {
+        product::product::<T, U, K, T>(kernel, x, weight, bias, sizes, y);
+    }
+}
+/// x
+#[allow(unsafe_code)]
+pub fn spin(turns: usize) -> f32 {
+    unsafe { avx512::spin(turns) }
+}
