@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
+use crate::kernel::Weights;
 use crate::line::{LANES, Line};
 
 /// Proof that the processor has AVX-512 (F, BW, VL).
@@ -39,20 +40,20 @@ impl Avx512Bf16 {
         (Avx512::detect().is_some() && is_x86_feature_detected!("avx512bf16")).then_some(Self(()))
     }
 
-    /// As [`crate::kernel::Kernel::tile`].
+    /// As [`crate::kernel::Kernel::tile`], for `V` lines and `N` outputs.
     #[inline]
     pub(crate) fn tile<const V: usize, const N: usize>(
         self,
         a: &[Line],
-        b: &[u32],
-        depth: usize,
+        b: Weights,
         c: &mut [Line],
         stride: usize,
         add: bool,
     ) {
-        assert!(a.len() >= depth * V && b.len() >= depth * N && c.len() >= (N - 1) * stride + V);
+        assert!(a.len() >= b.depth * V && b.units.len() >= (N - 1) * b.stride + b.depth);
+        assert!(c.len() >= (N - 1) * stride + V);
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
-        unsafe { tile::<V, N>(a.as_ptr(), b.as_ptr(), depth, c.as_mut_ptr(), stride, add) }
+        unsafe { tile::<V, N>(a.as_ptr(), b, c.as_mut_ptr(), stride, add) }
     }
 
     /// `Σ x·w` of rows of bf16 pairs against one row of weights: `x` holds `R` rows of `w.len()` numbers.
@@ -67,19 +68,19 @@ impl Avx512Bf16 {
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn tile<const V: usize, const N: usize>(
     a: *const Line,
-    b: *const u32,
-    depth: usize,
+    b: Weights,
     c: *mut Line,
     stride: usize,
     add: bool,
 ) {
     let mut sums = [[_mm512_setzero_ps(); V]; N];
-    for k in 0..depth {
-        // SAFETY: the caller checked that `a` has `depth · V` lines and `b` has `N · depth` units.
+    let weights = b.units.as_ptr();
+    for k in 0..b.depth {
+        // SAFETY: the caller checked that `a` has `depth · V` lines and `b` has `N` outputs of `depth` units.
         unsafe {
             let rows: [__m512i; V] = std::array::from_fn(|v| _mm512_load_si512(a.add(k * V + v).cast()));
             for n in 0..N {
-                let weight = _mm512_set1_epi32(*b.add(n * depth + k) as i32);
+                let weight = _mm512_set1_epi32(*weights.add(n * b.stride + k) as i32);
                 for v in 0..V {
                     sums[n][v] = _mm512_dpbf16_ps(sums[n][v], pairs(rows[v]), pairs(weight));
                 }

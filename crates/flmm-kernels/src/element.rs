@@ -10,6 +10,9 @@ pub(crate) trait Units<T>: Copy + Send + Sync {
 
     /// Writes `numbers` as units; a last unit that is not full is filled with zeros, and so are all further ones.
     fn write(numbers: &[T], units: &mut [u32]);
+
+    /// The unit of two neighbouring numbers; of the first alone where a unit holds only one.
+    fn of(first: T, second: T) -> u32;
 }
 
 /// Two neighbouring bf16 numbers, the first in the low half.
@@ -35,6 +38,11 @@ impl Units<bf16> for Pairs {
             *unit = u32::from(*last);
         }
     }
+
+    #[inline(always)]
+    fn of(first: bf16, second: bf16) -> u32 {
+        u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16
+    }
 }
 
 impl Units<bf16> for Singles {
@@ -48,6 +56,11 @@ impl Units<bf16> for Singles {
         }
         padding.fill(0);
     }
+
+    #[inline(always)]
+    fn of(first: bf16, _: bf16) -> u32 {
+        u32::from(first.to_bits()) << 16
+    }
 }
 
 impl Units<f32> for Singles {
@@ -60,6 +73,11 @@ impl Units<f32> for Singles {
             *unit = number.to_bits();
         }
         padding.fill(0);
+    }
+
+    #[inline(always)]
+    fn of(first: f32, _: f32) -> u32 {
+        first.to_bits()
     }
 }
 

@@ -7,6 +7,14 @@ use crate::line::{LANES, Line};
 /// Weights (outputs) of a register block.
 pub(crate) const OUTPUTS: usize = 6;
 
+/// Weights of a register block: output `n` has its units at `units[n · stride..][..depth]`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Weights<'a> {
+    pub(crate) units: &'a [u32],
+    pub(crate) stride: usize,
+    pub(crate) depth: usize,
+}
+
 /// Computes a register block of a product.
 pub(crate) trait Kernel: Copy + Send + Sync {
     /// Lines of rows in a register block: it has this many times sixteen rows, and [`OUTPUTS`] outputs.
@@ -14,9 +22,9 @@ pub(crate) trait Kernel: Copy + Send + Sync {
 
     /// `c[n][row] (+)= Σ_k a[k][row] · b[n][k]` over `depth` units.
     ///
-    /// `a [depth, lines]` holds rows side by side, `b [OUTPUTS, depth]` weights; output `n` has its sums, in f32, at
-    /// `c[n · stride..][..lines]`, to which they are added if `add`. `lines` is at most [`Kernel::panel`].
-    fn tile(self, a: &[Line], lines: usize, b: &[u32], depth: usize, c: &mut [Line], stride: usize, add: bool);
+    /// `a [depth, lines]` holds rows side by side; `lines` is at most [`Kernel::panel`]. Output `n` has its sums, in f32,
+    /// at `c[n · stride..][..lines]`, to which they are added if `add`.
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -26,12 +34,12 @@ impl Kernel for crate::avx512::Avx512Bf16 {
     }
 
     #[inline]
-    fn tile(self, a: &[Line], lines: usize, b: &[u32], depth: usize, c: &mut [Line], stride: usize, add: bool) {
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool) {
         match lines {
-            1 => self.tile::<1, OUTPUTS>(a, b, depth, c, stride, add),
-            2 => self.tile::<2, OUTPUTS>(a, b, depth, c, stride, add),
-            3 => self.tile::<3, OUTPUTS>(a, b, depth, c, stride, add),
-            _ => self.tile::<4, OUTPUTS>(a, b, depth, c, stride, add),
+            1 => self.tile::<1, OUTPUTS>(a, b, c, stride, add),
+            2 => self.tile::<2, OUTPUTS>(a, b, c, stride, add),
+            3 => self.tile::<3, OUTPUTS>(a, b, c, stride, add),
+            _ => self.tile::<4, OUTPUTS>(a, b, c, stride, add),
         }
     }
 }
@@ -66,8 +74,8 @@ impl Kernel for Wide {
     }
 
     #[inline]
-    fn tile(self, a: &[Line], lines: usize, b: &[u32], depth: usize, c: &mut [Line], stride: usize, add: bool) {
-        self.arch.dispatch(Tile { a, lines, b, depth, c, stride, add });
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool) {
+        self.arch.dispatch(Tile { a, lines, b, c, stride, add });
     }
 }
 
@@ -84,8 +92,7 @@ impl WithSimd for Panel {
 struct Tile<'a> {
     a: &'a [Line],
     lines: usize,
-    b: &'a [u32],
-    depth: usize,
+    b: Weights<'a>,
     c: &'a mut [Line],
     stride: usize,
     add: bool,
@@ -115,10 +122,8 @@ impl Tile<'_> {
     fn run<S: Simd, const V: usize>(self, simd: S) {
         let a: &[f32] = bytemuck::cast_slice(self.a);
         let (a, _) = S::as_simd_f32s(a);
-        let a = &a.as_chunks::<V>().0[..self.depth];
-        let mut b = self.b.chunks_exact(self.depth);
-        let b: [&[u32]; OUTPUTS] = std::array::from_fn(|_| b.next().unwrap_or_default());
-        let b = b.map(|b| &b[..a.len()]);
+        let a = &a.as_chunks::<V>().0[..self.b.depth];
+        let b: [&[u32]; OUTPUTS] = std::array::from_fn(|n| &self.b.units[n * self.b.stride..][..a.len()]);
         let mut sums = [[simd.splat_f32s(0.0); V]; OUTPUTS];
         for (k, rows) in a.iter().enumerate() {
             for (sums, b) in sums.iter_mut().zip(&b) {

@@ -9,6 +9,7 @@
 //! Every result is a sum in f32, in an order that depends on the sizes alone and not on the number of threads, rounded
 //! once.
 
+mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod element;
@@ -16,11 +17,13 @@ mod few;
 mod kernel;
 mod line;
 mod product;
+mod softmax;
 #[cfg(test)]
 mod tests;
 
 use half::bf16;
 
+pub use attention::{AttentionSizes, Heads, Scores};
 pub use product::Sizes;
 
 use element::{Float, Pairs, Singles, Units};
@@ -69,6 +72,41 @@ where
         product::product::<T, U, K, T>(kernel, x, weight, bias, sizes, y);
     }
 }
+/// Attention in bf16; see [`attention_f32`].
+pub fn attention_bf16(
+    q: &[bf16],
+    kv: [Heads<bf16>; 2],
+    sizes: AttentionSizes,
+    scores: Scores,
+    y: &mut [bf16],
+    lse: &mut [f32],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(native) = avx512::Avx512Bf16::detect() {
+        return attention::attention::<_, Pairs, _>(native, q, kv, sizes, scores, y, lse);
+    }
+    attention::attention::<_, Singles, _>(Wide::new(), q, kv, sizes, scores, y, lse);
+}
+
+/// Softmax of the scores of queries and keys times the values: `q [batch · heads, rows, head_dim]`, keys and values
+/// `[batch · kv_heads, keys, head_dim]`, `y [batch, rows, heads · head_dim]`; `lse [batch · heads, rows]` receives the
+/// log-sum-exp of every row of scores.
+///
+/// The softmax is computed in f32; probabilities are rounded to the type of the values, with which they are multiplied.
+///
+/// # Panics
+/// If a slice is not as long as `sizes` says, or a causal attention has more rows than keys.
+pub fn attention_f32(
+    q: &[f32],
+    kv: [Heads<f32>; 2],
+    sizes: AttentionSizes,
+    scores: Scores,
+    y: &mut [f32],
+    lse: &mut [f32],
+) {
+    attention::attention::<_, Singles, _>(Wide::new(), q, kv, sizes, scores, y, lse);
+}
+
 /// x
 #[allow(unsafe_code)]
 pub fn spin(turns: usize) -> f32 {

@@ -10,6 +10,18 @@ pub(crate) struct Line(pub(crate) [u32; LANES]);
 
 impl Line {
     pub(crate) const ZERO: Self = Self([0; LANES]);
+
+    /// A line of f32 numbers.
+    #[inline(always)]
+    pub(crate) fn of(numbers: [f32; LANES]) -> Self {
+        Self(numbers.map(f32::to_bits))
+    }
+
+    /// Unit `i` as an f32.
+    #[inline(always)]
+    pub(crate) fn float(&self, i: usize) -> f32 {
+        f32::from_bits(self.0[i])
+    }
 }
 
 /// Transposes a block of 16 × 16 units.

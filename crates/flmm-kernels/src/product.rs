@@ -11,7 +11,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::element::{Float, Units};
-use crate::kernel::{Kernel, OUTPUTS};
+use crate::kernel::{Kernel, OUTPUTS, Weights};
 use crate::line::{LANES, Line, prefetch, transpose};
 
 /// Units of a packed block along the inner dimension: the block of rows has to fit the second-level cache.
@@ -60,13 +60,14 @@ impl Packed {
 }
 
 /// Packs the first rows of `x [rows, inputs]` into one panel.
-struct Pack<'a, T, U> {
-    x: &'a [T],
-    rows: usize,
-    inputs: usize,
-    lines: &'a mut [Line],
-    units: usize,
-    how: PhantomData<U>,
+pub(crate) struct Pack<'a, T, U> {
+    pub(crate) x: &'a [T],
+    pub(crate) rows: usize,
+    pub(crate) inputs: usize,
+    /// `[units, lines]`
+    pub(crate) lines: &'a mut [Line],
+    pub(crate) units: usize,
+    pub(crate) how: PhantomData<U>,
 }
 
 impl<T: Copy, U: Units<T>> WithSimd for Pack<'_, T, U> {
@@ -104,7 +105,7 @@ where
     let Sizes { rows, inputs, outputs } = sizes;
     let arch = Arch::new();
     let packed = Packed::new::<T, U>(x, rows, inputs, kernel.panel(), arch);
-    let y = Columns { start: y.as_mut_ptr(), len: y.len(), outputs };
+    let y = Columns::new(y, outputs);
     // Blocks of rows of equal size, whole panels each.
     let panels = packed.width.div_ceil(packed.panel);
     let blocks = panels.div_ceil((ROWS / LANES / packed.panel).max(1));
@@ -173,21 +174,22 @@ impl Scratch {
                 }
                 let (rows, count) = packed.panel(line + at, from, depth);
                 let sums = &mut self.sums[first * lines + at..];
-                kernel.tile(rows, count, &self.weights, depth, sums, lines, from > 0);
+                let weights = Weights { units: &self.weights, stride: depth, depth };
+                kernel.tile(rows, count, weights, sums, lines, from > 0);
             }
         }
     }
 }
 
 /// Adds `bias`, rounds, and writes the sums of a chunk to their columns of `y`.
-struct Finish<'a, O> {
-    /// `[outputs of the chunk, lines]`, f32.
-    sums: &'a [Line],
-    lines: usize,
-    bias: Option<&'a [O]>,
-    y: &'a Columns<O>,
-    rows: Range<usize>,
-    columns: Range<usize>,
+pub(crate) struct Finish<'a, O> {
+    /// `[outputs, lines]` in f32, outputs filled up to a multiple of [`LANES`].
+    pub(crate) sums: &'a [Line],
+    pub(crate) lines: usize,
+    pub(crate) bias: Option<&'a [O]>,
+    pub(crate) y: &'a Columns<O>,
+    pub(crate) rows: Range<usize>,
+    pub(crate) columns: Range<usize>,
 }
 
 impl<O: Float> WithSimd for Finish<'_, O> {
@@ -216,7 +218,7 @@ impl<O: Float> WithSimd for Finish<'_, O> {
 }
 
 /// A matrix `[.., outputs]` that several threads write.
-struct Columns<O> {
+pub(crate) struct Columns<O> {
     start: *mut O,
     len: usize,
     outputs: usize,
@@ -226,6 +228,11 @@ struct Columns<O> {
 unsafe impl<O: Send> Sync for Columns<O> {}
 
 impl<O: Copy> Columns<O> {
+    /// `y [.., outputs]`, which must stay alive and untouched by others until the last write.
+    pub(crate) fn new(y: &mut [O], outputs: usize) -> Self {
+        Self { start: y.as_mut_ptr(), len: y.len(), outputs }
+    }
+
     /// Writes the first `count` of `numbers` to `row` from `column` on.
     ///
     /// # Safety

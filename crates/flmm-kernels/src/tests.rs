@@ -4,6 +4,7 @@ use half::bf16;
 use proptest::prelude::*;
 use pulp::Arch;
 
+use crate::attention::{AttentionSizes, Heads, Scores};
 use crate::element::{Float, Pairs, Singles, Units};
 use crate::few::{Few, product as few_product};
 use crate::kernel::{Kernel, Wide};
@@ -34,6 +35,93 @@ fn reference<T: Float>(x: &[T], weight: &[T], bias: Option<&[T]>, sizes: Sizes) 
     all
 }
 
+/// Multiples of a quarter, whose sums of products are exact in f32 in any order.
+fn quarters<T: Float>(count: usize, seed: u64) -> Vec<T> {
+    numbers::<f32>(count, seed).into_iter().map(|number| T::round((number * 8.0).round() / 4.0)).collect()
+}
+
+/// Attention written out: results and log-sum-exps.
+fn plain_attention<T: Float>(q: &[T], k: Heads<T>, v: Heads<T>, sizes: AttentionSizes, scores: Scores) -> [Vec<f64>; 2] {
+    let AttentionSizes { batch, heads, kv_heads, rows, keys, head_dim } = sizes;
+    let round = |x: f64| f64::from(T::round(x as f32).widen());
+    let (mut y, mut lse) = (vec![0.0; q.len()], Vec::new());
+    for head in 0..batch * heads {
+        let group = head / heads * kv_heads + head % heads / (heads / kv_heads);
+        for row in 0..rows {
+            let at = head * rows + row;
+            let score = |key: usize| {
+                let terms = 0..head_dim;
+                let k = &k.data[group * k.stride + key * head_dim..];
+                let dot: f64 = terms.map(|c| f64::from(q[at * head_dim + c].widen() * k[c].widen())).sum();
+                match scores {
+                    Scores::Causal if key > keys - rows + row => f64::NEG_INFINITY,
+                    Scores::Causal => round(round(dot) / (head_dim as f64).sqrt()),
+                    Scores::Relative { by_row, by_column, columns } => {
+                        let bias = by_row[at * (keys / columns) + key / columns] + by_column[at * columns + key % columns];
+                        dot / (head_dim as f64).sqrt() + f64::from(bias)
+                    }
+                }
+            };
+            let scores: Vec<f64> = (0..keys).map(score).collect();
+            let sum: f64 = scores.iter().map(|score| score.exp()).sum();
+            lse.push(sum.ln());
+            let to = ((head / heads * rows + row) * heads + head % heads) * head_dim;
+            for (key, score) in scores.iter().enumerate() {
+                let v = &v.data[group * v.stride + key * head_dim..][..head_dim];
+                for (y, v) in y[to..].iter_mut().zip(v) {
+                    *y += round(score.exp() / sum) * f64::from(v.widen());
+                }
+            }
+        }
+    }
+    [y, lse]
+}
+
+fn check_attention<T: Float, U: Units<T>>(
+    kernel: impl Kernel + Few<T>,
+    sizes: AttentionSizes,
+    columns: Option<usize>,
+    unit: f64,
+) -> Result<(), TestCaseError> {
+    let AttentionSizes { batch, heads, kv_heads, rows, keys, head_dim } = sizes;
+    let q = quarters::<T>(batch * heads * rows * head_dim, 5);
+    // Heads lie three keys further apart than they need, as in a cache with room left.
+    let stride = (keys + 3) * head_dim;
+    let [k, v] = [6, 7].map(|seed| quarters::<T>(batch * kv_heads * stride, seed));
+    let [k, v] = [&k, &v].map(|data| Heads { data, stride });
+    let by_row = numbers::<f32>(batch * heads * rows * keys / columns.unwrap_or(1), 8);
+    let by_column = numbers::<f32>(batch * heads * rows * columns.unwrap_or(1), 9);
+    let scores = match columns {
+        None => Scores::Causal,
+        Some(columns) => Scores::Relative { by_row: &by_row, by_column: &by_column, columns },
+    };
+    let [expected, expected_lse] = plain_attention(&q, k, v, sizes, scores);
+    let (mut y, mut lse) = (vec![T::round(f32::NAN); q.len()], vec![f32::NAN; batch * heads * rows]);
+    crate::attention::attention::<T, U, _>(kernel, &q, [k, v], sizes, scores, &mut y, &mut lse);
+    for (at, (y, expected)) in y.iter().zip(expected).enumerate() {
+        // Probabilities may be rounded to the other side, and add up to one; values are at most two.
+        let error = (f64::from(y.widen()) - expected).abs();
+        prop_assert!(error <= 1e-5 + 2.0 * unit, "{sizes:?}: number {at} is {} instead of {expected}", y.widen());
+    }
+    for (at, (lse, expected)) in lse.iter().zip(expected_lse).enumerate() {
+        prop_assert!((f64::from(*lse) - expected).abs() < 1e-5, "log-sum-exp {at} is {lse} instead of {expected}");
+    }
+    Ok(())
+}
+
+/// Every kernel that this processor has.
+fn all_attentions(sizes: AttentionSizes, columns: Option<usize>) -> Result<(), TestCaseError> {
+    for wide in wide_kernels() {
+        check_attention::<f32, Singles>(wide, sizes, columns, 0.0)?;
+        check_attention::<bf16, Singles>(wide, sizes, columns, 1.0 / 256.0)?;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(native) = crate::avx512::Avx512Bf16::detect() {
+        check_attention::<bf16, Pairs>(native, sizes, columns, 1.0 / 256.0)?;
+    }
+    Ok(())
+}
+
 /// Whether every number of `y` is the reference's, but for f32 sums and one rounding of relative size `unit`.
 fn check<T: Float>(y: &[T], reference: &[(f64, f64)], unit: f64) -> Result<(), TestCaseError> {
     for (at, (y, &(expected, size))) in y.iter().zip(reference).enumerate() {
@@ -56,15 +144,17 @@ fn both<T: Float, U: Units<T>>(kernel: impl Kernel + Few<T>, sizes: Sizes, biase
     check(&y, &reference, unit)
 }
 
+/// Kernels in f32: of this processor, of AVX2 and without vectors.
+fn wide_kernels() -> Vec<Wide> {
+    let kernels = [Wide::new(), Wide::on(Arch::Scalar)].into_iter();
+    #[cfg(target_arch = "x86_64")]
+    let kernels = kernels.chain(pulp::x86::V3::try_new().map(|v3| Wide::on(Arch::V3(v3))));
+    kernels.collect()
+}
+
 /// Every kernel that this processor has.
 fn all_kernels(sizes: Sizes, biased: bool) -> Result<(), TestCaseError> {
-    let kernels = [Wide::new(), Wide::on(Arch::Scalar)];
-    #[cfg(target_arch = "x86_64")]
-    let kernels = {
-        let v3 = pulp::x86::V3::try_new().map(|v3| Wide::on(Arch::V3(v3)));
-        kernels.into_iter().chain(v3).collect::<Vec<_>>()
-    };
-    for wide in kernels {
+    for wide in wide_kernels() {
         both::<f32, Singles>(wide, sizes, biased, 1e-7)?;
         both::<bf16, Singles>(wide, sizes, biased, 1.0 / 256.0)?;
     }
@@ -87,6 +177,36 @@ proptest! {
     fn deep_sums(rows in 1usize..40, inputs in 500usize..1600, outputs in 1usize..20, biased: bool) {
         all_kernels(Sizes { rows, inputs, outputs }, biased)?;
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn causal_attention(
+        batch in 1usize..3, kv_heads in 1usize..4, group in 1usize..4, rows in 1usize..90, past in 0usize..40,
+        head_dim in 1usize..40,
+    ) {
+        let sizes = AttentionSizes { batch, heads: kv_heads * group, kv_heads, rows, keys: past + rows, head_dim };
+        all_attentions(sizes, None)?;
+    }
+
+    #[test]
+    fn attention_with_relative_positions(
+        batch in 1usize..3, heads in 1usize..4, columns in 1usize..9, grid_rows in 1usize..9, head_dim in 1usize..40,
+    ) {
+        let rows = columns * grid_rows;
+        let sizes = AttentionSizes { batch, heads, kv_heads: heads, rows, keys: rows, head_dim };
+        all_attentions(sizes, Some(columns))?;
+    }
+}
+
+#[test]
+fn attention_to_many_keys() {
+    // So many that a block has fewer lines than the kernel's panel.
+    let sizes = AttentionSizes { batch: 1, heads: 2, kv_heads: 1, rows: 40, keys: 3001, head_dim: 8 };
+    all_attentions(sizes, None).unwrap();
+    all_attentions(AttentionSizes { keys: 9000, rows: 17, ..sizes }, None).unwrap();
 }
 
 #[test]
@@ -116,7 +236,7 @@ fn no_inputs_leave_the_bias() {
 
 #[test]
 fn rounding_is_half_s_own() {
-    let special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, f32::MAX, f32::MIN_POSITIVE, 1.00390625, 1.01171875];
+    let special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, f32::MAX, f32::MIN_POSITIVE, 257.0 / 256.0, 259.0 / 256.0];
     for value in numbers::<f32>(10_000, 4).into_iter().chain(special) {
         assert_eq!(<bf16 as Float>::round(value).to_bits(), bf16::from_f32(value).to_bits(), "{value}");
     }

@@ -10,6 +10,7 @@ mod conv3x3;
 mod conv_kernels;
 mod cross_entropy;
 mod depthwise;
+mod frozen_linear;
 mod gated;
 #[cfg(test)]
 pub(crate) mod gradcheck;
