@@ -79,10 +79,10 @@ unsafe fn tile<const V: usize, const N: usize>(
         // SAFETY: the caller checked that `a` has `depth · V` lines and `b` has `N` outputs of `depth` units.
         unsafe {
             let rows: [__m512i; V] = std::array::from_fn(|v| _mm512_load_si512(a.add(k * V + v).cast()));
-            for n in 0..N {
+            for (n, sums) in sums.iter_mut().enumerate() {
                 let weight = _mm512_set1_epi32(*weights.add(n * b.stride + k) as i32);
-                for v in 0..V {
-                    sums[n][v] = _mm512_dpbf16_ps(sums[n][v], pairs(rows[v]), pairs(weight));
+                for (sum, &row) in sums.iter_mut().zip(&rows) {
+                    *sum = _mm512_dpbf16_ps(*sum, pairs(row), pairs(weight));
                 }
             }
         }
@@ -111,16 +111,16 @@ const CHAINS: usize = 4;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn dot<const R: usize>(x: *const u16, w: *const u16, len: usize) -> [f32; R] {
-    let mut sums = [[_mm512_setzero_ps(); CHAINS]; R];
+    let mut sums = [[_mm512_setzero_ps(); R]; CHAINS];
     let mut k = 0;
     while k + 32 * CHAINS <= len {
-        for chain in 0..CHAINS {
+        for (chain, sums) in sums.iter_mut().enumerate() {
             // SAFETY: the loop's condition keeps all reads below `len`, and the caller checked `x` for R rows.
             unsafe {
                 let weight = _mm512_loadu_si512(w.add(k + 32 * chain).cast());
-                for r in 0..R {
+                for (r, sum) in sums.iter_mut().enumerate() {
                     let row = _mm512_loadu_si512(x.add(r * len + k + 32 * chain).cast());
-                    sums[r][chain] = _mm512_dpbf16_ps(sums[r][chain], pairs(row), pairs(weight));
+                    *sum = _mm512_dpbf16_ps(*sum, pairs(row), pairs(weight));
                 }
             }
         }
@@ -131,14 +131,17 @@ unsafe fn dot<const R: usize>(x: *const u16, w: *const u16, len: usize) -> [f32;
         // SAFETY: the mask keeps all reads below `len`.
         unsafe {
             let weight = _mm512_maskz_loadu_epi16(mask, w.add(k).cast());
-            for (r, sums) in sums.iter_mut().enumerate() {
+            for (r, sum) in sums[0].iter_mut().enumerate() {
                 let row = _mm512_maskz_loadu_epi16(mask, x.add(r * len + k).cast());
-                sums[0] = _mm512_dpbf16_ps(sums[0], pairs(row), pairs(weight));
+                *sum = _mm512_dpbf16_ps(*sum, pairs(row), pairs(weight));
             }
         }
         k += 32;
     }
-    sums.map(|[a, b, c, d]| _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d))))
+    let [a, b, c, d] = sums;
+    std::array::from_fn(|r| {
+        _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a[r], b[r]), _mm512_add_ps(c[r], d[r])))
+    })
 }
 
 #[target_feature(enable = "avx512f")]

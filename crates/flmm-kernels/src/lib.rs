@@ -17,6 +17,7 @@ mod few;
 mod kernel;
 mod line;
 mod product;
+mod rows;
 mod softmax;
 #[cfg(test)]
 mod tests;
@@ -25,6 +26,7 @@ use half::bf16;
 
 pub use attention::{AttentionSizes, Heads, Scores};
 pub use product::Sizes;
+pub use rows::{layer_norm_bf16, rms_norm_bf16, rotate_bf16, silu_mul_bf16};
 
 use element::{Float, Pairs, Singles, Units};
 use few::{FEW, Few};
@@ -39,11 +41,6 @@ pub fn linear_bf16(x: &[bf16], weight: &[bf16], bias: Option<&[bf16]>, sizes: Si
     if let Some(native) = avx512::Avx512Bf16::detect() {
         return linear::<_, Pairs, _>(native, x, weight, bias, sizes, y);
     }
-    linear::<_, Singles, _>(Wide::new(), x, weight, bias, sizes, y);
-}
-
-/// As [`linear_bf16`], in f32.
-pub fn linear_f32(x: &[f32], weight: &[f32], bias: Option<&[f32]>, sizes: Sizes, y: &mut [f32]) {
     linear::<_, Singles, _>(Wide::new(), x, weight, bias, sizes, y);
 }
 

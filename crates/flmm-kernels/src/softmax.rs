@@ -25,7 +25,7 @@ fn lanes(f: impl Fn(usize) -> f32) -> Lanes {
 
 /// `eˣ` for `x ≤ 0`, to within two units of the last place; 0 where an f32 would lose digits.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     // Adding this number rounds to a whole one, which then stands in the lowest bits.
     const ROUNDER: f32 = 12_582_912.0;
     // ln 2 in two parts, of which the first has few enough digits to be multiplied exactly.

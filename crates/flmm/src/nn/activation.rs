@@ -7,6 +7,8 @@ use std::f32::consts::{FRAC_1_SQRT_2, LOG2_E};
 use std::marker::PhantomData;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result as CandleResult, Shape, Tensor};
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
 
 use super::host::{Elements, elements, fusable};
 use crate::error::Result;
@@ -61,13 +63,35 @@ trait Function: Send + Sync + 'static {
 
 struct Map<F>(PhantomData<F>);
 
+/// Numbers that a thread takes at once.
+const TASK: usize = 1 << 15;
+
+/// Fills `y` with values of `F`, in the instructions of the processor that runs it.
+struct Values<'a, F> {
+    x: &'a [f32],
+    y: &'a mut [f32],
+    function: PhantomData<F>,
+}
+
+impl<F: Function> WithSimd for Values<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        self.y.iter_mut().zip(self.x).for_each(|(y, &x)| *y = F::value(x));
+    }
+}
+
 impl<F: Function> CustomOp1 for Map<F> {
     fn name(&self) -> &'static str {
         F::NAME
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> CandleResult<(CpuStorage, Shape)> {
-        let y = elements(storage, layout)?.iter().map(|&x| F::value(x)).collect();
+        let x = elements(storage, layout)?;
+        let mut y = vec![0f32; x.len()];
+        let tasks = y.par_chunks_mut(TASK).zip(x.par_chunks(TASK));
+        tasks.for_each(|(y, x)| Arch::new().dispatch(Values::<F> { x, y, function: PhantomData }));
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
