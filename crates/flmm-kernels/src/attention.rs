@@ -56,11 +56,12 @@ pub enum Scores<'a> {
     /// Divided by `√head_dim`; product and quotient are rounded to the type of the queries. The rows are the last of the
     /// keys, and no row sees a later key.
     Causal,
-    /// Divided by `√head_dim`, then a number is added that depends on row and column of the key on a grid.
+    /// Divided by `√head_dim`, then two numbers are added that depend on where the key lies relative to the query:
+    /// queries and keys are the same places of a grid of `height` rows, counted row by row.
     Relative {
-        /// `[batch · heads, rows, keys / columns]`
+        /// `[batch · heads, rows, 2 · height − 1]`: number `key's row − query's row + height − 1` of a query is added.
         by_row: &'a [f32],
-        /// `[batch · heads, rows, columns]`
+        /// `[batch · heads, rows, 2 · columns − 1]`, likewise.
         by_column: &'a [f32],
         /// Columns of the grid.
         columns: usize,
@@ -97,10 +98,11 @@ pub(crate) fn attention<T, U, K>(
     match scores {
         Scores::Causal => assert!(rows <= keys, "{rows} rows are not the last of {keys} keys"),
         Scores::Relative { by_row, by_column, columns } => assert!(
-            keys % columns == 0
-                && by_row.len() == lse.len() * (keys / columns)
-                && by_column.len() == lse.len() * columns,
-            "scores of rows and columns do not fit {keys} keys on a grid of {columns} columns"
+            rows == keys
+                && keys.is_multiple_of(columns)
+                && by_row.len() == lse.len() * (2 * (keys / columns) - 1)
+                && by_column.len() == lse.len() * (2 * columns - 1),
+            "relative scores do not fit {rows} queries and {keys} keys on a grid of {columns} columns"
         ),
     }
     if q.is_empty() {
@@ -276,8 +278,8 @@ impl Block {
 pub(crate) enum BlockScores<'a> {
     /// The first row sees this many keys, every further row one more.
     Causal { seen: usize },
-    /// As [`Scores::Relative`], from the block's first row on.
-    Relative { by_row: &'a [f32], by_column: &'a [f32], columns: usize },
+    /// As [`Scores::Relative`], for the queries from number `first` on.
+    Relative { by_row: &'a [f32], by_column: &'a [f32], height: usize, columns: usize, first: usize },
 }
 
 impl<'a> Scores<'a> {
@@ -285,9 +287,10 @@ impl<'a> Scores<'a> {
         match *self {
             Self::Causal => BlockScores::Causal { seen: sizes.keys - sizes.rows + first + 1 },
             Self::Relative { by_row, by_column, columns } => {
-                let row = head * sizes.rows + first;
-                let (by_row, by_column) = (&by_row[row * (sizes.keys / columns)..], &by_column[row * columns..]);
-                BlockScores::Relative { by_row, by_column, columns }
+                let (row, height) = (head * sizes.rows + first, sizes.keys / columns);
+                let by_row = &by_row[row * (2 * height - 1)..];
+                let by_column = &by_column[row * (2 * columns - 1)..];
+                BlockScores::Relative { by_row, by_column, height, columns, first }
             }
         }
     }

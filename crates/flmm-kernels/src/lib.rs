@@ -26,7 +26,7 @@ use half::bf16;
 
 pub use attention::{AttentionSizes, Heads, Scores};
 pub use product::Sizes;
-pub use rows::{layer_norm_bf16, rms_norm_bf16, rotate_bf16, silu_mul_bf16};
+pub use rows::{layer_norm_bf16, map_bf16, map_f32, rms_norm_bf16, rotate_bf16, silu_mul_bf16};
 
 use element::{Float, Pairs, Singles, Units};
 use few::{FEW, Few};

@@ -59,8 +59,39 @@ pub fn rotate_bf16(x: &[bf16], cos: &[bf16], sin: &[bf16], half: usize, y: &mut 
     in_tasks(x, y, head, |x, y| Rotate { x, cos, sin, half, y });
 }
 
+/// `y = f(x)`, element by element, evaluated in f32 and rounded once.
+///
+/// # Panics
+/// If the slices differ in length.
+pub fn map_bf16(x: &[bf16], y: &mut [bf16], f: impl Fn(f32) -> f32 + Sync) {
+    whole_rows(x, y, 1);
+    in_tasks(x, y, 1, |x, y| Map { x, y, f: &f });
+}
+
+/// As [`map_bf16`], in f32.
+pub fn map_f32(x: &[f32], y: &mut [f32], f: impl Fn(f32) -> f32 + Sync) {
+    assert_eq!(x.len(), y.len(), "operand and result differ in length");
+    let tasks = y.par_chunks_mut(TASK).zip(x.par_chunks(TASK));
+    tasks.for_each(|(y, x)| Arch::new().dispatch(Map { x, y, f: &f }));
+}
+
+struct Map<'a, T, F> {
+    x: &'a [T],
+    y: &'a mut [T],
+    f: &'a F,
+}
+
+impl<T: Float, F: Fn(f32) -> f32> WithSimd for Map<'_, T, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        self.y.iter_mut().zip(self.x).for_each(|(y, x)| *y = T::round((self.f)(x.widen())));
+    }
+}
+
 fn whole_rows(x: &[bf16], y: &[bf16], width: usize) {
-    assert!(width > 0 && x.len() % width == 0, "{} numbers are not rows of {width}", x.len());
+    assert!(width > 0 && x.len().is_multiple_of(width), "{} numbers are not rows of {width}", x.len());
     assert_eq!(x.len(), y.len(), "operand and result differ in length");
 }
 

@@ -65,10 +65,12 @@ impl<T: Float, U: Units<T>> WithSimd for Softmax<'_, T, U> {
                 BlockScores::Causal { seen } => {
                     causal::<T>(scores, self.lines, self.keys, seen + line * LANES, root)
                 }
-                BlockScores::Relative { by_row, by_column, columns } => {
-                    let rows = self.keys / columns;
-                    let by_row = turned(&by_row[line * LANES * rows..][..lse.len() * rows], rows);
-                    let by_column = turned(&by_column[line * LANES * columns..][..lse.len() * columns], columns);
+                BlockScores::Relative { by_row, by_column, height, columns, first } => {
+                    let first = first + line * LANES;
+                    let (by_row, by_column) =
+                        (&by_row[line * LANES * (2 * height - 1)..], &by_column[line * LANES * (2 * columns - 1)..]);
+                    let by_row = turned(by_row, height, lse.len(), |i| (first + i) / columns);
+                    let by_column = turned(by_column, columns, lse.len(), |i| (first + i) % columns);
                     relative(scores, self.lines, &by_row, &by_column, root)
                 }
             };
@@ -127,11 +129,16 @@ fn relative(scores: &mut [Line], lines: usize, by_row: &[Lanes], by_column: &[La
     max
 }
 
-/// `[rows, width]` → `[width]` lines, zeros for rows that are missing.
+/// What `rows` queries at `place` on an axis of `size` places add for each place of a key: `[size]` lines, of `numbers
+/// [rows, 2 · size − 1]`; zeros for rows that are missing.
 #[inline(always)]
-fn turned(numbers: &[f32], width: usize) -> Vec<Lanes> {
-    let rows = numbers.len() / width;
-    (0..width).map(|at| lanes(|i| if i < rows { numbers[i * width + at] } else { 0.0 })).collect()
+fn turned(numbers: &[f32], size: usize, rows: usize, place: impl Fn(usize) -> usize) -> Vec<Lanes> {
+    let mut lines = vec![[0f32; LANES]; size];
+    for (i, numbers) in numbers.chunks_exact(2 * size - 1).take(rows).enumerate() {
+        let seen = &numbers[size - 1 - place(i)..][..size];
+        lines.iter_mut().zip(seen).for_each(|(line, &number)| line[i] = number);
+    }
+    lines
 }
 
 /// The softmax of a few rows, and its product with the values.

@@ -57,7 +57,10 @@ fn plain_attention<T: Float>(q: &[T], k: Heads<T>, v: Heads<T>, sizes: Attention
                     Scores::Causal if key > keys - rows + row => f64::NEG_INFINITY,
                     Scores::Causal => round(round(dot) / (head_dim as f64).sqrt()),
                     Scores::Relative { by_row, by_column, columns } => {
-                        let bias = by_row[at * (keys / columns) + key / columns] + by_column[at * columns + key % columns];
+                        let height = keys / columns;
+                        let down = key / columns + height - 1 - row / columns;
+                        let right = key % columns + columns - 1 - row % columns;
+                        let bias = by_row[at * (2 * height - 1) + down] + by_column[at * (2 * columns - 1) + right];
                         dot / (head_dim as f64).sqrt() + f64::from(bias)
                     }
                 }
@@ -89,8 +92,9 @@ fn check_attention<T: Float, U: Units<T>>(
     let stride = (keys + 3) * head_dim;
     let [k, v] = [6, 7].map(|seed| quarters::<T>(batch * kv_heads * stride, seed));
     let [k, v] = [&k, &v].map(|data| Heads { data, stride });
-    let by_row = numbers::<f32>(batch * heads * rows * keys / columns.unwrap_or(1), 8);
-    let by_column = numbers::<f32>(batch * heads * rows * columns.unwrap_or(1), 9);
+    let offsets = |size: usize| 2 * size - 1;
+    let by_row = numbers::<f32>(batch * heads * rows * offsets(keys / columns.unwrap_or(1)), 8);
+    let by_column = numbers::<f32>(batch * heads * rows * offsets(columns.unwrap_or(1)), 9);
     let scores = match columns {
         None => Scores::Causal,
         Some(columns) => Scores::Relative { by_row: &by_row, by_column: &by_column, columns },

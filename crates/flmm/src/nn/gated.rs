@@ -1,10 +1,10 @@
 //! The gate of a SwiGLU feed-forward layer, fused with its gradient.
 
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result as CandleResult, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result as CandleResult, Shape, Tensor};
 use flmm_kernels::silu_mul_bf16;
 
 use super::activation::{exp, silu};
-use super::host::{Elements, elements, frozen_bf16, fusable, map_bf16};
+use super::host::{Elements, elements, frozen_bf16, fusable, with_bf16};
 use crate::error::Result;
 
 /// `silu(gate) · up`, element by element. Of reduced types the first product is evaluated in f32 and rounded before the
@@ -16,12 +16,12 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if frozen_bf16(&[gate, up]) && gate.dims() == up.dims() {
         let up = up.contiguous()?;
         let up = Elements::of(&up);
-        return Ok(map_bf16(gate, |gate, y| {
+        return Ok(with_bf16(gate, |gate, y| {
             silu_mul_bf16(gate, up.get_as()?, y);
             Ok(())
         })?);
     }
-    Ok((silu(&gate.to_dtype(DType::F32)?)?.to_dtype(gate.dtype())? * up)?)
+    Ok((silu(gate)? * up)?)
 }
 
 struct SiluMul;

@@ -68,7 +68,7 @@ impl<'a> Elements<'a> {
 }
 
 /// `f(x, y)` for the elements of `x` and a `y` of the same shape, which it fills; see [`frozen_bf16`].
-pub fn map_bf16(x: &Tensor, f: impl FnOnce(&[bf16], &mut [bf16]) -> Result<()>) -> Result<Tensor> {
+pub fn with_bf16(x: &Tensor, f: impl FnOnce(&[bf16], &mut [bf16]) -> Result<()>) -> Result<Tensor> {
     let x = x.contiguous()?;
     let elements = Elements::of(&x);
     let mut y = vec![bf16::ZERO; x.elem_count()];

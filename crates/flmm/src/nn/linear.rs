@@ -28,6 +28,12 @@ impl Linear {
         Self { weight, bias }
     }
 
+    /// The same map with its weight and bias in `dtype`.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        let bias = self.bias.as_ref().map(|bias| bias.to_dtype(dtype)).transpose()?;
+        Ok(Self { weight: self.weight.to_dtype(dtype)?, bias })
+    }
+
     /// `x [.., in]` → `[.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (outputs, inputs) = self.weight.dims2()?;

@@ -5,7 +5,7 @@ use candle_core::{
 };
 use flmm_kernels::{layer_norm_bf16, rms_norm_bf16};
 
-use super::host::{Elements, elements, frozen_bf16, fusable, map_bf16};
+use super::host::{Elements, elements, frozen_bf16, fusable, with_bf16};
 use crate::error::Result;
 use crate::weights::Params;
 
@@ -37,7 +37,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     }
     if frozen_bf16(&[x, weight, bias]) {
         let (weight, bias) = (Elements::of(weight), Elements::of(bias));
-        return Ok(map_bf16(x, |x, y| {
+        return Ok(with_bf16(x, |x, y| {
             layer_norm_bf16(x, weight.get_as()?, bias.get_as()?, eps as f32, y);
             Ok(())
         })?);
@@ -60,7 +60,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     }
     if frozen_bf16(&[x, weight]) {
         let weight = Elements::of(weight);
-        return Ok(map_bf16(x, |x, y| {
+        return Ok(with_bf16(x, |x, y| {
             rms_norm_bf16(x, weight.get_as()?, eps as f32, y);
             Ok(())
         })?);

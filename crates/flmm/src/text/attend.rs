@@ -1,11 +1,10 @@
 //! Causal attention without a `[heads, S, S]` matrix.
 
-use candle_core::{D, DType, Device, Tensor, WithDType};
-use flmm_kernels::{AttentionSizes, Heads, Scores, attention_bf16, attention_f32};
-use half::bf16;
+use candle_core::{D, DType, Device, Tensor};
+use flmm_kernels::Scores;
 
 use crate::error::Result;
-use crate::nn::host::Elements;
+use crate::nn::fused_attention;
 
 /// Scores held at once, in elements: query rows are taken in blocks of this size divided by `heads · keys`.
 const BLOCK: usize = 1 << 23;
@@ -17,47 +16,10 @@ const BLOCK: usize = 1 << 23;
 /// `[heads, T]` in f32. Arithmetic as `spec/pipeline.md` §2.1 rules 2–4 asks for. Asking for the log-sum-exp
 /// changes nothing else that is computed.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, keep_lse: bool) -> Result<(Tensor, Option<Tensor>)> {
-    let all = [q, k, v];
-    let fused = |dtype| all.iter().all(|t| t.device().is_cpu() && t.dtype() == dtype && !t.track_op());
-    let (mixed, lse) = if fused(DType::BF16) {
-        fused_attention::<bf16>(q, k, v, attention_bf16)?
-    } else if fused(DType::F32) {
-        fused_attention::<f32>(q, k, v, attention_f32)?
-    } else {
-        let step = (BLOCK / (q.dim(0)? * k.dim(1)?)).max(16);
-        return attend_in_blocks(q, k, v, keep_lse, step);
-    };
-    Ok((mixed, keep_lse.then_some(lse)))
-}
-
-/// An attention of [`flmm_kernels`].
-type Kernel<T> = fn(&[T], [Heads<T>; 2], AttentionSizes, Scores, &mut [T], &mut [f32]);
-
-/// As [`attend`], by `kernel`.
-fn fused_attention<T: WithDType>(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    kernel: Kernel<T>,
-) -> Result<(Tensor, Tensor)> {
-    let (heads, rows, head_dim) = q.dims3()?;
-    let (kv_heads, keys, _) = k.dims3()?;
-    if v.dims() != k.dims() || k.dim(2)? != head_dim || rows > keys || heads % kv_heads != 0 {
-        let what = format!("attention of {:?}, {:?} and {:?}", q.dims(), k.dims(), v.dims());
-        return Err(candle_core::Error::Msg(what).into());
+    match fused_attention([q, k, v], 1, Scores::Causal)? {
+        Some((mixed, lse)) => Ok((mixed.squeeze(0)?, keep_lse.then_some(lse))),
+        None => attend_in_blocks(q, k, v, keep_lse, (BLOCK / (q.dim(0)? * k.dim(1)?)).max(16)),
     }
-    let q = q.contiguous()?;
-    let (q, k, v) = (Elements::of(&q), Elements::of(k), Elements::of(v));
-    let [k, v] = [k.heads()?, v.heads()?].map(|(data, stride)| Heads { data, stride });
-    let sizes = AttentionSizes { batch: 1, heads, kv_heads, rows, keys, head_dim };
-    let mut mixed = vec![T::zero(); heads * rows * head_dim];
-    let mut lse = vec![0f32; heads * rows];
-    kernel(q.get_as()?, [k, v], sizes, Scores::Causal, &mut mixed, &mut lse);
-    let device = &Device::Cpu;
-    Ok((
-        Tensor::from_vec(mixed, (rows, heads * head_dim), device)?,
-        Tensor::from_vec(lse, (heads, rows), device)?,
-    ))
 }
 
 /// As [`attend`], from candle's operations, `step` query rows at a time.

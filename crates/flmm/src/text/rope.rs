@@ -4,7 +4,7 @@ use candle_core::{D, DType, Device, Tensor};
 use flmm_kernels::rotate_bf16;
 
 use crate::error::Result;
-use crate::nn::host::{Elements, frozen_bf16, map_bf16};
+use crate::nn::host::{Elements, frozen_bf16, with_bf16};
 
 /// Rotates queries and keys by their positions, first half against second half of each head
 /// (`spec/pipeline.md` §2.1 rule 1).
@@ -53,7 +53,7 @@ impl Rotation {
             let [cos, sin] = [&self.cos, &self.sin].map(|table| table.narrow(1, 0, half)?.contiguous());
             let (cos, sin) = (cos?, sin?);
             let (cos, sin) = (Elements::of(&cos), Elements::of(&sin));
-            return Ok(map_bf16(x, |x, y| {
+            return Ok(with_bf16(x, |x, y| {
                 rotate_bf16(x, cos.get_as()?, sin.get_as()?, half, y);
                 Ok(())
             })?);
