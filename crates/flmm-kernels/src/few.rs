@@ -1,16 +1,18 @@
 //! Products of a few rows, where reading the weights is all the time: they are read once, in the order of memory.
 
+use std::ops::Range;
+
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::element::{Float, Singles, Units};
 use crate::kernel::Wide;
-use crate::product::Sizes;
+use crate::product::{Sizes, WeightRows};
 
 /// The most rows that are worked on in this way.
 pub(crate) const FEW: usize = 8;
 /// Rows of `x` that share one reading of a row of weights.
-const TOGETHER: usize = 4;
+pub(crate) const TOGETHER: usize = 4;
 /// Weights that a thread takes at once.
 const CHUNK: usize = 1 << 18;
 
@@ -27,14 +29,36 @@ pub(crate) trait Few<T>: Copy + Send + Sync {
 }
 
 /// `y = x·weightᵀ + bias` for up to [`FEW`] rows.
-pub(crate) fn product<T: Float, F: Few<T>>(few: F, x: &[T], weight: &[T], bias: Option<&[T]>, sizes: Sizes, y: &mut [T]) {
-    let Sizes { rows, inputs, outputs } = sizes;
+pub(crate) fn product<T: Float, F: Few<T>>(
+    few: F,
+    x: &[T],
+    weight: &(impl WeightRows<T> + ?Sized),
+    bias: Option<&[T]>,
+    sizes: Sizes,
+    y: &mut [T],
+) {
     let x = few.prepare(x);
+    in_chunks(sizes, bias, y, |outputs, sums| {
+        few.sums(&x, weight.rows(outputs, sizes.inputs, &mut Vec::new()), sizes.inputs, sums);
+    });
+}
+
+/// Computes `y` in parts: `sums` fills `[outputs, rows]` for a range of outputs; then `bias` is added, and the sums are
+/// rounded.
+pub(crate) fn in_chunks<T: Float>(
+    sizes: Sizes,
+    bias: Option<&[T]>,
+    y: &mut [T],
+    fill: impl Fn(Range<usize>, &mut [f32]) + Sync,
+) {
+    let Sizes { rows, inputs, outputs } = sizes;
     // `[outputs, rows]`
     let mut sums = vec![0f32; rows * outputs];
     let chunk = (CHUNK / inputs).max(1);
-    let tasks = sums.par_chunks_mut(chunk * rows).zip(weight.par_chunks(chunk * inputs));
-    tasks.for_each(|(sums, weight)| few.sums(&x, weight, inputs, sums));
+    sums.par_chunks_mut(chunk * rows).enumerate().for_each(|(at, sums)| {
+        let first = at * chunk;
+        fill(first..first + sums.len() / rows, sums);
+    });
     for (row, y) in y.chunks_exact_mut(outputs).enumerate() {
         for (n, y) in y.iter_mut().enumerate() {
             *y = T::round(sums[n * rows + row] + bias.map_or(0.0, |bias| bias[n].widen()));

@@ -14,6 +14,7 @@ mod attention;
 mod avx512;
 mod element;
 mod few;
+mod int8;
 mod kernel;
 mod line;
 mod product;
@@ -21,10 +22,13 @@ mod rows;
 mod softmax;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 use half::bf16;
 
 pub use attention::{AttentionSizes, Heads, Scores};
+pub use int8::Int8Weight;
 pub use product::Sizes;
 pub use rows::{layer_norm_bf16, map_bf16, map_f32, rms_norm_bf16, rotate_bf16, silu_mul_bf16};
 
@@ -66,7 +70,7 @@ where
     } else if rows <= FEW {
         few::product(kernel, x, weight, bias, sizes, y);
     } else {
-        product::product::<T, U, K, T>(kernel, x, weight, bias, sizes, y);
+        product::product::<T, U, K>(kernel, x, weight, bias, sizes, y);
     }
 }
 /// Attention in bf16; see [`attention_f32`].

@@ -92,91 +92,121 @@ impl<T: Copy, U: Units<T>> WithSimd for Pack<'_, T, U> {
     }
 }
 
+/// Rows of a weight, handed out a few at a time.
+pub(crate) trait WeightRows<T>: Sync {
+    /// The rows `rows` of `inputs` numbers each, which may be made in `space`.
+    fn rows<'a>(&'a self, rows: Range<usize>, inputs: usize, space: &'a mut Vec<T>) -> &'a [T];
+}
+
+impl<T: Sync> WeightRows<T> for [T] {
+    fn rows<'a>(&'a self, rows: Range<usize>, inputs: usize, _: &'a mut Vec<T>) -> &'a [T] {
+        &self[rows.start * inputs..rows.end * inputs]
+    }
+}
+
 /// `y = x·weightᵀ + bias`, summed in f32 and rounded once; `U` tells what the units of `kernel` are.
 ///
 /// Every element is summed in an order that depends on `inputs` alone.
-pub(crate) fn product<T, U, K, O>(kernel: K, x: &[T], weight: &[T], bias: Option<&[O]>, sizes: Sizes, y: &mut [O])
-where
-    T: Copy + Send + Sync,
+pub(crate) fn product<T, U, K>(
+    kernel: K,
+    x: &[T],
+    weight: &(impl WeightRows<T> + ?Sized),
+    bias: Option<&[T]>,
+    sizes: Sizes,
+    y: &mut [T],
+) where
+    T: Float,
     U: Units<T>,
     K: Kernel,
-    O: Float,
 {
-    let Sizes { rows, inputs, outputs } = sizes;
-    let arch = Arch::new();
-    let packed = Packed::new::<T, U>(x, rows, inputs, kernel.panel(), arch);
+    let Sizes { rows, inputs, .. } = sizes;
+    let packed = Packed::new::<T, U>(x, rows, inputs, kernel.panel(), Arch::new());
+    let scratch = || (vec![0u32; OUTPUTS * DEPTH], Vec::new());
+    in_blocks(sizes, kernel.panel(), bias, y, scratch, |(units, space), sums, block| {
+        let weight = weight.rows(block.outputs, inputs, space);
+        multiply::<T, U, K>(kernel, &packed, block.lines, weight, inputs, units, sums);
+    });
+}
+
+/// A part of a product that one thread computes.
+pub(crate) struct Block {
+    /// Lines of rows.
+    pub(crate) lines: Range<usize>,
+    pub(crate) outputs: Range<usize>,
+}
+
+/// Computes `y` in blocks: `sums` fills `[outputs, lines]` of a block in f32; then `bias` is added, and the sums are
+/// rounded.
+pub(crate) fn in_blocks<O: Float, S>(
+    sizes: Sizes,
+    panel: usize,
+    bias: Option<&[O]>,
+    y: &mut [O],
+    scratch: impl Fn() -> S + Sync + Send,
+    sums: impl Fn(&mut S, &mut [Line], Block) + Sync + Send,
+) {
+    let Sizes { rows, outputs, .. } = sizes;
     let y = Columns::new(y, outputs);
+    let width = rows.div_ceil(LANES);
     // Blocks of rows of equal size, whole panels each.
-    let panels = packed.width.div_ceil(packed.panel);
-    let blocks = panels.div_ceil((ROWS / LANES / packed.panel).max(1));
-    let height = panels.div_ceil(blocks.max(1)).max(1) * packed.panel;
+    let panels = width.div_ceil(panel);
+    let count = panels.div_ceil((ROWS / LANES / panel).max(1));
+    let height = panels.div_ceil(count) * panel;
     let tasks: Vec<(usize, usize)> = (0..outputs)
         .step_by(CHUNK)
-        .flat_map(|first| (0..packed.width).step_by(height).map(move |line| (first, line)))
+        .flat_map(|first| (0..width).step_by(height).map(move |line| (first, line)))
         .collect();
     tasks.into_par_iter().for_each_init(
-        || Scratch { sums: vec![Line::ZERO; CHUNK * height], weights: vec![0; OUTPUTS * DEPTH] },
-        |scratch, (first, line)| {
-            let count = CHUNK.min(outputs - first);
-            let lines = height.min(packed.width - line);
-            let weight = &weight[first * inputs..][..count * inputs];
-            scratch.multiply::<T, U, K>(kernel, &packed, line, lines, weight, inputs);
-            arch.dispatch(Finish {
-                sums: &scratch.sums,
-                lines,
-                bias: bias.map(|bias| &bias[first..][..count]),
+        || (vec![Line::ZERO; CHUNK * height], scratch()),
+        |(space, scratch), (first, line)| {
+            let (columns, lines) = (first..outputs.min(first + CHUNK), line..width.min(line + height));
+            sums(scratch, space, Block { lines: lines.clone(), outputs: columns.clone() });
+            Arch::new().dispatch(Finish {
+                sums: space,
+                lines: lines.len(),
+                bias: bias.map(|bias| &bias[columns.clone()]),
                 y: &y,
-                rows: line * LANES..rows.min((line + lines) * LANES),
-                columns: first..first + count,
+                rows: line * LANES..rows.min(lines.end * LANES),
+                columns,
             });
         },
     );
 }
 
-struct Scratch {
-    /// `[outputs of the chunk, lines]`, f32.
-    sums: Vec<Line>,
-    /// `[OUTPUTS, depth]`
-    weights: Vec<u32>,
-}
-
-impl Scratch {
-    /// Sums of the rows in `lines` lines from `line` on, for all rows of `weight`.
-    fn multiply<T: Copy + Send + Sync, U: Units<T>, K: Kernel>(
-        &mut self,
-        kernel: K,
-        packed: &Packed,
-        line: usize,
-        lines: usize,
-        weight: &[T],
-        inputs: usize,
-    ) {
-        let outputs = weight.len() / inputs;
-        let firsts = || (0..outputs).step_by(OUTPUTS);
-        let blocks = (0..packed.units).step_by(DEPTH).flat_map(|from| firsts().map(move |first| (from, first)));
-        // Row `n` of the weights of a block.
-        let row = |(from, first): (usize, usize), n: usize| {
-            let columns = from * U::PER_UNIT..((from + DEPTH) * U::PER_UNIT).min(inputs);
-            weight.chunks_exact(inputs).nth(first + n).map_or(&[][..], |row| &row[columns])
-        };
-        let mut blocks = blocks.peekable();
-        while let Some((from, first)) = blocks.next() {
-            let depth = DEPTH.min(packed.units - from);
-            for (n, units) in self.weights[..OUTPUTS * depth].chunks_exact_mut(depth).enumerate() {
-                U::write(row((from, first), n), units);
+/// Sums `[outputs, lines]` of the rows in `lines` for all rows of `weight`.
+fn multiply<T: Copy + Send + Sync, U: Units<T>, K: Kernel>(
+    kernel: K,
+    packed: &Packed,
+    lines: Range<usize>,
+    weight: &[T],
+    inputs: usize,
+    space: &mut [u32],
+    sums: &mut [Line],
+) {
+    let (outputs, height) = (weight.len() / inputs, lines.len());
+    let firsts = || (0..outputs).step_by(OUTPUTS);
+    let blocks = (0..packed.units).step_by(DEPTH).flat_map(|from| firsts().map(move |first| (from, first)));
+    // Row `n` of the weights of a block.
+    let row = |(from, first): (usize, usize), n: usize| {
+        let columns = from * U::PER_UNIT..((from + DEPTH) * U::PER_UNIT).min(inputs);
+        weight.chunks_exact(inputs).nth(first + n).map_or(&[][..], |row| &row[columns])
+    };
+    let mut blocks = blocks.peekable();
+    while let Some((from, first)) = blocks.next() {
+        let depth = DEPTH.min(packed.units - from);
+        for (n, units) in space[..OUTPUTS * depth].chunks_exact_mut(depth).enumerate() {
+            U::write(row((from, first), n), units);
+        }
+        // The rows of the next block lie far apart, so that the processor would not fetch them ahead by itself.
+        let mut ahead = 0..OUTPUTS;
+        let share = OUTPUTS.div_ceil(height.div_ceil(packed.panel));
+        for at in (0..height).step_by(packed.panel) {
+            if let Some(&next) = blocks.peek() {
+                ahead.by_ref().take(share).for_each(|n| prefetch(row(next, n)));
             }
-            // The rows of the next block lie far apart, so that the processor would not fetch them ahead by itself.
-            let mut ahead = 0..OUTPUTS;
-            let share = OUTPUTS.div_ceil(lines.div_ceil(packed.panel));
-            for at in (0..lines).step_by(packed.panel) {
-                if let Some(&next) = blocks.peek() {
-                    ahead.by_ref().take(share).for_each(|n| prefetch(row(next, n)));
-                }
-                let (rows, count) = packed.panel(line + at, from, depth);
-                let sums = &mut self.sums[first * lines + at..];
-                let weights = Weights { units: &self.weights, stride: depth, depth };
-                kernel.tile(rows, count, weights, sums, lines, from > 0);
-            }
+            let (rows, count) = packed.panel(lines.start + at, from, depth);
+            let weights = Weights { units: space, stride: depth, depth };
+            kernel.tile(rows, count, weights, &mut sums[first * height + at..], height, from > 0);
         }
     }
 }

@@ -71,7 +71,7 @@ impl<T: Float, U: Units<T>> WithSimd for Softmax<'_, T, U> {
                         (&by_row[line * LANES * (2 * height - 1)..], &by_column[line * LANES * (2 * columns - 1)..]);
                     let by_row = turned(by_row, height, lse.len(), |i| (first + i) / columns);
                     let by_column = turned(by_column, columns, lse.len(), |i| (first + i) % columns);
-                    relative(scores, self.lines, &by_row, &by_column, root)
+                    relative(scores, self.lines, &by_row, &by_column, 1.0 / root)
                 }
             };
             let mut sum = [0f32; LANES];
@@ -84,12 +84,13 @@ impl<T: Float, U: Units<T>> WithSimd for Softmax<'_, T, U> {
             for key in self.keys..self.keys.next_multiple_of(U::PER_UNIT) {
                 scores[key * self.lines] = Line::ZERO;
             }
+            let inverse = lanes(|i| 1.0 / sum[i]);
             for unit in 0..self.keys.div_ceil(U::PER_UNIT) {
                 let first = scores[unit * U::PER_UNIT * self.lines];
                 let last = scores[(unit * U::PER_UNIT + U::PER_UNIT - 1) * self.lines];
                 let mut packed = Line::ZERO;
                 for (i, unit) in packed.0.iter_mut().enumerate() {
-                    *unit = U::of(T::round(first.float(i) / sum[i]), T::round(last.float(i) / sum[i]));
+                    *unit = U::of(T::round(first.float(i) * inverse[i]), T::round(last.float(i) * inverse[i]));
                 }
                 scores[unit * self.lines] = packed;
             }
@@ -116,12 +117,12 @@ fn causal<T: Float>(scores: &mut [Line], lines: usize, keys: usize, seen: usize,
 
 /// Scales the scores of sixteen rows and adds what row and column of the key give; their largest ones.
 #[inline(always)]
-fn relative(scores: &mut [Line], lines: usize, by_row: &[Lanes], by_column: &[Lanes], root: f32) -> Lanes {
+fn relative(scores: &mut [Line], lines: usize, by_row: &[Lanes], by_column: &[Lanes], scale: f32) -> Lanes {
     let mut max = [f32::NEG_INFINITY; LANES];
     let mut scores = scores.iter_mut().step_by(lines);
     for row in by_row {
         for (column, line) in by_column.iter().zip(&mut scores) {
-            let score = lanes(|i| line.float(i) / root + row[i] + column[i]);
+            let score = lanes(|i| line.float(i) * scale + row[i] + column[i]);
             max = lanes(|i| if score[i] > max[i] { score[i] } else { max[i] });
             *line = Line::of(score);
         }

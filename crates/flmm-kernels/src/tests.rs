@@ -7,9 +7,10 @@ use pulp::Arch;
 use crate::attention::{AttentionSizes, Heads, Scores};
 use crate::element::{Float, Pairs, Singles, Units};
 use crate::few::{Few, product as few_product};
+use crate::int8::Int8Weight;
 use crate::kernel::{Kernel, Wide};
 use crate::line::{LANES, Line, transpose};
-use crate::product::{Sizes, product};
+use crate::product::{Sizes, WeightRows, product};
 
 /// Numbers in −1..1 that differ from place to place and from `seed` to `seed`.
 fn numbers<T: Float>(count: usize, seed: u64) -> Vec<T> {
@@ -141,10 +142,10 @@ fn both<T: Float, U: Units<T>>(kernel: impl Kernel + Few<T>, sizes: Sizes, biase
     let bias = biased.then(|| numbers::<T>(sizes.outputs, 3));
     let reference = reference(&x, &weight, bias.as_deref(), sizes);
     let mut y = vec![T::round(f32::NAN); sizes.rows * sizes.outputs];
-    product::<T, U, _, T>(kernel, &x, &weight, bias.as_deref(), sizes, &mut y);
+    product::<T, U, _>(kernel, &x, &weight[..], bias.as_deref(), sizes, &mut y);
     check(&y, &reference, unit)?;
     y.fill(T::round(f32::NAN));
-    few_product(kernel, &x, &weight, bias.as_deref(), sizes, &mut y);
+    few_product(kernel, &x, &weight[..], bias.as_deref(), sizes, &mut y);
     check(&y, &reference, unit)
 }
 
@@ -203,6 +204,63 @@ proptest! {
         let sizes = AttentionSizes { batch, heads, kv_heads: heads, rows, keys: rows, head_dim };
         all_attentions(sizes, Some(columns))?;
     }
+}
+
+/// Products with eight-bit weights against the same with the weights written out.
+fn check_int8(sizes: Sizes, biased: bool) -> Result<(), TestCaseError> {
+    let Sizes { rows, inputs, outputs } = sizes;
+    let (x, weight) = (numbers::<bf16>(rows * inputs, 1), numbers::<bf16>(outputs * inputs, 2));
+    let bias = biased.then(|| numbers::<bf16>(outputs, 3));
+    let int8 = Int8Weight::quantise(&weight, inputs);
+    prop_assert_eq!((int8.inputs(), int8.outputs()), (inputs, outputs));
+    let space = &mut Vec::new();
+    let near = int8.rows(0..outputs, inputs, space);
+    for (near, weight) in near.iter().zip(&weight) {
+        // Half a step of the largest, which is at most one, and a rounding to bf16.
+        prop_assert!((near.to_f32() - weight.to_f32()).abs() <= 0.5 / 127.0 + 1.0 / 256.0, "{near} for {weight}");
+    }
+    let expected = reference(&x, near, bias.as_deref(), sizes);
+    let check = |y: &[bf16], step: f64| {
+        for (at, (y, &(expected, size))) in y.iter().zip(&expected).enumerate() {
+            // Activations are off by half a step of their group's largest, to either side; weights were rounded to bf16.
+            let tolerance = step * (inputs as f64).sqrt() + size / 512.0 + expected.abs() / 256.0;
+            let error = (y.to_f64() - expected).abs();
+            prop_assert!(error <= tolerance, "{sizes:?}: number {at}: {y} instead of {expected}, {tolerance}");
+        }
+        Ok(())
+    };
+    let mut y = vec![bf16::NAN; rows * outputs];
+    for wide in wide_kernels() {
+        y.fill(bf16::NAN);
+        int8.widened(wide, &x, bias.as_deref(), sizes, &mut y);
+        check(&y, 0.0)?;
+    }
+    y.fill(bf16::NAN);
+    int8.multiply(&x, bias.as_deref(), &mut y);
+    // Few rows are integers of 16 bits.
+    check(&y, if rows <= crate::few::FEW { 0.0 } else { 2.0 / 127.0 })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn eight_bit_weights(rows in 1usize..100, inputs in 1usize..1500, outputs in 1usize..20, biased: bool) {
+        check_int8(Sizes { rows, inputs, outputs }, biased)?;
+    }
+
+    #[test]
+    fn eight_bit_weights_in_few_rows(rows in 1usize..9, inputs in 1usize..700, outputs in 1usize..200, biased: bool) {
+        check_int8(Sizes { rows, inputs, outputs }, biased)?;
+    }
+}
+
+#[test]
+fn weights_of_zeros_stay_zeros() {
+    let int8 = Int8Weight::quantise(&[bf16::ZERO; 260], 130);
+    let mut y = [bf16::NAN; 2 * 20];
+    int8.multiply(&numbers(20 * 130, 1), None, &mut y);
+    assert_eq!(y, [bf16::ZERO; 2 * 20]);
 }
 
 #[test]
