@@ -7,8 +7,9 @@ use std::f32::consts::{FRAC_1_SQRT_2, LOG2_E};
 use std::marker::PhantomData;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result as CandleResult, Shape, Tensor};
+use flmm_kernels::{map_bf16, map_f32};
 
-use super::host::{Elements, elements, fusable};
+use super::host::{Elements, elements, frozen_bf16, fusable, with_bf16};
 use crate::error::Result;
 
 /// `max(x, 0)`; the gradient at exactly 0 is 0.
@@ -18,12 +19,12 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
 
 /// The exact GELU, `x · ½ (1 + erf(x / √2))`; reduced types are evaluated in f32 and rounded once.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    Ok(apply::<Gelu>(&x.to_dtype(DType::F32)?, Tensor::gelu_erf)?.to_dtype(x.dtype())?)
+    rounded_once::<Gelu>(x, Tensor::gelu_erf)
 }
 
 /// The tanh approximation of GELU (Gemma, SigLIP); reduced types are evaluated in f32 and rounded once.
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
-    Ok(apply::<GeluTanh>(&x.to_dtype(DType::F32)?, Tensor::gelu)?.to_dtype(x.dtype())?)
+    rounded_once::<GeluTanh>(x, Tensor::gelu)
 }
 
 /// `x · sigmoid(1.702 x)` (OpenAI's CLIP).
@@ -31,9 +32,9 @@ pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
     apply::<QuickGelu>(x, |x| x * logistic(&(x * 1.702)?)?)
 }
 
-/// `x · sigmoid(x)`.
+/// `x · sigmoid(x)`; reduced types are evaluated in f32 and rounded once.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
-    apply::<Silu>(x, Tensor::silu)
+    rounded_once::<Silu>(x, Tensor::silu)
 }
 
 /// `1 / (1 + e^−x)`.
@@ -52,6 +53,19 @@ fn apply<F: Function>(x: &Tensor, composed: impl Fn(&Tensor) -> CandleResult<Ten
     Ok(composed(x)?)
 }
 
+fn rounded_once<F: Function>(
+    x: &Tensor,
+    composed: impl Fn(&Tensor) -> CandleResult<Tensor>,
+) -> Result<Tensor> {
+    if frozen_bf16(&[x]) {
+        return Ok(with_bf16(x, |x, y| {
+            map_bf16(x, y, F::value);
+            Ok(())
+        })?);
+    }
+    Ok(apply::<F>(&x.to_dtype(DType::F32)?, composed)?.to_dtype(x.dtype())?)
+}
+
 /// A function of one number and its derivative.
 trait Function: Send + Sync + 'static {
     const NAME: &'static str;
@@ -67,7 +81,9 @@ impl<F: Function> CustomOp1 for Map<F> {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> CandleResult<(CpuStorage, Shape)> {
-        let y = elements(storage, layout)?.iter().map(|&x| F::value(x)).collect();
+        let x = elements(storage, layout)?;
+        let mut y = vec![0f32; x.len()];
+        map_f32(x, &mut y, F::value);
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 

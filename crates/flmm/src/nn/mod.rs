@@ -10,6 +10,8 @@ mod conv3x3;
 mod conv_kernels;
 mod cross_entropy;
 mod depthwise;
+mod frozen_linear;
+mod fused_attention;
 mod gated;
 #[cfg(test)]
 pub(crate) mod gradcheck;
@@ -26,6 +28,7 @@ pub use channel_norm::{GroupNorm1, LayerNorm2d};
 pub use conv::{Conv2d, ConvTranspose2d};
 pub use cross_entropy::cross_entropy;
 pub use depthwise::DepthwiseConv2d;
+pub(crate) use fused_attention::fused_attention;
 pub use gated::silu_mul;
 pub use linear::Linear;
 pub use norm::{LayerNorm, layer_norm, rms_norm};

@@ -3,8 +3,9 @@
 use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, D, DType, Layout, Result as CandleResult, Shape, Tensor,
 };
+use flmm_kernels::{layer_norm_bf16, rms_norm_bf16};
 
-use super::host::{Elements, elements, fusable};
+use super::host::{Elements, elements, frozen_bf16, fusable, with_bf16};
 use crate::error::Result;
 use crate::weights::Params;
 
@@ -34,6 +35,13 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         let op = FusedLayerNorm { eps: eps as f32 };
         return Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?);
     }
+    if frozen_bf16(&[x, weight, bias]) {
+        let (weight, bias) = (Elements::of(weight), Elements::of(bias));
+        return Ok(with_bf16(x, |x, y| {
+            layer_norm_bf16(x, weight.get_as()?, bias.get_as()?, eps as f32, y);
+            Ok(())
+        })?);
+    }
     let dtype = x.dtype();
     let x = x.to_dtype(DType::F32)?;
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
@@ -49,6 +57,13 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if fusable(&[x, weight]) {
         return Ok(x.contiguous()?.apply_op2(&weight.contiguous()?, FusedRmsNorm { eps: eps as f32 })?);
+    }
+    if frozen_bf16(&[x, weight]) {
+        let weight = Elements::of(weight);
+        return Ok(with_bf16(x, |x, y| {
+            rms_norm_bf16(x, weight.get_as()?, eps as f32, y);
+            Ok(())
+        })?);
     }
     let dtype = x.dtype();
     let x = x.to_dtype(DType::F32)?;

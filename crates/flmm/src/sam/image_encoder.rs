@@ -4,12 +4,14 @@
 //! Frozen when a grounding head is trained; every operation has a gradient all the same, so that a small SAM can
 //! be trained from scratch. Feature maps are channels-last, `[B, rows, columns, width]`, until the neck.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use flmm_kernels::Scores;
 use rayon::prelude::*;
 
 use super::config::SamConfig;
 use crate::error::{Error, Result};
-use crate::nn::{Conv2d, LayerNorm, LayerNorm2d, Linear, gelu, softmax_last_dim};
+use crate::nn::host::Elements;
+use crate::nn::{Conv2d, LayerNorm, LayerNorm2d, Linear, fused_attention, gelu, softmax_last_dim};
 use crate::weights::Params;
 
 const EPS: f64 = 1e-6;
@@ -48,6 +50,13 @@ impl ImageEncoder {
             neck: Neck::load(width, config.prompt_embed_dim, &params.pp("neck"))?,
             config: config.clone(),
         })
+    }
+
+    /// The same encoder with the matrices of its blocks, nearly all there is, in `dtype`. What the blocks add up stays in
+    /// f32, and so do norms, the softmax, and what stands before and behind the blocks.
+    pub fn with_blocks_in(mut self, dtype: DType) -> Result<Self> {
+        self.blocks = self.blocks.iter().map(|block| block.to_dtype(dtype)).collect::<Result<_>>()?;
+        Ok(self)
     }
 
     /// `pixel_values [B, 3, S, S]`, normalised and padded → `[B, C, e, e]`.
@@ -162,8 +171,19 @@ impl Block {
         })
     }
 
+    fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        Ok(Self {
+            attn: self.attn.to_dtype(dtype)?,
+            lin1: self.lin1.to_dtype(dtype)?,
+            lin2: self.lin2.to_dtype(dtype)?,
+            ..self.clone()
+        })
+    }
+
+    /// The stream `x` keeps its type; the two branches are computed in that of the weights.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let attended = self.norm1.forward(x)?;
+        let dtype = self.attn.qkv_weight.dtype();
+        let attended = self.norm1.forward(x)?.to_dtype(dtype)?;
         let attended = match self.window {
             None => self.attn.forward(&attended)?,
             Some(side) => {
@@ -171,9 +191,10 @@ impl Block {
                 join_windows(&self.attn.forward(&split_windows(&attended, side)?)?, rows, columns)?
             }
         };
-        let x = (x + attended)?;
-        let hidden = gelu(&self.lin1.forward(&self.norm2.forward(&x)?)?)?;
-        Ok((x + self.lin2.forward(&hidden)?)?)
+        let x = (x + attended.to_dtype(x.dtype())?)?;
+        let hidden = gelu(&self.lin1.forward(&self.norm2.forward(&x)?.to_dtype(dtype)?)?)?;
+        let fed = self.lin2.forward(&hidden)?.to_dtype(x.dtype())?;
+        Ok((x + fed)?)
     }
 }
 
@@ -242,6 +263,16 @@ impl Attention {
         })
     }
 
+    /// The tables of relative positions stay as they are: they are small, and read in f32.
+    fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        Ok(Self {
+            qkv_weight: self.qkv_weight.to_dtype(dtype)?,
+            qkv_bias: self.qkv_bias.to_dtype(dtype)?,
+            proj: self.proj.to_dtype(dtype)?,
+            ..self.clone()
+        })
+    }
+
     /// `[G, side, side, D]` → same; each of the G squares attends to itself.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (squares, side, _, width) = x.dims4()?;
@@ -254,6 +285,9 @@ impl Attention {
             Ok::<_, Error>(y.reshape((squares * self.heads, tokens, head_dim))?)
         };
         let (q, k, v) = (split(0)?, split(1)?, split(2)?);
+        if let Some(y) = self.fused(&q, &k, &v, squares)? {
+            return self.proj.forward(&y.reshape((squares, side, side, width))?);
+        }
 
         // scores = q·k/√d + q·R_h[row offset] + q·R_w[column offset], the last two with the unscaled q. As one
         // product: queries carry their score against every row and column, keys say which ones they lie in.
@@ -265,6 +299,22 @@ impl Attention {
         let y = attend(&q, &k, &v, SCORES_AT_ONCE)?.reshape((squares, self.heads, tokens, head_dim))?;
         let y = y.transpose(1, 2)?.contiguous()?.reshape((squares, side, side, width))?;
         self.proj.forward(&y)
+    }
+
+    /// The same without a matrix of scores, where there is a kernel for it: `[squares, side², D]`.
+    fn fused(&self, q: &Tensor, k: &Tensor, v: &Tensor, squares: usize) -> Result<Option<Tensor>> {
+        if !q.device().is_cpu() || [q, k, v].iter().any(|t| t.track_op()) {
+            return Ok(None);
+        }
+        let (groups, tokens, dim) = q.dims3()?;
+        let wide = q.to_dtype(DType::F32)?.reshape((groups * tokens, dim))?;
+        // Of every query with every line of a table, of which the kernel takes those of its keys.
+        let against = |table: &Tensor| wide.matmul(&table.to_dtype(DType::F32)?.flip(&[0])?.t()?);
+        let (by_row, by_column) = (against(&self.rel_pos_h)?, against(&self.rel_pos_w)?);
+        let (by_row, by_column) = (Elements::of(&by_row), Elements::of(&by_column));
+        let scores =
+            Scores::Relative { by_row: by_row.get()?, by_column: by_column.get()?, columns: self.side };
+        Ok(fused_attention([q, k, v], squares, scores)?.map(|(y, _)| y))
     }
 
     /// `q [G, side², d]` → scores against each key row and each key column, both `[G, side², side]`.

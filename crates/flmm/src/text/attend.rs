@@ -1,8 +1,10 @@
 //! Causal attention without a `[heads, S, S]` matrix.
 
 use candle_core::{D, DType, Device, Tensor};
+use flmm_kernels::Scores;
 
 use crate::error::Result;
+use crate::nn::fused_attention;
 
 /// Scores held at once, in elements: query rows are taken in blocks of this size divided by `heads · keys`.
 const BLOCK: usize = 1 << 23;
@@ -14,10 +16,13 @@ const BLOCK: usize = 1 << 23;
 /// `[heads, T]` in f32. Arithmetic as `spec/pipeline.md` §2.1 rules 2–4 asks for. Asking for the log-sum-exp
 /// changes nothing else that is computed.
 pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, keep_lse: bool) -> Result<(Tensor, Option<Tensor>)> {
-    let step = (BLOCK / (q.dim(0)? * k.dim(1)?)).max(16);
-    attend_in_blocks(q, k, v, keep_lse, step)
+    match fused_attention([q, k, v], 1, Scores::Causal)? {
+        Some((mixed, lse)) => Ok((mixed.squeeze(0)?, keep_lse.then_some(lse))),
+        None => attend_in_blocks(q, k, v, keep_lse, (BLOCK / (q.dim(0)? * k.dim(1)?)).max(16)),
+    }
 }
 
+/// As [`attend`], from candle's operations, `step` query rows at a time.
 fn attend_in_blocks(
     q: &Tensor,
     k: &Tensor,
@@ -109,6 +114,30 @@ mod tests {
                 .collect()
         });
         (out.collect(), lse)
+    }
+
+    #[test]
+    fn fused_attention_agrees_with_attention_in_blocks() -> Result<()> {
+        let (heads, kv, d) = (6, 2, 20);
+        for (rows, keys) in [(1, 50), (3, 50), (70, 75)] {
+            for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 1.0 / 64.0)] {
+                let random = |heads, rows, seed| Ok::<_, crate::Error>(ramp((heads, rows, d), seed)?.to_dtype(dtype)?);
+                let (q, k, v) = (random(heads, rows, 0.1)?, random(kv, keys + 4, 0.5)?, random(kv, keys + 2, 0.9)?);
+                let (k, v) = (k.narrow(1, 3, keys)?, v.narrow(1, 0, keys)?);
+                let (fused, fused_lse) = attend(&q, &k, &v, true)?;
+                assert_eq!(attend(&q, &k, &v, false)?.1.map(|lse| lse.dims().to_vec()), None);
+                let (plain, plain_lse) = attend_in_blocks(&q, &k, &v, true, 16)?;
+                let difference = |a: &Tensor, b: &Tensor| -> Result<f32> {
+                    let [a, b] = [a, b].map(|t| t.to_dtype(DType::F32));
+                    Ok((a? - b?)?.abs()?.flatten_all()?.max(0)?.to_scalar()?)
+                };
+                assert_eq!((fused.dims(), fused.dtype()), (plain.dims(), dtype));
+                assert!(difference(&fused, &plain)? < tolerance);
+                let (Some(fused), Some(plain)) = (fused_lse, plain_lse) else { panic!("no log-sum-exp") };
+                assert!(difference(&fused, &plain)? < tolerance);
+            }
+        }
+        Ok(())
     }
 
     #[test]

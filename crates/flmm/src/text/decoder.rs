@@ -4,7 +4,7 @@ use candle_core::{D, DType, Device, Tensor};
 
 use crate::capture::Capture;
 use crate::error::{Error, Result};
-use crate::nn::{Linear, gelu_tanh, rms_norm, silu};
+use crate::nn::{Linear, gelu_tanh, rms_norm, silu_mul};
 use crate::text::rope::Rotation;
 use crate::text::{Activation, DecoderConfig, KvCache, Norm, Rope, attend};
 use crate::weights::Params;
@@ -225,12 +225,12 @@ impl Mlp {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         // Activations are evaluated in f32 and rounded once: a bf16 evaluation would round at every step.
-        let gate = self.gate_proj.forward(x)?.to_dtype(DType::F32)?;
-        let gate = match self.activation {
-            Activation::Silu => silu(&gate)?,
-            Activation::GeluTanh => gelu_tanh(&gate)?,
+        let (gate, up) = (self.gate_proj.forward(x)?, self.up_proj.forward(x)?);
+        let inner = match self.activation {
+            Activation::Silu => silu_mul(&gate, &up)?,
+            Activation::GeluTanh => (gelu_tanh(&gate)? * up)?,
         };
-        self.down_proj.forward(&(gate.to_dtype(x.dtype())? * self.up_proj.forward(x)?)?)
+        self.down_proj.forward(&inner)
     }
 }
 

@@ -1,8 +1,10 @@
 //! Rotary position embedding.
 
 use candle_core::{D, DType, Device, Tensor};
+use flmm_kernels::rotate_bf16;
 
 use crate::error::Result;
+use crate::nn::host::{Elements, frozen_bf16, with_bf16};
 
 /// Rotates queries and keys by their positions, first half against second half of each head
 /// (`spec/pipeline.md` §2.1 rule 1).
@@ -46,6 +48,16 @@ impl Rope {
 impl Rotation {
     /// `x [heads, T, head_dim]` → same shape.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        if frozen_bf16(&[x, &self.cos]) {
+            let half = x.dim(D::Minus1)? / 2;
+            let [cos, sin] = [&self.cos, &self.sin].map(|table| table.narrow(1, 0, half)?.contiguous());
+            let (cos, sin) = (cos?, sin?);
+            let (cos, sin) = (Elements::of(&cos), Elements::of(&sin));
+            return Ok(with_bf16(x, |x, y| {
+                rotate_bf16(x, cos.get_as()?, sin.get_as()?, half, y);
+                Ok(())
+            })?);
+        }
         let half = x.dim(D::Minus1)? / 2;
         let first = x.narrow(D::Minus1, 0, half)?;
         let second = x.narrow(D::Minus1, half, half)?;

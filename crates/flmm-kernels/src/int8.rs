@@ -1,0 +1,278 @@
+//! Weights of eight bits: groups of neighbouring inputs share a scale.
+//!
+//! Few rows: activations are turned into 16-bit integers, of which nothing is noticed, and weights are read as they are.
+//! Many rows: activations are turned into 8-bit integers too, group by group, and multiplied in integers.
+
+use std::ops::Range;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::element::{Float, Singles};
+use crate::few::{self, FEW};
+use crate::kernel::Wide;
+use crate::product::{self, Sizes, WeightRows};
+#[cfg(target_arch = "x86_64")]
+use crate::{
+    few::{TOGETHER, in_chunks},
+    kernel::OUTPUTS,
+    line::{LANES, Line},
+    vnni::{Bytes, GROUP_UNITS, Quantised, Vnni},
+};
+
+/// Inputs that share a scale.
+pub(crate) const GROUP: usize = 128;
+/// What is added to a weight so that it has no sign.
+pub(crate) const OFFSET: i32 = 128;
+
+/// A weight `[outputs, inputs]` in eight bits: `(byte − 128) · scale of its group`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Int8Weight {
+    /// `[outputs, inputs]`
+    bytes: Vec<u8>,
+    /// `[outputs, groups]`
+    scales: Vec<f32>,
+    inputs: usize,
+}
+
+impl Int8Weight {
+    /// The nearest such weight: of every 128 inputs of an output the largest becomes ±127.
+    ///
+    /// # Panics
+    /// If `weight` is not whole rows of `inputs` numbers.
+    pub fn quantise(weight: &[bf16], inputs: usize) -> Self {
+        assert!(inputs > 0 && weight.len().is_multiple_of(inputs), "{} numbers are not rows of {inputs}", weight.len());
+        let (outputs, groups) = (weight.len() / inputs, inputs.div_ceil(GROUP));
+        let (mut bytes, mut scales) = (vec![0u8; weight.len()], vec![0f32; outputs * groups]);
+        let rows = bytes.par_chunks_mut(inputs).zip(scales.par_chunks_mut(groups)).zip(weight.par_chunks(inputs));
+        rows.for_each(|((bytes, scales), weight)| {
+            for ((bytes, scale), weight) in bytes.chunks_mut(GROUP).zip(scales).zip(weight.chunks(GROUP)) {
+                (*scale, _) = integers(weight, 127.0, |at, integer| bytes[at] = (integer + OFFSET) as u8);
+            }
+        });
+        Self { bytes, scales, inputs }
+    }
+
+    /// Rows.
+    pub fn outputs(&self) -> usize {
+        self.bytes.len() / self.inputs
+    }
+
+    /// Columns.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        self.bytes.len() + 4 * self.scales.len()
+    }
+
+    /// `y = x·weightᵀ + bias` in bf16: `x [rows, inputs]`, `bias [outputs]`, `y [rows, outputs]`.
+    ///
+    /// # Panics
+    /// If a slice is not whole rows.
+    pub fn multiply(&self, x: &[bf16], bias: Option<&[bf16]>, y: &mut [bf16]) {
+        let (inputs, outputs) = (self.inputs, self.outputs());
+        let sizes = Sizes { rows: x.len() / inputs, inputs, outputs };
+        assert!(x.len().is_multiple_of(inputs), "{} numbers are not rows of {inputs}", x.len());
+        assert_eq!(y.len(), sizes.rows * outputs, "y is not [{}, {outputs}]", sizes.rows);
+        assert!(bias.is_none_or(|bias| bias.len() == outputs), "the bias is not [{outputs}]");
+        if y.is_empty() {
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(vnni) = crate::vnni::Vnni::detect() {
+            return match sizes.rows <= FEW {
+                true => few(vnni, self, x, bias, sizes, y),
+                false => many(vnni, self, x, bias, sizes, y),
+            };
+        }
+        self.widened(Wide::new(), x, bias, sizes, y);
+    }
+
+    /// As [`Int8Weight::multiply`], with weights that are widened a few rows at a time.
+    pub(crate) fn widened(&self, wide: Wide, x: &[bf16], bias: Option<&[bf16]>, sizes: Sizes, y: &mut [bf16]) {
+        match sizes.rows <= FEW {
+            true => few::product(wide, x, self, bias, sizes, y),
+            false => product::product::<_, Singles, _>(wide, x, self, bias, sizes, y),
+        }
+    }
+
+    fn groups(&self) -> usize {
+        self.inputs.div_ceil(GROUP)
+    }
+
+    /// Bytes and scales of output `n`.
+    fn row(&self, n: usize) -> (&[u8], &[f32]) {
+        (&self.bytes[n * self.inputs..][..self.inputs], &self.scales[n * self.groups()..][..self.groups()])
+    }
+}
+
+impl WeightRows<bf16> for Int8Weight {
+    fn rows<'a>(&'a self, rows: Range<usize>, _: usize, space: &'a mut Vec<bf16>) -> &'a [bf16] {
+        space.clear();
+        for n in rows {
+            let (bytes, scales) = self.row(n);
+            for (bytes, scale) in bytes.chunks(GROUP).zip(scales) {
+                space.extend(bytes.iter().map(|&byte| <bf16 as Float>::round((i32::from(byte) - OFFSET) as f32 * scale)));
+            }
+        }
+        space
+    }
+}
+
+/// Largest of the numbers, without sign.
+fn largest(numbers: &[bf16]) -> f32 {
+    numbers.iter().fold(0f32, |largest, x| largest.max(x.to_f32().abs()))
+}
+
+/// A group as integers up to `limit`: hands each to `write`, and returns scale and sum.
+fn integers(numbers: &[bf16], limit: f32, mut write: impl FnMut(usize, i32)) -> (f32, i32) {
+    let largest = largest(numbers);
+    let inverse = if largest > 0.0 { limit / largest } else { 0.0 };
+    let mut sum = 0;
+    for (at, x) in numbers.iter().enumerate() {
+        let integer = (x.to_f32() * inverse).round_ties_even() as i32;
+        sum += integer;
+        write(at, integer);
+    }
+    (largest / limit, sum)
+}
+
+/// Few rows, in 16-bit integers.
+#[cfg(target_arch = "x86_64")]
+fn few(vnni: Vnni, weight: &Int8Weight, x: &[bf16], bias: Option<&[bf16]>, sizes: Sizes, y: &mut [bf16]) {
+    let (groups, inputs) = (weight.groups(), sizes.inputs);
+    let mut words = vec![0i16; sizes.rows * groups * GROUP];
+    let (mut scales, mut corrections) = (Vec::new(), Vec::new());
+    for (row, words) in x.chunks_exact(inputs).zip(words.chunks_exact_mut(groups * GROUP)) {
+        for (numbers, words) in row.chunks(GROUP).zip(words.chunks_exact_mut(GROUP)) {
+            let (scale, sum) = integers(numbers, f32::from(i16::MAX), |at, integer| words[at] = integer as i16);
+            scales.push(scale);
+            corrections.push(-OFFSET * sum);
+        }
+    }
+    in_chunks(sizes, bias, y, |outputs, sums| {
+        for (n, sums) in outputs.zip(sums.chunks_exact_mut(sizes.rows)) {
+            let (w, w_scales) = weight.row(n);
+            for (at, sums) in sums.chunks_mut(TOGETHER).enumerate() {
+                let first = at * TOGETHER * groups;
+                let x = (&words[first * GROUP..], &scales[first..], &corrections[first..]);
+                match sums {
+                    [a] => [*a] = vnni.dot(x.0, x.1, x.2, w, w_scales),
+                    [a, b] => [*a, *b] = vnni.dot(x.0, x.1, x.2, w, w_scales),
+                    [a, b, c] => [*a, *b, *c] = vnni.dot(x.0, x.1, x.2, w, w_scales),
+                    _ => sums.copy_from_slice(&vnni.dot::<TOGETHER>(x.0, x.1, x.2, w, w_scales)),
+                }
+            }
+        }
+    });
+}
+
+/// Most lines of a register block.
+#[cfg(target_arch = "x86_64")]
+const PANEL: usize = 4;
+/// Groups that are worked on together: the block of rows has to fit the second-level cache.
+#[cfg(target_arch = "x86_64")]
+const GROUPS: usize = 8;
+
+/// Rows in 8-bit integers, packed in panels.
+#[cfg(target_arch = "x86_64")]
+struct Panel {
+    /// `[groups, units of a group, lines]`
+    units: Vec<Line>,
+    /// `[groups, lines]`
+    scales: Vec<Line>,
+    /// `[groups, lines]`
+    corrections: Vec<Line>,
+    lines: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Panel {
+    /// Packs `x`, up to [`PANEL`] lines of rows.
+    fn new(x: &[bf16], inputs: usize) -> Self {
+        let (groups, lines) = (inputs.div_ceil(GROUP), (x.len() / inputs).div_ceil(LANES));
+        let mut panel = Self {
+            units: vec![Line::ZERO; groups * GROUP_UNITS * lines],
+            scales: vec![Line::ZERO; groups * lines],
+            corrections: vec![Line::ZERO; groups * lines],
+            lines,
+        };
+        for (row, x) in x.chunks_exact(inputs).enumerate() {
+            let (line, lane) = (row / LANES, row % LANES);
+            for (group, numbers) in x.chunks(GROUP).enumerate() {
+                let mut units = [0u32; GROUP_UNITS];
+                let (scale, sum) = integers(numbers, 127.0, |at, integer| {
+                    units[at / 4] |= u32::from(integer as i8 as u8) << (8 * (at % 4));
+                });
+                for (k, unit) in units.into_iter().enumerate() {
+                    panel.units[(group * GROUP_UNITS + k) * lines + line].0[lane] = unit;
+                }
+                panel.scales[group * lines + line].0[lane] = scale.to_bits();
+                panel.corrections[group * lines + line].0[lane] = (-OFFSET * sum) as u32;
+            }
+        }
+        panel
+    }
+
+    /// The operands of `groups`.
+    fn part(&self, groups: Range<usize>) -> Quantised<'_> {
+        let scales = groups.start * self.lines..groups.end * self.lines;
+        Quantised {
+            units: &self.units[scales.start * GROUP_UNITS..scales.end * GROUP_UNITS],
+            scales: &self.scales[scales.clone()],
+            corrections: &self.corrections[scales],
+            lines: self.lines,
+        }
+    }
+}
+
+/// Many rows, in 8-bit integers.
+#[cfg(target_arch = "x86_64")]
+fn many(vnni: Vnni, weight: &Int8Weight, x: &[bf16], bias: Option<&[bf16]>, sizes: Sizes, y: &mut [bf16]) {
+    let Sizes { inputs, .. } = sizes;
+    let panels: Vec<Panel> =
+        x.par_chunks(PANEL * LANES * inputs).map(|x| Panel::new(x, inputs)).collect();
+    let scratch = || (vec![0u32; OUTPUTS * GROUPS * GROUP_UNITS], vec![0f32; OUTPUTS * GROUPS]);
+    product::in_blocks(sizes, PANEL, bias, y, scratch, |(units, scales), sums, block| {
+        let height = block.lines.len();
+        let panels = &panels[block.lines.start / PANEL..block.lines.end.div_ceil(PANEL)];
+        for from in (0..weight.groups()).step_by(GROUPS) {
+            let groups = from..weight.groups().min(from + GROUPS);
+            let columns = from * GROUP..inputs.min(groups.end * GROUP);
+            for first in block.outputs.clone().step_by(OUTPUTS) {
+                let rows = units.chunks_exact_mut(groups.len() * GROUP_UNITS);
+                for (n, (units, scales)) in rows.zip(scales.chunks_exact_mut(groups.len())).take(OUTPUTS).enumerate() {
+                    if first + n < block.outputs.end {
+                        let (bytes, all) = weight.row(first + n);
+                        write_bytes(&bytes[columns.clone()], units);
+                        scales.copy_from_slice(&all[groups.clone()]);
+                    } else {
+                        scales.fill(0.0);
+                    }
+                }
+                let weights = Bytes { units, scales, groups: groups.len() };
+                for (at, panel) in panels.iter().enumerate() {
+                    let sums = &mut sums[(first - block.outputs.start) * height + at * PANEL..];
+                    vnni.tile(panel.part(groups.clone()), weights, sums, height, from > 0);
+                }
+            }
+        }
+    });
+}
+
+/// Bytes as units; what is missing is filled with zeros.
+#[cfg(target_arch = "x86_64")]
+fn write_bytes(bytes: &[u8], units: &mut [u32]) {
+    let (fours, rest) = bytes.as_chunks::<4>();
+    let (full, padding) = units.split_at_mut(fours.len());
+    full.iter_mut().zip(fours).for_each(|(unit, four)| *unit = u32::from_le_bytes(*four));
+    padding.fill(0);
+    if let [unit, ..] = padding {
+        let mut four = [0; 4];
+        four[..rest.len()].copy_from_slice(rest);
+        *unit = u32::from_le_bytes(four);
+    }
+}

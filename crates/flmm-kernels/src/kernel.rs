@@ -1,0 +1,143 @@
+//! The inner products that a matrix product is made of.
+
+use pulp::{Arch, Simd, WithSimd};
+
+use crate::line::{LANES, Line};
+
+/// Weights (outputs) of a register block.
+pub(crate) const OUTPUTS: usize = 6;
+
+/// Weights of a register block: output `n` has its units at `units[n · stride..][..depth]`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Weights<'a> {
+    pub(crate) units: &'a [u32],
+    pub(crate) stride: usize,
+    pub(crate) depth: usize,
+}
+
+/// Computes a register block of a product.
+pub(crate) trait Kernel: Copy + Send + Sync {
+    /// Lines of rows in a register block: it has this many times sixteen rows, and [`OUTPUTS`] outputs.
+    fn panel(self) -> usize;
+
+    /// `c[n][row] (+)= Σ_k a[k][row] · b[n][k]` over `depth` units.
+    ///
+    /// `a [depth, lines]` holds rows side by side; `lines` is at most [`Kernel::panel`]. Output `n` has its sums, in f32,
+    /// at `c[n · stride..][..lines]`, to which they are added if `add`.
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool);
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Kernel for crate::avx512::Avx512Bf16 {
+    fn panel(self) -> usize {
+        4
+    }
+
+    #[inline]
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool) {
+        match lines {
+            1 => self.tile::<1, OUTPUTS>(a, b, c, stride, add),
+            2 => self.tile::<2, OUTPUTS>(a, b, c, stride, add),
+            3 => self.tile::<3, OUTPUTS>(a, b, c, stride, add),
+            _ => self.tile::<4, OUTPUTS>(a, b, c, stride, add),
+        }
+    }
+}
+
+/// Products of f32 units by whatever vector unit the processor has.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wide {
+    arch: Arch,
+    panel: usize,
+}
+
+impl Wide {
+    /// For this processor.
+    pub(crate) fn new() -> Self {
+        Self::on(Arch::new())
+    }
+
+    /// For the instructions of `arch`.
+    pub(crate) fn on(arch: Arch) -> Self {
+        Self { arch, panel: arch.dispatch(Panel) }
+    }
+
+    /// What it was made for.
+    pub(crate) fn arch(self) -> Arch {
+        self.arch
+    }
+}
+
+impl Kernel for Wide {
+    fn panel(self) -> usize {
+        self.panel
+    }
+
+    #[inline]
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool) {
+        self.arch.dispatch(Tile { a, lines, b, c, stride, add });
+    }
+}
+
+struct Panel;
+
+impl WithSimd for Panel {
+    type Output = usize;
+
+    fn with_simd<S: Simd>(self, _: S) -> usize {
+        if S::F32_LANES == LANES { 4 } else { 1 }
+    }
+}
+
+struct Tile<'a> {
+    a: &'a [Line],
+    lines: usize,
+    b: Weights<'a>,
+    c: &'a mut [Line],
+    stride: usize,
+    add: bool,
+}
+
+impl WithSimd for Tile<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match (S::F32_LANES, self.lines) {
+            (LANES, 4) => self.run::<S, 4>(simd),
+            (LANES, 3) => self.run::<S, 3>(simd),
+            (LANES, 2) => self.run::<S, 2>(simd),
+            (LANES, _) => self.run::<S, 1>(simd),
+            (8, _) => self.run::<S, 2>(simd),
+            (4, _) => self.run::<S, 4>(simd),
+            (2, _) => self.run::<S, 8>(simd),
+            _ => self.run::<S, LANES>(simd),
+        }
+    }
+}
+
+impl Tile<'_> {
+    /// `V` vectors hold the rows of `lines` lines.
+    #[inline(always)]
+    fn run<S: Simd, const V: usize>(self, simd: S) {
+        let a: &[f32] = bytemuck::cast_slice(self.a);
+        let (a, _) = S::as_simd_f32s(a);
+        let a = &a.as_chunks::<V>().0[..self.b.depth];
+        let b: [&[u32]; OUTPUTS] = std::array::from_fn(|n| &self.b.units[n * self.b.stride..][..a.len()]);
+        let mut sums = [[simd.splat_f32s(0.0); V]; OUTPUTS];
+        for (k, rows) in a.iter().enumerate() {
+            for (sums, b) in sums.iter_mut().zip(&b) {
+                let weight = simd.splat_f32s(f32::from_bits(b[k]));
+                for (sum, &row) in sums.iter_mut().zip(rows) {
+                    *sum = simd.mul_add_e_f32s(row, weight, *sum);
+                }
+            }
+        }
+        for (n, sums) in sums.iter().enumerate() {
+            let c: &mut [f32] = bytemuck::cast_slice_mut(&mut self.c[n * self.stride..][..self.lines]);
+            for (to, &sum) in S::as_mut_simd_f32s(c).0.iter_mut().zip(sums) {
+                *to = if self.add { simd.add_f32s(*to, sum) } else { sum };
+            }
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Steps between products: norms, gates, rotations. Each reads its operands once.
+//!
+//! As in `softmax.rs`, loops are plain Rust that is compiled for the processor that runs them.
+
+use half::bf16;
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use crate::element::Float;
+use crate::line::LANES;
+use crate::softmax::exp;
+
+/// Numbers that a thread takes at once; fewer than that are not worth waking one.
+const TASK: usize = 1 << 15;
+
+/// Root-mean-square normalisation of rows as Llama does it: normalised in f32 and rounded, then multiplied by `weight
+/// [width]` and rounded again. `x` and `y` are `[rows, width]`.
+///
+/// # Panics
+/// If `x` and `y` are not whole rows of `weight`'s width.
+pub fn rms_norm_bf16(x: &[bf16], weight: &[bf16], eps: f32, y: &mut [bf16]) {
+    whole_rows(x, y, weight.len());
+    in_tasks(x, y, weight.len(), |x, y| RmsNorm { x, weight, eps, y });
+}
+
+/// Layer normalisation of rows: `(x − mean) / √(variance + eps) · weight + bias` in f32, rounded once. `x` and `y` are
+/// `[rows, width]`, `weight` and `bias` `[width]`.
+///
+/// # Panics
+/// As [`rms_norm_bf16`].
+pub fn layer_norm_bf16(x: &[bf16], weight: &[bf16], bias: &[bf16], eps: f32, y: &mut [bf16]) {
+    whole_rows(x, y, weight.len());
+    assert_eq!(weight.len(), bias.len(), "weight and bias differ in width");
+    in_tasks(x, y, weight.len(), |x, y| LayerNorm { x, weight, bias, eps, y });
+}
+
+/// `gate · sigmoid(gate) · up`, element by element; the first product is rounded before the second.
+///
+/// # Panics
+/// If the slices differ in length.
+pub fn silu_mul_bf16(gate: &[bf16], up: &[bf16], y: &mut [bf16]) {
+    assert!(gate.len() == up.len() && gate.len() == y.len(), "gate, up and result differ in length");
+    if y.len() <= TASK {
+        return Arch::new().dispatch(SiluMul { gate, up, y });
+    }
+    let tasks = y.par_chunks_mut(TASK).zip(gate.par_chunks(TASK).zip(up.par_chunks(TASK)));
+    tasks.for_each(|(y, (gate, up))| Arch::new().dispatch(SiluMul { gate, up, y }));
+}
+
+/// Rotary position embedding of `x [heads, rows, 2 · half]`, the first half of a head against the second, by
+/// `cos` and `sin [rows, half]`; both products and their sum are rounded. `y` is as `x`.
+///
+/// # Panics
+/// If `x` and `y` are not whole heads.
+pub fn rotate_bf16(x: &[bf16], cos: &[bf16], sin: &[bf16], half: usize, y: &mut [bf16]) {
+    assert_eq!(cos.len(), sin.len(), "cos and sin differ in length");
+    let head = 2 * cos.len();
+    whole_rows(x, y, head);
+    in_tasks(x, y, head, |x, y| Rotate { x, cos, sin, half, y });
+}
+
+/// `y = f(x)`, element by element, evaluated in f32 and rounded once.
+///
+/// # Panics
+/// If the slices differ in length.
+pub fn map_bf16(x: &[bf16], y: &mut [bf16], f: impl Fn(f32) -> f32 + Sync) {
+    whole_rows(x, y, 1);
+    in_tasks(x, y, 1, |x, y| Map { x, y, f: &f });
+}
+
+/// As [`map_bf16`], in f32.
+pub fn map_f32(x: &[f32], y: &mut [f32], f: impl Fn(f32) -> f32 + Sync) {
+    assert_eq!(x.len(), y.len(), "operand and result differ in length");
+    let tasks = y.par_chunks_mut(TASK).zip(x.par_chunks(TASK));
+    tasks.for_each(|(y, x)| Arch::new().dispatch(Map { x, y, f: &f }));
+}
+
+struct Map<'a, T, F> {
+    x: &'a [T],
+    y: &'a mut [T],
+    f: &'a F,
+}
+
+impl<T: Float, F: Fn(f32) -> f32> WithSimd for Map<'_, T, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        self.y.iter_mut().zip(self.x).for_each(|(y, x)| *y = T::round((self.f)(x.widen())));
+    }
+}
+
+fn whole_rows(x: &[bf16], y: &[bf16], width: usize) {
+    assert!(width > 0 && x.len().is_multiple_of(width), "{} numbers are not rows of {width}", x.len());
+    assert_eq!(x.len(), y.len(), "operand and result differ in length");
+}
+
+/// Runs a step over parts of `x` and `y` of whole rows.
+fn in_tasks<'a, W: WithSimd<Output = ()>>(
+    x: &'a [bf16],
+    y: &'a mut [bf16],
+    width: usize,
+    step: impl Fn(&'a [bf16], &'a mut [bf16]) -> W + Sync,
+) {
+    let chunk = (TASK / width).max(1) * width;
+    if y.len() <= chunk {
+        return Arch::new().dispatch(step(x, y));
+    }
+    let tasks = y.par_chunks_mut(chunk).zip(x.par_chunks(chunk));
+    tasks.for_each(|(y, x)| Arch::new().dispatch(step(x, y)));
+}
+
+/// `Σ f(x)` in sixteen sums.
+#[inline(always)]
+fn sum_of(x: &[bf16], f: impl Fn(f32) -> f32) -> f32 {
+    let (lines, rest) = x.as_chunks::<LANES>();
+    let mut sums = [0f32; LANES];
+    for line in lines {
+        for (sum, x) in sums.iter_mut().zip(line) {
+            *sum += f(x.widen());
+        }
+    }
+    sums.into_iter().sum::<f32>() + rest.iter().map(|x| f(x.widen())).sum::<f32>()
+}
+
+struct RmsNorm<'a> {
+    x: &'a [bf16],
+    weight: &'a [bf16],
+    eps: f32,
+    y: &'a mut [bf16],
+}
+
+impl WithSimd for RmsNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let width = self.weight.len();
+        for (x, y) in self.x.chunks_exact(width).zip(self.y.chunks_exact_mut(width)) {
+            let root = (sum_of(x, |x| x * x) / width as f32 + self.eps).sqrt();
+            for ((y, x), weight) in y.iter_mut().zip(x).zip(self.weight) {
+                *y = Float::round(<bf16 as Float>::round(x.widen() / root).widen() * weight.widen());
+            }
+        }
+    }
+}
+
+struct LayerNorm<'a> {
+    x: &'a [bf16],
+    weight: &'a [bf16],
+    bias: &'a [bf16],
+    eps: f32,
+    y: &'a mut [bf16],
+}
+
+impl WithSimd for LayerNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let width = self.weight.len();
+        for (x, y) in self.x.chunks_exact(width).zip(self.y.chunks_exact_mut(width)) {
+            let mean = sum_of(x, |x| x) / width as f32;
+            let variance = sum_of(x, |x| (x - mean) * (x - mean)) / width as f32;
+            let root = (variance + self.eps).sqrt();
+            for ((y, x), (weight, bias)) in y.iter_mut().zip(x).zip(self.weight.iter().zip(self.bias)) {
+                *y = Float::round((x.widen() - mean) / root * weight.widen() + bias.widen());
+            }
+        }
+    }
+}
+
+struct SiluMul<'a> {
+    gate: &'a [bf16],
+    up: &'a [bf16],
+    y: &'a mut [bf16],
+}
+
+impl WithSimd for SiluMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for ((y, gate), up) in self.y.iter_mut().zip(self.gate).zip(self.up) {
+            let gate = gate.widen();
+            // The exponential's argument is never above zero.
+            let e = exp(-gate.abs());
+            let sigmoid = if gate >= 0.0 { 1.0 } else { e } / (1.0 + e);
+            *y = Float::round(<bf16 as Float>::round(gate * sigmoid).widen() * up.widen());
+        }
+    }
+}
+
+struct Rotate<'a> {
+    x: &'a [bf16],
+    cos: &'a [bf16],
+    sin: &'a [bf16],
+    half: usize,
+    y: &'a mut [bf16],
+}
+
+impl WithSimd for Rotate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let (half, head) = (self.half, 2 * self.cos.len());
+        let product = |a: bf16, b: bf16| <bf16 as Float>::round(a.widen() * b.widen()).widen();
+        for (x, y) in self.x.chunks_exact(head).zip(self.y.chunks_exact_mut(head)) {
+            let angles = self.cos.chunks_exact(half).zip(self.sin.chunks_exact(half));
+            for ((x, y), (cos, sin)) in x.chunks_exact(2 * half).zip(y.chunks_exact_mut(2 * half)).zip(angles) {
+                let (first, second) = x.split_at(half);
+                let (y_first, y_second) = y.split_at_mut(half);
+                for i in 0..half {
+                    let (a, b, cos, sin) = (first[i], second[i], cos[i], sin[i]);
+                    y_first[i] = Float::round(product(a, cos) - product(b, sin));
+                    y_second[i] = Float::round(product(b, cos) + product(a, sin));
+                }
+            }
+        }
+    }
+}
