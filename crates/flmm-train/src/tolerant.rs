@@ -261,8 +261,14 @@ mod tests {
 
     #[test]
     fn a_run_that_goes_on_counts_as_one_that_was_not_stopped() {
-        // 20 of 4000 are few enough; the 15 of 3000 steps would be too many for a process that begins to count anew.
-        let numbers = Numbers { len: 4000, broken: (0..20).map(|i| i * 199).collect() };
+        // Those of steps 100, 300 …: 20 of 4000 are few enough; the 15 of 3000 steps would be too many for a process
+        // that begins to count anew.
+        let order = tolerance(4000, 0.01, 0).order;
+        let of_steps = |steps: usize| {
+            let broken = order.samples(0).take(steps).skip(99).step_by(200);
+            Numbers { len: 4000, broken: broken.map(|(_, index)| index).collect() }
+        };
+        let numbers = of_steps(4000);
         let (whole, cut) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let (expected, skipped, list) = walk(&numbers, whole.path(), 0, 5000);
         assert_eq!(skipped, 20);
@@ -270,8 +276,14 @@ mod tests {
         walk(&numbers, cut.path(), 0, 3500);
         let mut file = OpenOptions::new().append(true).open(cut.path().join(SKIPPED)).unwrap();
         file.write_all(br#"{"step":3501,"ke"#).unwrap();
+        let torn = std::fs::read(cut.path().join(SKIPPED)).unwrap();
         let (rest, counted, resumed) = walk(&numbers, cut.path(), 3000, 5000);
         assert_eq!(rest, expected[3000..]);
         assert_eq!((counted, resumed), (skipped, list));
+        // What was broken only in steps that are taken again does not count.
+        std::fs::write(cut.path().join(SKIPPED), torn).unwrap();
+        let healed = of_steps(3000);
+        let (_, counted, list) = walk(&healed, cut.path(), 3000, 4000);
+        assert_eq!((counted, list.lines().count()), (healed.broken.len(), healed.broken.len()));
     }
 }

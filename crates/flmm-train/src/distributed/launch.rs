@@ -85,7 +85,9 @@ pub fn from_env() -> Result<Box<dyn Communicator>> {
     {
         let what = match started {
             Started::Count(count) => format!("{count} processes were started"),
-            Started::Unknown => format!("a PMIx launcher has started this process ({} is set)", PMIX.join(" or ")),
+            Started::Unknown => {
+                format!("a PMIx launcher has started this process ({} is set)", PMIX.join(" or "))
+            }
         };
         Err(Error::request(
             format!("{what}, but this build has no way to let processes talk"),
