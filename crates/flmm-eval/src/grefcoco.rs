@@ -146,7 +146,7 @@ impl Samples for GrefSamples {
         &self.ids
     }
 
-    fn settings(&self) -> Value {
+    fn scoring(&self) -> Value {
         json!({ "abstain_below": self.abstention.below })
     }
 

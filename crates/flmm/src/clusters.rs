@@ -234,6 +234,8 @@ fn recentre(points: &[f32], dims: usize, labels: &[usize], centres: &mut [f32]) 
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
 
     #[test]
@@ -244,6 +246,27 @@ mod tests {
         assert_eq!((0..5).map(group).collect::<Vec<_>>(), [true, true, false, false, true]);
         assert!(kmeans(&points, 2, 6, 7).is_err());
         assert!(kmeans(&[f32::NAN, 1.0], 1, 2, 7).is_err());
+        Ok(())
+    }
+
+    /// As the mask head does it: the longer side becomes 64, then padding goes; larger maps are only cut.
+    #[test]
+    fn maps_come_to_the_size_of_logits() -> Result<()> {
+        let geometry = Geometry {
+            original: (8, 16),
+            image_shape: (8, 16),
+            before: (4, 0),
+            padded_shape: (16, 16),
+            crop: true,
+        };
+        let size = |grid: (usize, usize), geometry: &Geometry| -> Result<_> {
+            let maps = Tensor::zeros((3, grid.0, grid.1), DType::F32, &Device::Cpu)?;
+            Ok(at_logit_size(&maps, geometry)?.dims3()?)
+        };
+        assert_eq!(size((4, 4), &geometry)?, (3, 32, 64));
+        assert_eq!(size((96, 96), &geometry)?, (3, 48, 96));
+        let whole = Geometry { crop: false, ..geometry };
+        assert_eq!(size((32, 48), &whole)?, (3, 42, 64));
         Ok(())
     }
 

@@ -67,6 +67,10 @@ fn a_world_is_looked_at() {
     for outside in ["http://", "https://", "src=\"/", "@import", "url("] {
         assert!(!page.contains(outside), "the page asks for {outside}");
     }
+    // Under another protocol the samples would be other ones.
+    let other = place.run(&["eval", "report", "r", "--data", "w", "--task", "png", "--replace-empty", "3"]);
+    assert_eq!(other.status, 1, "{}", other.all());
+    assert!(other.err.contains("replace_empty null there, 3 now"), "{}", other.err);
     let absent = place.run(&["eval", "report", "r", "--data", "w", "--task", "reasonseg_val"]);
     assert_eq!(absent.status, 2);
     assert!(absent.err.contains("the run has no samples of `reasonseg_val`"), "{}", absent.err);

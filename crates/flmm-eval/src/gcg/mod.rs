@@ -3,6 +3,7 @@
 pub mod ap;
 pub mod bert;
 pub mod matching;
+pub mod score;
 pub mod similarity;
 pub mod task;
 

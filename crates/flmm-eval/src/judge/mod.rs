@@ -68,7 +68,7 @@ impl JudgeSettings {
     }
 }
 
-/// A judge. Questions are asked one after the other.
+/// A judge. Several threads may ask it.
 pub struct Judge {
     agent: Agent,
     settings: JudgeSettings,
