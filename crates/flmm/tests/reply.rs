@@ -104,7 +104,8 @@ fn a_token_s_attention_is_that_of_a_phrase_of_one_token() -> TestResult {
     assert_eq!((all.text.as_str(), all.offsets.len(), all.maps.dim(0)?), (text, tokens, tokens));
     let spec = grounder.lmm().spec();
     let shape = (tokens, 1, spec.layers, spec.heads, 144);
-    assert_eq!(common::max_abs_diff(&all.maps, &phrases.reshape(shape)?)?, 0.0);
+    // Several rows in one product are summed in another order than each alone.
+    assert!(common::max_abs_diff(&all.maps, &phrases.reshape(shape)?)? < 1e-5);
     let mean = read(&choice(&[2, 5], true, 1 << 20))?.maps;
     let expected = all.maps.index_select(&candle_core::Tensor::new(&[2u32, 5], &Device::Cpu)?, 2)?;
     assert!(common::max_abs_diff(&mean, &expected.mean_keepdim((2, 3))?)? < 1e-6);
