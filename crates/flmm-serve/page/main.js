@@ -21,7 +21,7 @@ function draw() {
   if (!shown) return stage.draw({ point });
   if (view === "attention") {
     const heat = state.heat ?? phraseHeat(lit);
-    if (!heat && !point) at("where").textContent = "Point at a word to see where it looks.";
+    if (!point) at("where").textContent = heat ? "" : "Point at a word to see where it looks.";
     return stage.draw({ heat, opacity, point });
   }
   const masks = shown.annotations.map((annotation, index) => ({

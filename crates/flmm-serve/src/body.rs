@@ -51,10 +51,22 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<App> for Received<T> {
             let message = format!("the request's body did not arrive within {} s", time.as_secs());
             ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message)
         })??;
-        // Megabytes of base64 take milliseconds: not on the threads that talk to clients.
-        let parsed = tokio::task::spawn_blocking(move || parse(&bytes)).await;
-        let value = parsed.map_err(|_| ApiError::internal())??;
+        let value = off_the_loop(bytes.len(), move || parse(&bytes)).await?;
         Ok(Self { value, room: Room { _permit: permit } })
+    }
+}
+
+/// Bytes that are worked on within less than a millisecond.
+const QUICK: usize = 256 << 10;
+
+/// Runs `work` on so many `bytes`: what is large, not on the threads that talk to clients.
+pub(crate) async fn off_the_loop<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    match bytes <= QUICK {
+        true => work(),
+        false => tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?,
     }
 }
 

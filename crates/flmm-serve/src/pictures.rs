@@ -5,6 +5,7 @@ use base64::Engine as _;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
 use crate::app::App;
+use crate::body::off_the_loop;
 use crate::error::ApiError;
 use crate::settings::Limits;
 
@@ -25,10 +26,10 @@ pub(crate) type Files = Vec<Vec<u8>>;
 pub(crate) async fn bring(app: &App, urls: Vec<String>) -> Result<Files, ApiError> {
     let mut files = Vec::with_capacity(urls.len());
     for (number, url) in urls.into_iter().enumerate() {
+        // Fetching waits, however short the address.
+        let bytes = if is_remote(&url) { usize::MAX } else { url.len() };
         let app = app.clone();
-        // Decoding base64 and fetching block.
-        let file = tokio::task::spawn_blocking(move || one(&app, number, &url)).await;
-        files.push(file.map_err(|_| ApiError::internal())??);
+        files.push(off_the_loop(bytes, move || one(&app, number, &url)).await?);
     }
     Ok(files)
 }
@@ -38,7 +39,7 @@ fn one(app: &App, number: usize, url: &str) -> Result<Vec<u8>, ApiError> {
     let name = format!("image {number}");
     let file = match url.split_once(':') {
         Some((scheme, rest)) if scheme.eq_ignore_ascii_case("data") => data(rest, &name)?,
-        Some((scheme, _)) if ["http", "https"].contains(&scheme.to_ascii_lowercase().as_str()) => {
+        _ if is_remote(url) => {
             let fetcher = app.fetcher().ok_or_else(|| {
                 let message = "this server does not fetch pictures";
                 ApiError::new(StatusCode::FORBIDDEN, "remote_images_off", message)
@@ -59,6 +60,11 @@ fn one(app: &App, number: usize, url: &str) -> Result<Vec<u8>, ApiError> {
     flmm::image_input::image_size(&file, &name, &limits.picture())
         .map_err(|error| ApiError::from(error).param("image_url"))?;
     Ok(file)
+}
+
+fn is_remote(url: &str) -> bool {
+    let scheme = url.split_once(':').map(|(scheme, _)| scheme.to_ascii_lowercase());
+    matches!(scheme.as_deref(), Some("http" | "https"))
 }
 
 /// The content of a data URL without its scheme.

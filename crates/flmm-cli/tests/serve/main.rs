@@ -145,3 +145,28 @@ fn values<'a>(metrics: &'a str, name: &'a str) -> impl Iterator<Item = f64> + 'a
         .filter(move |line| line.starts_with(name))
         .filter_map(|line| line.split(' ').next_back()?.parse().ok())
 }
+
+#[test]
+fn what_cannot_be_served_ends_with_a_reason() {
+    let ran = |args: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_flmm"));
+        let output = command.args(["serve", "--quiet"]).args(args).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = taken.local_addr().unwrap().to_string();
+    let folder = tempfile::tempdir().unwrap();
+    let empty = folder.path().join("keys");
+    std::fs::write(&empty, "\n# none\n").unwrap();
+    let cases: [(&[&str], &str); 4] = [
+        (&["--addr", &addr], "cannot listen at"),
+        (&["--addr", "127.0.0.1:0", "--model", "no/such/folder"], "no/such/folder"),
+        (&["--addr", "127.0.0.1:0", "--api-key-file", empty.to_str().unwrap()], "holds no key"),
+        (&["--cors-origin", "https://example.org/page"], "without a path"),
+    ];
+    for (args, reason) in cases {
+        let (status, told) = ran(args);
+        assert_eq!(status, Some(2), "{told}");
+        assert!(told.contains(reason), "{told}");
+    }
+}

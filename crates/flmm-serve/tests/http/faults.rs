@@ -138,10 +138,10 @@ async fn wrong_addresses_and_methods_are_told() {
     assert_eq!(get(&app, "/v1/ground").await.error(), (405, "method_not_allowed".to_owned()));
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test]
 async fn a_full_queue_refuses_with_a_time_to_try_again() {
     let app = app_with(Settings { queue_image_tokens: Some(2 * 144), ..settings() });
-    let requests: Vec<_> = (0..12)
+    let requests: Vec<_> = (0..24)
         .map(|_| {
             let app = app.clone();
             tokio::spawn(
@@ -162,7 +162,8 @@ async fn a_full_queue_refuses_with_a_time_to_try_again() {
             }
         }
     }
-    assert!(served >= 3 && refused > 0, "{served} served, {refused} refused");
+    // Two may wait, whether the model has begun or not.
+    assert!(served >= 2 && refused > 0, "{served} served, {refused} refused");
 }
 
 #[tokio::test]
