@@ -8,8 +8,9 @@ use flmm::Grounder;
 use flmm::grounder::{HeadSettings, ModelPaths, RefinerKind};
 use flmm::hub::Hub;
 use flmm::lmm::{LoadProgress, OpenOptions};
+use flmm::weights::WeightFormat;
 
-use crate::args::{ModelArgs, Precision};
+use crate::args::{ModelArgs, Precision, SamPrecision};
 use crate::embedded;
 use crate::failure::{Failure, Result};
 use crate::fetch::{self, Named, Part, named};
@@ -24,9 +25,14 @@ pub(crate) struct Model {
 /// Opens the model the user chose, or the embedded one.
 pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
     let (name, paths) = choose(args, talk)?;
-    let dtype = match args.dtype {
-        Precision::F32 => DType::F32,
-        Precision::Bf16 => DType::BF16,
+    let (dtype, weights) = match args.dtype {
+        Precision::F32 => (DType::F32, WeightFormat::AsLoaded),
+        Precision::Bf16 => (DType::BF16, WeightFormat::AsLoaded),
+        Precision::Int8 => (DType::BF16, WeightFormat::Int8),
+    };
+    let sam_dtype = match args.sam_dtype {
+        SamPrecision::F32 => DType::F32,
+        SamPrecision::Bf16 => DType::BF16,
     };
     let clock = std::time::Instant::now();
     let spinner = talk.during("loading the model");
@@ -38,6 +44,8 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
         }
     };
     let options = OpenOptions {
+        weights,
+        sam_dtype,
         vision_tower: args.vision_tower.clone(),
         vision_tower_aux: args.vision_tower_aux.clone(),
         image_size: args.image_size,
