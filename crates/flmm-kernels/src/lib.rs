@@ -17,6 +17,7 @@ mod few;
 mod int8;
 mod kernel;
 mod line;
+pub mod peak;
 mod product;
 mod rows;
 mod softmax;
@@ -60,7 +61,9 @@ where
     assert_eq!(y.len(), rows * outputs, "y is not [{rows}, {outputs}]");
     assert!(bias.is_none_or(|bias| bias.len() == outputs), "the bias is not [{outputs}]");
     if y.is_empty() {
-    } else if inputs == 0 {
+        return;
+    }
+    if inputs == 0 {
         for y in y.chunks_exact_mut(outputs) {
             match bias {
                 Some(bias) => y.copy_from_slice(bias),
@@ -106,10 +109,4 @@ pub fn attention_f32(
     lse: &mut [f32],
 ) {
     attention::attention::<_, Singles, _>(Wide::new(), q, kv, sizes, scores, y, lse);
-}
-
-/// x
-#[allow(unsafe_code)]
-pub fn spin(turns: usize) -> f32 {
-    unsafe { avx512::spin(turns) }
 }

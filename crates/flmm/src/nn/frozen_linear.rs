@@ -57,7 +57,8 @@ impl CustomOp3 for FrozenLinear {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let ((rows, inputs), (outputs, expected)) = (x_layout.shape().dims2()?, weight_layout.shape().dims2()?);
+        let ((rows, inputs), (outputs, expected)) =
+            (x_layout.shape().dims2()?, weight_layout.shape().dims2()?);
         if inputs != expected || self.biased && bias_layout.dims() != [outputs] {
             let bias = if self.biased { bias_layout.dims() } else { &[outputs] };
             bail!("a product of [{rows}, {inputs}] and [{outputs}, {expected}] with a bias {bias:?}");

@@ -100,7 +100,8 @@ mod tests {
                 let linear = Linear::new(weight.clone(), bias.clone());
                 let y = linear.forward(&x)?;
                 assert_eq!((y.dims(), y.dtype()), (&[1, rows, outputs][..], DType::BF16));
-                let expected = composed(&x.squeeze(0)?, &weight, bias.as_ref())?.to_dtype(DType::F32)?.flatten_all()?;
+                let expected =
+                    composed(&x.squeeze(0)?, &weight, bias.as_ref())?.to_dtype(DType::F32)?.flatten_all()?;
                 let y = y.to_dtype(DType::F32)?.flatten_all()?;
                 for (y, expected) in y.to_vec1::<f32>()?.into_iter().zip(expected.to_vec1::<f32>()?) {
                     // One rounding to bf16 apart, and what f32 sums differ where terms cancel.
@@ -113,7 +114,8 @@ mod tests {
 
     #[test]
     fn eight_bit_weights_are_near_and_give_up_their_tensor() -> Result<()> {
-        let tensors = [("weight".to_owned(), bf16_ramp(&[50, 300], 0.4)?), ("bias".to_owned(), bf16_ramp(&[50], 0.2)?)];
+        let tensors =
+            [("weight".to_owned(), bf16_ramp(&[50, 300], 0.4)?), ("bias".to_owned(), bf16_ramp(&[50], 0.2)?)];
         let params = Params::new("x", tensors.into_iter().collect());
         let exact = Linear::load(300, 50, true, &params)?;
         let int8 = Linear::load(300, 50, true, &params.in_format(WeightFormat::Int8))?;

@@ -193,7 +193,10 @@ impl Params {
     pub(super) fn uses(&self) -> Vec<(String, bool, usize)> {
         let state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let tensors = self.tensors();
-        tensors.iter().map(|(name, tensor)| (name.clone(), state.used.contains(name), tensor.elem_count())).collect()
+        tensors
+            .iter()
+            .map(|(name, tensor)| (name.clone(), state.used.contains(name), tensor.elem_count()))
+            .collect()
     }
 
     /// What error messages call the tensors' origin.
