@@ -33,7 +33,9 @@ pub use int8::Int8Weight;
 pub use product::Sizes;
 pub use rows::{layer_norm_bf16, map_bf16, map_f32, rms_norm_bf16, rotate_bf16, silu_mul_bf16};
 
-use element::{Float, Pairs, Singles, Units};
+#[cfg(target_arch = "x86_64")]
+use element::Pairs;
+use element::{Float, Singles, Units};
 use few::{FEW, Few};
 use kernel::{Kernel, Wide};
 

@@ -5,7 +5,9 @@ use proptest::prelude::*;
 use pulp::Arch;
 
 use crate::attention::{AttentionSizes, Heads, Scores};
-use crate::element::{Float, Pairs, Singles, Units};
+#[cfg(target_arch = "x86_64")]
+use crate::element::Pairs;
+use crate::element::{Float, Singles, Units};
 use crate::few::{Few, product as few_product};
 use crate::int8::Int8Weight;
 use crate::kernel::{Kernel, Wide};

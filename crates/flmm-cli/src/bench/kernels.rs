@@ -147,6 +147,8 @@ fn numbers(count: usize) -> Vec<bf16> {
 struct Summary {
     name: &'static str,
     unit: &'static str,
+    /// Of one round, in billions.
+    work: f64,
     /// Per second of the median round.
     median: f64,
     /// Per second of the fastest and the slowest round.
@@ -178,6 +180,7 @@ impl Summary {
         Self {
             name: case.name,
             unit: case.unit,
+            work: case.work,
             median: case.work / middle(walls.clone()),
             best: case.work / walls.first().copied().unwrap_or(f64::NAN),
             worst: case.work / walls.last().copied().unwrap_or(f64::NAN),
