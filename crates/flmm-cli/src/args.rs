@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use candle_core::DType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use flmm::weights::WeightFormat;
 
 use crate::eval;
 use crate::failure::{self, Failure};
@@ -90,23 +91,47 @@ pub(crate) struct ModelArgs {
     /// Side of the picture an HPT sees, in pixels [default: the published one].
     #[arg(long, value_name = "PIXELS", requires = "model")]
     pub(crate) image_size: Option<usize>,
-    /// Numbers the LMM computes with; bf16 needs half the memory.
+    /// Numbers the LMM computes with; bf16 needs half the memory, int8 keeps the matrices of a bf16 LMM in a quarter.
     #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
     pub(crate) dtype: Precision,
+    /// Numbers of SAM's image encoder; bf16 is faster.
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
+    pub(crate) sam_dtype: FloatType,
 }
 
+/// Numbers of an LMM.
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
 pub(crate) enum Precision {
     #[default]
     F32,
     Bf16,
+    Int8,
 }
 
-impl From<Precision> for DType {
-    fn from(precision: Precision) -> Self {
-        match precision {
-            Precision::F32 => Self::F32,
-            Precision::Bf16 => Self::BF16,
+impl Precision {
+    /// What the LMM computes with, and how its matrices are kept.
+    pub(crate) fn parts(self) -> (DType, WeightFormat) {
+        match self {
+            Self::F32 => (DType::F32, WeightFormat::AsLoaded),
+            Self::Bf16 => (DType::BF16, WeightFormat::AsLoaded),
+            Self::Int8 => (DType::BF16, WeightFormat::Int8),
+        }
+    }
+}
+
+/// Numbers with a point.
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum FloatType {
+    #[default]
+    F32,
+    Bf16,
+}
+
+impl From<FloatType> for DType {
+    fn from(float: FloatType) -> Self {
+        match float {
+            FloatType::F32 => Self::F32,
+            FloatType::Bf16 => Self::BF16,
         }
     }
 }

@@ -31,6 +31,11 @@ use args::{Cli, Command};
 use failure::{Failure, Result};
 use talk::Talk;
 
+// Every layer allocates and frees the same large buffers; the system allocator gives each back to the kernel and takes it
+// again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let talk = Talk::new(cli.global.quiet, cli.global.verbose);

@@ -33,6 +33,7 @@ impl Model {
 /// Opens the model the user chose, or the embedded one.
 pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
     let (name, paths) = choose(args, talk)?;
+    let (dtype, weights) = args.dtype.parts();
     let clock = std::time::Instant::now();
     let spinner = talk.during("loading the model");
     let bar = spinner.bar();
@@ -43,11 +44,13 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
         }
     };
     let options = OpenOptions {
+        weights,
+        sam_dtype: args.sam_dtype.into(),
         vision_tower: args.vision_tower.clone(),
         vision_tower_aux: args.vision_tower_aux.clone(),
         image_size: args.image_size,
         progress: Some(LoadProgress(Arc::new(progress))),
-        ..OpenOptions::new(args.dtype.into(), &Device::Cpu)
+        ..OpenOptions::new(dtype, &Device::Cpu)
     };
     let grounder = Grounder::open_with(&paths, &options)?;
     drop(spinner);

@@ -7,7 +7,7 @@
 //! OUT/results.json, OUT/results.md     made from all of the above
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use flmm::grounder::Revision;
@@ -50,9 +50,11 @@ impl Header {
     pub fn differences(&self, now: &Self) -> Vec<String> {
         let revision = |header: &Self| header.revision.as_ref().map_or(json!({}), |revision| json!(revision));
         let mut differences = vec![differs("model", &json!(self.model), &json!(now.model))];
-        let parts = ["lmm", "sam", "head", "vision_towers", "dtype", "image_size"];
         let (there, here) = (revision(self), revision(now));
-        differences.extend(parts.map(|part| differs(&format!("model's {part}"), &there[part], &here[part])));
+        let parts = [&there, &here].into_iter().filter_map(Value::as_object).flat_map(|parts| parts.keys());
+        let parts: BTreeSet<&String> = parts.collect();
+        let part = |part: &String| differs(&format!("model's {part}"), &there[part], &here[part]);
+        differences.extend(parts.into_iter().map(part));
         differences.push(differs("settings", &self.settings, &now.settings));
         differences.push(differs("number of samples", &json!(self.of), &json!(now.of)));
         differences.into_iter().flatten().collect()

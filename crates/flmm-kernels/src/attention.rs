@@ -93,7 +93,11 @@ pub(crate) fn attention<T, U, K>(
     assert_eq!(lse.len(), batch * heads * rows, "lse is not [{}, {rows}]", batch * heads);
     for numbers in [k, v] {
         let len = (batch * kv_heads - 1) * numbers.stride + keys * head_dim;
-        assert!(numbers.data.len() >= len, "keys or values are not [{}, {keys}, {head_dim}]", batch * kv_heads);
+        assert!(
+            numbers.data.len() >= len,
+            "keys or values are not [{}, {keys}, {head_dim}]",
+            batch * kv_heads
+        );
     }
     match scores {
         Scores::Causal => assert!(rows <= keys, "{rows} rows are not the last of {keys} keys"),
@@ -245,7 +249,14 @@ impl Block {
         let arch = Arch::new();
         let queries = &mut self.queries[..units * lines];
         let x = &job.q[(head * rows + first) * head_dim..][..lse.len() * head_dim];
-        arch.dispatch(Pack::<T, U> { x, rows: lse.len(), inputs: head_dim, lines: queries, units, how: PhantomData });
+        arch.dispatch(Pack::<T, U> {
+            x,
+            rows: lse.len(),
+            inputs: head_dim,
+            lines: queries,
+            units,
+            how: PhantomData,
+        });
 
         // Later keys are masked for every row of the block, so they need not be looked at.
         let seen = match job.scores {

@@ -7,6 +7,7 @@ use half::bf16;
 
 use crate::kernel::Weights;
 use crate::line::{LANES, Line};
+use crate::peak::SUMS;
 
 /// Proof that the processor has AVX-512 (F, BW, VL).
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +55,12 @@ impl Avx512Bf16 {
         assert!(c.len() >= (N - 1) * stride + V);
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
         unsafe { tile::<V, N>(a.as_ptr(), b, c.as_mut_ptr(), stride, add) }
+    }
+
+    /// Multiplies and adds in registers, [`SUMS`] instructions a turn.
+    pub(crate) fn spin(self, turns: usize) -> f32 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { spin(turns) }
     }
 
     /// `Σ x·w` of rows of bf16 pairs against one row of weights: `x` holds `R` rows of `w.len()` numbers.
@@ -171,20 +178,22 @@ fn transpose(block: &mut [Line; LANES]) {
         // Column i lies in quarter i / 4 at place i % 4.
         let (column, quarter) = (i % 4, i / 4);
         let (a, b) = (halves[quarter % 2 * 4 + column], halves[8 + quarter % 2 * 4 + column]);
-        let full = if quarter < 2 { _mm512_shuffle_i32x4::<0x88>(a, b) } else { _mm512_shuffle_i32x4::<0xdd>(a, b) };
+        let full =
+            if quarter < 2 { _mm512_shuffle_i32x4::<0x88>(a, b) } else { _mm512_shuffle_i32x4::<0xdd>(a, b) };
         // SAFETY: a line is 64 aligned bytes.
         unsafe { _mm512_store_si512(std::ptr::from_mut(line).cast(), full) }
     }
 }
 
-/// Operations of a loop that touches no memory: 24 independent sums, `turns` times.
+/// As [`Avx512Bf16::spin`].
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub fn spin(turns: usize) -> f32 {
-    let mut sums = [_mm512_setzero_ps(); 24];
-    let a = pairs(_mm512_set1_epi32(0x3f80_3f80));
+fn spin(turns: usize) -> f32 {
+    let mut sums = [_mm512_setzero_ps(); SUMS];
+    // Pairs of ones.
+    let ones = pairs(_mm512_set1_epi32(0x3f80_3f80));
     for _ in 0..turns {
         for sum in &mut sums {
-            *sum = _mm512_dpbf16_ps(*sum, a, a);
+            *sum = _mm512_dpbf16_ps(*sum, ones, ones);
         }
     }
     sums.into_iter().map(|sum| _mm512_reduce_add_ps(sum)).sum()

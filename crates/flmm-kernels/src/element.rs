@@ -1,6 +1,7 @@
 //! Numbers of operands as 32-bit units.
 
 use half::bf16;
+#[cfg(target_arch = "x86_64")]
 use half::slice::HalfFloatSliceExt;
 
 /// How the numbers of a row become units of a packed operand.
@@ -16,6 +17,7 @@ pub(crate) trait Units<T>: Copy + Send + Sync {
 }
 
 /// Two neighbouring bf16 numbers, the first in the low half.
+#[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
 pub(crate) struct Pairs;
 
@@ -23,6 +25,7 @@ pub(crate) struct Pairs;
 #[derive(Clone, Copy)]
 pub(crate) struct Singles;
 
+#[cfg(target_arch = "x86_64")]
 impl Units<bf16> for Pairs {
     const PER_UNIT: usize = 2;
 

@@ -41,10 +41,15 @@ impl Int8Weight {
     /// # Panics
     /// If `weight` is not whole rows of `inputs` numbers.
     pub fn quantise(weight: &[bf16], inputs: usize) -> Self {
-        assert!(inputs > 0 && weight.len().is_multiple_of(inputs), "{} numbers are not rows of {inputs}", weight.len());
+        assert!(
+            inputs > 0 && weight.len().is_multiple_of(inputs),
+            "{} numbers are not rows of {inputs}",
+            weight.len()
+        );
         let (outputs, groups) = (weight.len() / inputs, inputs.div_ceil(GROUP));
         let (mut bytes, mut scales) = (vec![0u8; weight.len()], vec![0f32; outputs * groups]);
-        let rows = bytes.par_chunks_mut(inputs).zip(scales.par_chunks_mut(groups)).zip(weight.par_chunks(inputs));
+        let rows =
+            bytes.par_chunks_mut(inputs).zip(scales.par_chunks_mut(groups)).zip(weight.par_chunks(inputs));
         rows.for_each(|((bytes, scales), weight)| {
             for ((bytes, scale), weight) in bytes.chunks_mut(GROUP).zip(scales).zip(weight.chunks(GROUP)) {
                 (*scale, _) = integers(weight, 127.0, |at, integer| bytes[at] = (integer + OFFSET) as u8);
@@ -92,7 +97,14 @@ impl Int8Weight {
     }
 
     /// As [`Int8Weight::multiply`], with weights that are widened a few rows at a time.
-    pub(crate) fn widened(&self, wide: Wide, x: &[bf16], bias: Option<&[bf16]>, sizes: Sizes, y: &mut [bf16]) {
+    pub(crate) fn widened(
+        &self,
+        wide: Wide,
+        x: &[bf16],
+        bias: Option<&[bf16]>,
+        sizes: Sizes,
+        y: &mut [bf16],
+    ) {
         match sizes.rows <= FEW {
             true => few::product(wide, x, self, bias, sizes, y),
             false => product::product::<_, Singles, _>(wide, x, self, bias, sizes, y),
@@ -115,7 +127,11 @@ impl WeightRows<bf16> for Int8Weight {
         for n in rows {
             let (bytes, scales) = self.row(n);
             for (bytes, scale) in bytes.chunks(GROUP).zip(scales) {
-                space.extend(bytes.iter().map(|&byte| <bf16 as Float>::round((i32::from(byte) - OFFSET) as f32 * scale)));
+                space.extend(
+                    bytes
+                        .iter()
+                        .map(|&byte| <bf16 as Float>::round((i32::from(byte) - OFFSET) as f32 * scale)),
+                );
             }
         }
         space
@@ -148,7 +164,8 @@ fn few(vnni: Vnni, weight: &Int8Weight, x: &[bf16], bias: Option<&[bf16]>, sizes
     let (mut scales, mut corrections) = (Vec::new(), Vec::new());
     for (row, words) in x.chunks_exact(inputs).zip(words.chunks_exact_mut(groups * GROUP)) {
         for (numbers, words) in row.chunks(GROUP).zip(words.chunks_exact_mut(GROUP)) {
-            let (scale, sum) = integers(numbers, f32::from(i16::MAX), |at, integer| words[at] = integer as i16);
+            let (scale, sum) =
+                integers(numbers, f32::from(i16::MAX), |at, integer| words[at] = integer as i16);
             scales.push(scale);
             corrections.push(-OFFSET * sum);
         }
@@ -233,8 +250,7 @@ impl Panel {
 #[cfg(target_arch = "x86_64")]
 fn many(vnni: Vnni, weight: &Int8Weight, x: &[bf16], bias: Option<&[bf16]>, sizes: Sizes, y: &mut [bf16]) {
     let Sizes { inputs, .. } = sizes;
-    let panels: Vec<Panel> =
-        x.par_chunks(PANEL * LANES * inputs).map(|x| Panel::new(x, inputs)).collect();
+    let panels: Vec<Panel> = x.par_chunks(PANEL * LANES * inputs).map(|x| Panel::new(x, inputs)).collect();
     let scratch = || (vec![0u32; OUTPUTS * GROUPS * GROUP_UNITS], vec![0f32; OUTPUTS * GROUPS]);
     product::in_blocks(sizes, PANEL, bias, y, scratch, |(units, scales), sums, block| {
         let height = block.lines.len();
@@ -244,7 +260,9 @@ fn many(vnni: Vnni, weight: &Int8Weight, x: &[bf16], bias: Option<&[bf16]>, size
             let columns = from * GROUP..inputs.min(groups.end * GROUP);
             for first in block.outputs.clone().step_by(OUTPUTS) {
                 let rows = units.chunks_exact_mut(groups.len() * GROUP_UNITS);
-                for (n, (units, scales)) in rows.zip(scales.chunks_exact_mut(groups.len())).take(OUTPUTS).enumerate() {
+                for (n, (units, scales)) in
+                    rows.zip(scales.chunks_exact_mut(groups.len())).take(OUTPUTS).enumerate()
+                {
                     if first + n < block.outputs.end {
                         let (bytes, all) = weight.row(first + n);
                         write_bytes(&bytes[columns.clone()], units);

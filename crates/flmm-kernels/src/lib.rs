@@ -17,6 +17,7 @@ mod few;
 mod int8;
 mod kernel;
 mod line;
+pub mod peak;
 mod product;
 mod rows;
 mod softmax;
@@ -32,7 +33,9 @@ pub use int8::Int8Weight;
 pub use product::Sizes;
 pub use rows::{layer_norm_bf16, map_bf16, map_f32, rms_norm_bf16, rotate_bf16, silu_mul_bf16};
 
-use element::{Float, Pairs, Singles, Units};
+#[cfg(target_arch = "x86_64")]
+use element::Pairs;
+use element::{Float, Singles, Units};
 use few::{FEW, Few};
 use kernel::{Kernel, Wide};
 
@@ -60,7 +63,9 @@ where
     assert_eq!(y.len(), rows * outputs, "y is not [{rows}, {outputs}]");
     assert!(bias.is_none_or(|bias| bias.len() == outputs), "the bias is not [{outputs}]");
     if y.is_empty() {
-    } else if inputs == 0 {
+        return;
+    }
+    if inputs == 0 {
         for y in y.chunks_exact_mut(outputs) {
             match bias {
                 Some(bias) => y.copy_from_slice(bias),
@@ -106,10 +111,4 @@ pub fn attention_f32(
     lse: &mut [f32],
 ) {
     attention::attention::<_, Singles, _>(Wide::new(), q, kv, sizes, scores, y, lse);
-}
-
-/// x
-#[allow(unsafe_code)]
-pub fn spin(turns: usize) -> f32 {
-    unsafe { avx512::spin(turns) }
 }

@@ -50,4 +50,7 @@ pub(crate) fn prefetch<T>(data: &[T]) {
         // SAFETY: prefetching has no effect on memory and never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) }
     }
+    // Elsewhere there is no instruction for it that Rust knows.
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = data;
 }

@@ -42,12 +42,25 @@ struct Packed {
 }
 
 impl Packed {
-    fn new<T: Copy + Send + Sync, U: Units<T>>(x: &[T], rows: usize, inputs: usize, panel: usize, arch: Arch) -> Self {
+    fn new<T: Copy + Send + Sync, U: Units<T>>(
+        x: &[T],
+        rows: usize,
+        inputs: usize,
+        panel: usize,
+        arch: Arch,
+    ) -> Self {
         let (width, units) = (rows.div_ceil(LANES), inputs.div_ceil(U::PER_UNIT));
         let mut lines = vec![Line::ZERO; width * units];
         lines.par_chunks_mut((panel * units).max(1)).enumerate().for_each(|(index, lines)| {
             let first = index * panel * LANES;
-            arch.dispatch(Pack::<T, U> { x: &x[first * inputs..], rows: rows - first, inputs, lines, units, how: PhantomData });
+            arch.dispatch(Pack::<T, U> {
+                x: &x[first * inputs..],
+                rows: rows - first,
+                inputs,
+                lines,
+                units,
+                how: PhantomData,
+            });
         });
         Self { lines, width, units, panel }
     }
@@ -234,7 +247,8 @@ impl<O: Float> WithSimd for Finish<'_, O> {
                 bias.iter_mut().zip(&numbers[first..]).for_each(|(to, from)| *to = from.widen());
             }
             for line in 0..self.lines {
-                let mut block: [Line; LANES] = std::array::from_fn(|n| self.sums[(first + n) * self.lines + line]);
+                let mut block: [Line; LANES] =
+                    std::array::from_fn(|n| self.sums[(first + n) * self.lines + line]);
                 transpose(&mut block);
                 for (row, sums) in (self.rows.start + line * LANES..self.rows.end).zip(&block) {
                     let numbers: [O; LANES] =

@@ -208,7 +208,8 @@ impl WithSimd for Rotate<'_> {
         let product = |a: bf16, b: bf16| <bf16 as Float>::round(a.widen() * b.widen()).widen();
         for (x, y) in self.x.chunks_exact(head).zip(self.y.chunks_exact_mut(head)) {
             let angles = self.cos.chunks_exact(half).zip(self.sin.chunks_exact(half));
-            for ((x, y), (cos, sin)) in x.chunks_exact(2 * half).zip(y.chunks_exact_mut(2 * half)).zip(angles) {
+            for ((x, y), (cos, sin)) in x.chunks_exact(2 * half).zip(y.chunks_exact_mut(2 * half)).zip(angles)
+            {
                 let (first, second) = x.split_at(half);
                 let (y_first, y_second) = y.split_at_mut(half);
                 for i in 0..half {

@@ -67,8 +67,10 @@ impl<T: Float, U: Units<T>> WithSimd for Softmax<'_, T, U> {
                 }
                 BlockScores::Relative { by_row, by_column, height, columns, first } => {
                     let first = first + line * LANES;
-                    let (by_row, by_column) =
-                        (&by_row[line * LANES * (2 * height - 1)..], &by_column[line * LANES * (2 * columns - 1)..]);
+                    let (by_row, by_column) = (
+                        &by_row[line * LANES * (2 * height - 1)..],
+                        &by_column[line * LANES * (2 * columns - 1)..],
+                    );
                     let by_row = turned(by_row, height, lse.len(), |i| (first + i) / columns);
                     let by_column = turned(by_column, columns, lse.len(), |i| (first + i) % columns);
                     relative(scores, self.lines, &by_row, &by_column, 1.0 / root)
@@ -90,7 +92,8 @@ impl<T: Float, U: Units<T>> WithSimd for Softmax<'_, T, U> {
                 let last = scores[(unit * U::PER_UNIT + U::PER_UNIT - 1) * self.lines];
                 let mut packed = Line::ZERO;
                 for (i, unit) in packed.0.iter_mut().enumerate() {
-                    *unit = U::of(T::round(first.float(i) * inverse[i]), T::round(last.float(i) * inverse[i]));
+                    *unit =
+                        U::of(T::round(first.float(i) * inverse[i]), T::round(last.float(i) * inverse[i]));
                 }
                 scores[unit * self.lines] = packed;
             }

@@ -5,7 +5,9 @@ use proptest::prelude::*;
 use pulp::Arch;
 
 use crate::attention::{AttentionSizes, Heads, Scores};
-use crate::element::{Float, Pairs, Singles, Units};
+#[cfg(target_arch = "x86_64")]
+use crate::element::Pairs;
+use crate::element::{Float, Singles, Units};
 use crate::few::{Few, product as few_product};
 use crate::int8::Int8Weight;
 use crate::kernel::{Kernel, Wide};
@@ -42,7 +44,13 @@ fn quarters<T: Float>(count: usize, seed: u64) -> Vec<T> {
 }
 
 /// Attention written out: results and log-sum-exps.
-fn plain_attention<T: Float>(q: &[T], k: Heads<T>, v: Heads<T>, sizes: AttentionSizes, scores: Scores) -> [Vec<f64>; 2] {
+fn plain_attention<T: Float>(
+    q: &[T],
+    k: Heads<T>,
+    v: Heads<T>,
+    sizes: AttentionSizes,
+    scores: Scores,
+) -> [Vec<f64>; 2] {
     let AttentionSizes { batch, heads, kv_heads, rows, keys, head_dim } = sizes;
     let round = |x: f64| f64::from(T::round(x as f32).widen());
     let (mut y, mut lse) = (vec![0.0; q.len()], Vec::new());
@@ -61,7 +69,8 @@ fn plain_attention<T: Float>(q: &[T], k: Heads<T>, v: Heads<T>, sizes: Attention
                         let height = keys / columns;
                         let down = key / columns + height - 1 - row / columns;
                         let right = key % columns + columns - 1 - row % columns;
-                        let bias = by_row[at * (2 * height - 1) + down] + by_column[at * (2 * columns - 1) + right];
+                        let bias =
+                            by_row[at * (2 * height - 1) + down] + by_column[at * (2 * columns - 1) + right];
                         dot / (head_dim as f64).sqrt() + f64::from(bias)
                     }
                 }
@@ -106,10 +115,17 @@ fn check_attention<T: Float, U: Units<T>>(
     for (at, (y, expected)) in y.iter().zip(expected).enumerate() {
         // Probabilities may be rounded to the other side, and add up to one; values are at most two.
         let error = (f64::from(y.widen()) - expected).abs();
-        prop_assert!(error <= 1e-5 + 2.0 * unit, "{sizes:?}: number {at} is {} instead of {expected}", y.widen());
+        prop_assert!(
+            error <= 1e-5 + 2.0 * unit,
+            "{sizes:?}: number {at} is {} instead of {expected}",
+            y.widen()
+        );
     }
     for (at, (lse, expected)) in lse.iter().zip(expected_lse).enumerate() {
-        prop_assert!((f64::from(*lse) - expected).abs() < 1e-5, "log-sum-exp {at} is {lse} instead of {expected}");
+        prop_assert!(
+            (f64::from(*lse) - expected).abs() < 1e-5,
+            "log-sum-exp {at} is {lse} instead of {expected}"
+        );
     }
     Ok(())
 }
@@ -131,14 +147,24 @@ fn all_attentions(sizes: AttentionSizes, columns: Option<usize>) -> Result<(), T
 fn check<T: Float>(y: &[T], reference: &[(f64, f64)], unit: f64) -> Result<(), TestCaseError> {
     for (at, (y, &(expected, size))) in y.iter().zip(reference).enumerate() {
         let error = (f64::from(y.widen()) - expected).abs();
-        prop_assert!(error <= 1e-6 * size + unit * expected.abs(), "number {at}: {} instead of {expected}", y.widen());
+        prop_assert!(
+            error <= 1e-6 * size + unit * expected.abs(),
+            "number {at}: {} instead of {expected}",
+            y.widen()
+        );
     }
     Ok(())
 }
 
 /// Runs `kernel` in both ways.
-fn both<T: Float, U: Units<T>>(kernel: impl Kernel + Few<T>, sizes: Sizes, biased: bool, unit: f64) -> Result<(), TestCaseError> {
-    let (x, weight) = (numbers::<T>(sizes.rows * sizes.inputs, 1), numbers::<T>(sizes.outputs * sizes.inputs, 2));
+fn both<T: Float, U: Units<T>>(
+    kernel: impl Kernel + Few<T>,
+    sizes: Sizes,
+    biased: bool,
+    unit: f64,
+) -> Result<(), TestCaseError> {
+    let (x, weight) =
+        (numbers::<T>(sizes.rows * sizes.inputs, 1), numbers::<T>(sizes.outputs * sizes.inputs, 2));
     let bias = biased.then(|| numbers::<T>(sizes.outputs, 3));
     let reference = reference(&x, &weight, bias.as_deref(), sizes);
     let mut y = vec![T::round(f32::NAN); sizes.rows * sizes.outputs];
@@ -217,7 +243,10 @@ fn check_int8(sizes: Sizes, biased: bool) -> Result<(), TestCaseError> {
     let near = int8.rows(0..outputs, inputs, space);
     for (near, weight) in near.iter().zip(&weight) {
         // Half a step of the largest, which is at most one, and a rounding to bf16.
-        prop_assert!((near.to_f32() - weight.to_f32()).abs() <= 0.5 / 127.0 + 1.0 / 256.0, "{near} for {weight}");
+        prop_assert!(
+            (near.to_f32() - weight.to_f32()).abs() <= 0.5 / 127.0 + 1.0 / 256.0,
+            "{near} for {weight}"
+        );
     }
     let expected = reference(&x, near, bias.as_deref(), sizes);
     let check = |y: &[bf16], step: f64| {
@@ -225,7 +254,10 @@ fn check_int8(sizes: Sizes, biased: bool) -> Result<(), TestCaseError> {
             // Activations are off by half a step of their group's largest, to either side; weights were rounded to bf16.
             let tolerance = step * (inputs as f64).sqrt() + size / 512.0 + expected.abs() / 256.0;
             let error = (y.to_f64() - expected).abs();
-            prop_assert!(error <= tolerance, "{sizes:?}: number {at}: {y} instead of {expected}, {tolerance}");
+            prop_assert!(
+                error <= tolerance,
+                "{sizes:?}: number {at}: {y} instead of {expected}, {tolerance}"
+            );
         }
         Ok(())
     };
@@ -279,7 +311,8 @@ fn several_blocks_of_rows() {
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
     let sizes = Sizes { rows: 70, inputs: 600, outputs: 500 };
-    let (x, weight) = (numbers::<bf16>(sizes.rows * sizes.inputs, 1), numbers::<bf16>(sizes.outputs * sizes.inputs, 2));
+    let (x, weight) =
+        (numbers::<bf16>(sizes.rows * sizes.inputs, 1), numbers::<bf16>(sizes.outputs * sizes.inputs, 2));
     let results = [1, 3].map(|threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let mut y = vec![bf16::ZERO; sizes.rows * sizes.outputs];
@@ -293,13 +326,30 @@ fn results_do_not_depend_on_the_number_of_threads() {
 fn no_inputs_leave_the_bias() {
     let mut y = [9.0; 4];
     let bias = [1.0, 2.0];
-    crate::linear::<f32, Singles, _>(Wide::new(), &[], &[], Some(&bias), Sizes { rows: 2, inputs: 0, outputs: 2 }, &mut y);
+    crate::linear::<f32, Singles, _>(
+        Wide::new(),
+        &[],
+        &[],
+        Some(&bias),
+        Sizes { rows: 2, inputs: 0, outputs: 2 },
+        &mut y,
+    );
     assert_eq!(y, [1.0, 2.0, 1.0, 2.0]);
 }
 
 #[test]
 fn rounding_is_half_s_own() {
-    let special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, f32::MAX, f32::MIN_POSITIVE, 257.0 / 256.0, 259.0 / 256.0];
+    let special = [
+        f32::NAN,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        0.0,
+        -0.0,
+        f32::MAX,
+        f32::MIN_POSITIVE,
+        257.0 / 256.0,
+        259.0 / 256.0,
+    ];
     for value in numbers::<f32>(10_000, 4).into_iter().chain(special) {
         assert_eq!(<bf16 as Float>::round(value).to_bits(), bf16::from_f32(value).to_bits(), "{value}");
     }
@@ -307,7 +357,8 @@ fn rounding_is_half_s_own() {
 
 #[test]
 fn transposed_blocks() {
-    let mut block: [Line; LANES] = std::array::from_fn(|row| Line(std::array::from_fn(|column| (row * LANES + column) as u32)));
+    let mut block: [Line; LANES] =
+        std::array::from_fn(|row| Line(std::array::from_fn(|column| (row * LANES + column) as u32)));
     transpose(&mut block);
     for (row, line) in block.iter().enumerate() {
         for (column, &unit) in line.0.iter().enumerate() {
@@ -345,7 +396,10 @@ fn norms_of_rows() {
         let expected = x.chunks_exact(width).flat_map(|row| {
             let row = wide(row);
             let root = (row.iter().map(|x| x * x).sum::<f32>() / width as f32 + 1e-5).sqrt();
-            row.into_iter().zip(&weight).map(move |(x, w)| near(near(x / root) * w.to_f32())).collect::<Vec<_>>()
+            row.into_iter()
+                .zip(&weight)
+                .map(move |(x, w)| near(near(x / root) * w.to_f32()))
+                .collect::<Vec<_>>()
         });
         agree(&y, expected);
 
@@ -355,9 +409,10 @@ fn norms_of_rows() {
             let mean = row.iter().sum::<f32>() / width as f32;
             let variance = row.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / width as f32;
             let scale = weight.iter().zip(&bias);
-            let y = row.into_iter().zip(scale).map(move |(x, (w, b))| {
-                (x - mean) / (variance + 1e-5).sqrt() * w.to_f32() + b.to_f32()
-            });
+            let y = row
+                .into_iter()
+                .zip(scale)
+                .map(move |(x, (w, b))| (x - mean) / (variance + 1e-5).sqrt() * w.to_f32() + b.to_f32());
             y.collect::<Vec<_>>()
         });
         // Where terms cancel, a rounding is one of the terms.
@@ -373,7 +428,10 @@ fn gates() {
     let up = numbers::<bf16>(gate.len(), 15);
     let mut y = vec![bf16::NAN; gate.len()];
     crate::silu_mul_bf16(&gate, &up, &mut y);
-    agree(&y, gate.iter().zip(&up).map(|(g, u)| near(near(g.to_f32() / (1.0 + (-g.to_f32()).exp())) * u.to_f32())));
+    agree(
+        &y,
+        gate.iter().zip(&up).map(|(g, u)| near(near(g.to_f32() / (1.0 + (-g.to_f32()).exp())) * u.to_f32())),
+    );
 }
 
 #[test]

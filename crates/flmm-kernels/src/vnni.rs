@@ -7,6 +7,7 @@ use crate::avx512::Avx512;
 use crate::int8::GROUP;
 use crate::kernel::OUTPUTS;
 use crate::line::{LANES, Line};
+use crate::peak::SUMS;
 
 /// Units of four bytes that a group has.
 pub(crate) const GROUP_UNITS: usize = GROUP / 4;
@@ -64,6 +65,12 @@ impl Vnni {
         }
     }
 
+    /// Multiplies and adds in registers, [`SUMS`] instructions a turn.
+    pub(crate) fn spin(self, turns: usize) -> i32 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { spin(turns) }
+    }
+
     /// `Σ_group scale(row) · scale · Σ_k x[row][k] · w[k]` for `R` rows of 16-bit integers: `x [R, groups · GROUP]`,
     /// `row_scales` and `corrections [R, groups]`, and a row of weights with its `scales [groups]`.
     #[inline]
@@ -94,7 +101,8 @@ unsafe fn tile<const V: usize>(x: Quantised, w: Bytes, c: *mut Line, stride: usi
             let units = x.units.as_ptr().add(group * GROUP_UNITS * V);
             let weights = w.units.as_ptr().add(group * GROUP_UNITS);
             for k in 0..GROUP_UNITS {
-                let rows: [__m512i; V] = std::array::from_fn(|v| _mm512_load_si512(units.add(k * V + v).cast()));
+                let rows: [__m512i; V] =
+                    std::array::from_fn(|v| _mm512_load_si512(units.add(k * V + v).cast()));
                 for (n, sums) in sums.iter_mut().enumerate() {
                     let weight = _mm512_set1_epi32(*weights.add(n * w.groups * GROUP_UNITS + k) as i32);
                     for (sum, &row) in sums.iter_mut().zip(&rows) {
@@ -153,4 +161,17 @@ unsafe fn dot<const R: usize>(
         }
     }
     totals.map(|total| _mm512_reduce_add_ps(total))
+}
+
+/// As [`Vnni::spin`].
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn spin(turns: usize) -> i32 {
+    let mut sums = [_mm512_setzero_si512(); SUMS];
+    let ones = _mm512_set1_epi8(1);
+    for _ in 0..turns {
+        for sum in &mut sums {
+            *sum = _mm512_dpbusd_epi32(*sum, ones, ones);
+        }
+    }
+    sums.into_iter().map(|sum| _mm512_reduce_add_epi32(sum)).fold(0, i32::wrapping_add)
 }

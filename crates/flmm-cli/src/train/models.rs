@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 use clap::Args;
 use flmm::grounder::{HeadSettings, ModelPaths, RefinerKind};
 use flmm::hub::Hub;
@@ -10,7 +10,7 @@ use flmm::lmm::OpenOptions;
 use flmm_train::Models;
 use flmm_train::config::{Config, LmmType};
 
-use crate::args::Precision;
+use crate::args::FloatType;
 use crate::embedded;
 use crate::failure::{Failure, Result};
 use crate::fetch::{self, Named, Part, named};
@@ -43,15 +43,15 @@ pub(crate) struct ModelsArgs {
     image_size: Option<usize>,
     /// Numbers the LMM computes with [default: the configuration's].
     #[arg(long, value_name = "TYPE", value_enum)]
-    dtype: Option<Precision>,
+    dtype: Option<FloatType>,
 }
 
 impl ModelsArgs {
     /// The setting of the configuration that `--dtype` stands for.
     pub(crate) fn setting(&self) -> Option<String> {
         let name = match self.dtype? {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
+            FloatType::F32 => "f32",
+            FloatType::Bf16 => "bf16",
         };
         Some(format!("model.dtype={name}"))
     }
@@ -90,15 +90,15 @@ impl ModelsArgs {
                 }
             },
         };
-        let precision = match config.model.dtype {
-            LmmType::Bf16 => Precision::Bf16,
-            LmmType::F32 => Precision::F32,
+        let dtype = match config.model.dtype {
+            LmmType::Bf16 => DType::BF16,
+            LmmType::F32 => DType::F32,
         };
         let options = OpenOptions {
             vision_tower: self.vision_tower.clone(),
             vision_tower_aux: self.vision_tower_aux.clone(),
             image_size: self.image_size,
-            ..OpenOptions::new(precision.into(), &Device::Cpu)
+            ..OpenOptions::new(dtype, &Device::Cpu)
         };
         Ok(Models { name, lmm, sam, head, options })
     }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use flmm::Grounder;
 use flmm::grounder::{ModelPaths, Revision};
+use flmm::weights::WeightFormat;
 use flmm_data::Part;
 use flmm_data::world::{Level, Split, write};
 use flmm_eval::run::{RunOptions, Watch};
@@ -41,6 +42,8 @@ pub(crate) fn revision() -> Revision {
         head: Some("3".into()),
         vision_towers: Vec::new(),
         dtype: "f32".into(),
+        weights: WeightFormat::AsLoaded,
+        sam_dtype: Some("f32".into()),
         image_size: None,
     }
 }

@@ -49,7 +49,7 @@ impl Grounder {
         let device = &options.device;
         let lmm = lmm::open_with(&paths.model, options)?;
         let Some(head) = &paths.head else {
-            return Self::open_without_head(lmm, &paths.sam, device);
+            return Self::open_without_head(lmm, &paths.sam, options);
         };
         let settings = HeadSettings::read(head)?;
         let (sam, sam_tensors) = match settings.refiner {
@@ -61,7 +61,10 @@ impl Grounder {
         let params = Params::new(head, tensors);
         let head = GroundingHead::from_params_as(&sizes, &settings, &params)?;
         let sam = match settings.refiner {
-            RefinerKind::Sam => Some(Sam::load(&sizes.sam, &params.pp("sam.model"))?),
+            RefinerKind::Sam => {
+                let sam = Sam::load(&sizes.sam, &params.pp("sam.model"))?;
+                Some(sam.with_image_encoder_in(options.sam_dtype)?)
+            }
             RefinerKind::None => None,
         };
         params.finish(head::WRONG_HEAD)?;
@@ -69,8 +72,9 @@ impl Grounder {
     }
 
     /// Masks come from attention and the SAM at `sam` alone.
-    fn open_without_head(lmm: Box<dyn Lmm>, sam: &Path, device: &Device) -> Result<Self> {
-        let sam = Sam::open(sam, device)?;
+    fn open_without_head(lmm: Box<dyn Lmm>, sam: &Path, options: &OpenOptions) -> Result<Self> {
+        let device = &options.device;
+        let sam = Sam::open(sam, device)?.with_image_encoder_in(options.sam_dtype)?;
         let head = GroundingHead::blank(&HeadSizes::of(lmm.as_ref(), sam.config().clone()), device)?;
         let training_free = TrainingFree::new(sam.refiner().clone());
         Ok(Self { lmm, sam: Some(sam), head, training_free: Some(training_free) })

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use super::{HeadSettings, ModelPaths, RefinerKind};
 use crate::error::Result;
 use crate::lmm::OpenOptions;
-use crate::weights::{files, fingerprint};
+use crate::weights::{WeightFormat, files, fingerprint};
 
 /// What a model's answers and masks depend on: numbers of two revisions must not be mixed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +23,10 @@ pub struct Revision {
     pub vision_towers: Vec<String>,
     /// Type the LMM computes in.
     pub dtype: String,
+    /// How its matrices are kept.
+    pub weights: WeightFormat,
+    /// Type of SAM's image encoder; none for a head without a refiner.
+    pub sam_dtype: Option<String>,
     /// Side of the picture the LMM sees, in pixels, where it was chosen.
     pub image_size: Option<usize>,
 }
@@ -37,17 +42,21 @@ impl Revision {
             Some(head) => HeadSettings::read(head)?.refiner,
             None => RefinerKind::Sam,
         };
+        let needs_sam = refiner == RefinerKind::Sam;
+        let name = |dtype: DType| format!("{dtype:?}").to_lowercase();
         let towers = [&options.vision_tower, &options.vision_tower_aux];
         Ok(Self {
             lmm: fingerprint(&paths.model)?,
-            sam: (refiner == RefinerKind::Sam).then(|| fingerprint(&paths.sam)).transpose()?,
+            sam: needs_sam.then(|| fingerprint(&paths.sam)).transpose()?,
             head: paths.head.as_deref().map(head).transpose()?,
             vision_towers: towers
                 .into_iter()
                 .flatten()
                 .map(|tower| fingerprint(tower))
                 .collect::<Result<_>>()?,
-            dtype: format!("{:?}", options.dtype).to_lowercase(),
+            dtype: name(options.dtype),
+            weights: options.weights,
+            sam_dtype: needs_sam.then(|| name(options.sam_dtype)),
             image_size: options.image_size,
         })
     }
@@ -64,7 +73,7 @@ fn head(path: &Path) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     use super::*;
 
@@ -103,6 +112,8 @@ mod tests {
         seen.push(of(&paths, &OpenOptions { vision_tower: Some(root.join("tower")), ..options.clone() }));
         seen.push(of(&paths, &OpenOptions { image_size: Some(448), ..options.clone() }));
         seen.push(of(&paths, &OpenOptions::new(DType::BF16, &Device::Cpu)));
+        seen.push(of(&paths, &OpenOptions { weights: WeightFormat::Int8, ..options.clone() }));
+        seen.push(of(&paths, &OpenOptions { sam_dtype: DType::BF16, ..options.clone() }));
         // A head without a refiner needs no SAM.
         put("head.json", r#"{"refiner": "none"}"#);
         std::fs::remove_file(root.join("sam.pth")).unwrap();

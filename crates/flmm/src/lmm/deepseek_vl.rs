@@ -94,7 +94,7 @@ impl DeepSeekVl {
         let stop_ids = stop_ids(dir, &tokenizer, &DEEPSEEK)?;
 
         let (dtype, device) = (options.dtype, &options.device);
-        let params = Params::new(dir, options.load(dir)?);
+        let params = Params::new(dir, options.load(dir)?).in_format(options.weights);
         let tower = Tower::load(&config, dtype, device, &params.pp("vision_model"))?;
         let (side, read) = (tower.image_size(), processor.side());
         if side != read {

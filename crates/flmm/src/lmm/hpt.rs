@@ -153,7 +153,7 @@ impl Hpt {
         let (width, patch) = tower.width_and_patch();
         let grid = grid(side, patch, text.max_positions)?;
 
-        let params = Params::new(dir, load_folders(dir, options)?);
+        let params = Params::new(dir, load_folders(dir, options)?).in_format(options.weights);
         let model = Self {
             processor,
             tower: tower.load(&params.pp(VISUAL_ENCODER).pp("vision_model"))?,

@@ -113,7 +113,7 @@ impl Parts {
         let image_token = image_token(dir, config, &tokenizer, format.image)?;
         let stop_ids = stop_ids(dir, &tokenizer, format)?;
 
-        let params = Params::new(dir, canonical(options.load(dir)?));
+        let params = Params::new(dir, canonical(options.load(dir)?)).in_format(options.weights);
         let projector = params.pp("multi_modal_projector");
         projector.claim(&[]);
         let layers = ["linear_1", "linear_2"].map(|name| projector.pp(name));

@@ -130,7 +130,7 @@ impl Mgm {
         // Behind the vocabulary: the token has no embedding, its place is taken by the image features.
         let image_token = tokenizer.add_special_token(format.image)?;
 
-        let params = Params::new(dir, options.load(dir)?);
+        let params = Params::new(dir, options.load(dir)?).in_format(options.weights);
         let vision = towers.vision(&config, &params, options)?;
         let vision_aux = towers.vision_aux(&config, options)?;
         let clip = vision.config();

@@ -22,7 +22,7 @@ use crate::layout::ImageLayout;
 use crate::text::Decoder;
 use crate::text::chat::ChatFormat;
 use crate::text::tokenizer::Tokenizer;
-use crate::weights::{checkpoint_bytes, files, load_checkpoint_with};
+use crate::weights::{WeightFormat, checkpoint_bytes, files, load_checkpoint_with};
 
 pub use crate::text::chat::{Role, Shown, Turn, order_shown};
 
@@ -57,6 +57,10 @@ pub struct LmmSpec {
 pub struct OpenOptions {
     /// Type the model computes in.
     pub dtype: DType,
+    /// How the matrices of its linear layers are kept.
+    pub weights: WeightFormat,
+    /// Type of the matrices of SAM's image encoder; what is added up in it, and the rest of SAM, stay f32.
+    pub sam_dtype: DType,
     /// Where it computes.
     pub device: Device,
     /// Folder of the vision tower, for families that keep it in a repository of its own (MGM).
@@ -81,10 +85,18 @@ impl std::fmt::Debug for LoadProgress {
 }
 
 impl OpenOptions {
-    /// Nothing but type and device.
+    /// Nothing but type and device; SAM in f32.
     pub fn new(dtype: DType, device: &Device) -> Self {
-        let device = device.clone();
-        Self { dtype, device, vision_tower: None, vision_tower_aux: None, image_size: None, progress: None }
+        Self {
+            dtype,
+            weights: WeightFormat::AsLoaded,
+            sam_dtype: DType::F32,
+            device: device.clone(),
+            vision_tower: None,
+            vision_tower_aux: None,
+            image_size: None,
+            progress: None,
+        }
     }
 
     /// The tensors of the checkpoint at `path` in the model's type and on its device.

@@ -1,10 +1,11 @@
-//! Products with frozen weights on the processor, by `flmm_kernels`: bf16 without widening the weights.
+//! Products with frozen weights on the processor, by `flmm_kernels`: bf16 without widening the weights, and
+//! weights of eight bits.
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
-use flmm_kernels::{Sizes, linear_bf16};
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+use flmm_kernels::{Int8Weight, Sizes, linear_bf16};
 use half::bf16;
 
-use super::host::{elements_as, frozen_bf16};
+use super::host::{Elements, elements_as, frozen_bf16};
 
 /// `x [rows, in] · weightᵀ + bias` in one step, where there is one: bf16 on the CPU, without a gradient.
 ///
@@ -20,6 +21,21 @@ pub(crate) fn frozen_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) 
         None => weight.clone(),
     };
     Ok(Some(x.apply_op3_no_bwd(&weight, &bias, &op)?))
+}
+
+/// As [`frozen_linear`], with a weight of eight bits; `x` may have any floating type, in which the result is given.
+pub(crate) fn int8_linear(x: &Tensor, weight: &Int8Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+    let rows = x.dim(0)?;
+    let bias = bias.map(|bias| bias.to_dtype(DType::BF16)).transpose()?;
+    let narrow = x.to_dtype(DType::BF16)?.contiguous()?;
+    let (numbers, bias) = (Elements::of(&narrow), bias.as_ref().map(Elements::of));
+    let bias = bias.as_ref().map(|bias| bias.get_as()).transpose()?;
+    if x.dim(1)? != weight.inputs() || bias.is_some_and(|bias: &[bf16]| bias.len() != weight.outputs()) {
+        bail!("a product of {:?} and eight-bit [{}, {}]", x.dims(), weight.outputs(), weight.inputs());
+    }
+    let mut y = vec![bf16::ZERO; rows * weight.outputs()];
+    weight.multiply(numbers.get_as()?, bias, &mut y);
+    Tensor::from_vec(y, (rows, weight.outputs()), x.device())?.to_dtype(x.dtype())
 }
 
 struct FrozenLinear {
@@ -41,7 +57,8 @@ impl CustomOp3 for FrozenLinear {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let ((rows, inputs), (outputs, expected)) = (x_layout.shape().dims2()?, weight_layout.shape().dims2()?);
+        let ((rows, inputs), (outputs, expected)) =
+            (x_layout.shape().dims2()?, weight_layout.shape().dims2()?);
         if inputs != expected || self.biased && bias_layout.dims() != [outputs] {
             let bias = if self.biased { bias_layout.dims() } else { &[outputs] };
             bail!("a product of [{rows}, {inputs}] and [{outputs}, {expected}] with a bias {bias:?}");

@@ -2,68 +2,80 @@
 
 use candle_core::{DType, Tensor};
 
-use super::frozen_linear::frozen_linear;
+use super::frozen_linear::{frozen_linear, int8_linear};
 use crate::error::Result;
-use crate::weights::Params;
+use crate::weights::{Matrix, Params};
 
 /// `y = x · weightᵀ + bias`.
 #[derive(Debug, Clone)]
 pub struct Linear {
     /// `[out, in]`
-    weight: Tensor,
+    weight: Matrix,
     /// `[out]`
     bias: Option<Tensor>,
 }
 
 impl Linear {
-    /// Reads `weight [outputs, inputs]` and, if `bias`, `bias [outputs]`.
+    /// Reads `weight [outputs, inputs]` and, if `bias`, `bias [outputs]`; the weight is kept as
+    /// [`WeightFormat`](crate::weights::WeightFormat) says.
     pub fn load(inputs: usize, outputs: usize, bias: bool, params: &Params) -> Result<Self> {
-        let weight = params.get(&[outputs, inputs], "weight")?;
+        let weight = params.matrix([outputs, inputs], "weight")?;
         let bias = if bias { Some(params.get(&[outputs], "bias")?) } else { None };
         Ok(Self { weight, bias })
     }
 
     /// From tensors already at hand: `weight [out, in]`, `bias [out]`.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight, bias }
+        Self { weight: Matrix::AsLoaded(weight), bias }
     }
 
-    /// The same map with its weight and bias in `dtype`.
+    /// The same map with its weight, unless that has eight bits, and its bias in `dtype`.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
         let bias = self.bias.as_ref().map(|bias| bias.to_dtype(dtype)).transpose()?;
-        Ok(Self { weight: self.weight.to_dtype(dtype)?, bias })
+        let weight = match &self.weight {
+            Matrix::AsLoaded(weight) => Matrix::AsLoaded(weight.to_dtype(dtype)?),
+            int8 => int8.clone(),
+        };
+        Ok(Self { weight, bias })
     }
 
     /// `x [.., in]` → `[.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (outputs, inputs) = self.weight.dims2()?;
+        let (outputs, inputs) = match &self.weight {
+            Matrix::AsLoaded(weight) => weight.dims2()?,
+            Matrix::Int8(weight) => (weight.outputs(), weight.inputs()),
+        };
         let mut dims = x.dims().to_vec();
         let rows = x.elem_count() / inputs;
         let x = x.reshape((rows, inputs))?;
-        let y = match frozen_linear(&x, &self.weight, self.bias.as_ref())? {
-            Some(y) => y,
-            None => self.composed(&x)?,
+        let bias = self.bias.as_ref();
+        let y = match &self.weight {
+            Matrix::Int8(weight) => int8_linear(&x, weight, bias)?,
+            Matrix::AsLoaded(weight) => match frozen_linear(&x, weight, bias)? {
+                Some(y) => y,
+                None => composed(&x, weight, bias)?,
+            },
         };
         if let Some(last) = dims.last_mut() {
             *last = outputs;
         }
         Ok(y.reshape(dims)?)
     }
+}
 
-    /// `x [rows, in]` → `[rows, out]`, from candle's operations, with a gradient.
-    fn composed(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match &self.bias {
-            None => x.matmul(&self.weight.t()?)?,
-            // A reduced type is rounded once, after the addition, as the reference's fused product does. On the
-            // CPU that is free: candle widens both factors to f32 anyway.
-            Some(bias) if matches!(x.dtype(), DType::BF16 | DType::F16) && x.device().is_cpu() => {
-                let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
-                let y = wide(x)?.matmul(&wide(&self.weight)?.t()?)?;
-                y.broadcast_add(&wide(bias)?)?.to_dtype(x.dtype())?
-            }
-            Some(bias) => x.matmul(&self.weight.t()?)?.broadcast_add(bias)?,
-        })
-    }
+/// `x [rows, in]` → `[rows, out]`, from candle's operations, with a gradient.
+fn composed(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    Ok(match bias {
+        None => x.matmul(&weight.t()?)?,
+        // A reduced type is rounded once, after the addition, as the reference's fused product does. On the
+        // CPU that is free: candle widens both factors to f32 anyway.
+        Some(bias) if matches!(x.dtype(), DType::BF16 | DType::F16) && x.device().is_cpu() => {
+            let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32);
+            let y = wide(x)?.matmul(&wide(weight)?.t()?)?;
+            y.broadcast_add(&wide(bias)?)?.to_dtype(x.dtype())?
+        }
+        Some(bias) => x.matmul(&weight.t()?)?.broadcast_add(bias)?,
+    })
 }
 
 #[cfg(test)]
@@ -71,6 +83,7 @@ mod tests {
     use candle_core::{Device, Var};
 
     use super::*;
+    use crate::weights::WeightFormat;
 
     fn bf16_ramp(shape: &[usize], seed: f64) -> Result<Tensor> {
         let values: Vec<f32> =
@@ -84,10 +97,11 @@ mod tests {
             let x = bf16_ramp(&[2, rows, inputs], 0.3)?.narrow(0, 1, 1)?;
             let weight = bf16_ramp(&[outputs, inputs], 0.6)?;
             for bias in [None, Some(bf16_ramp(&[outputs], 0.9)?)] {
-                let linear = Linear::new(weight.clone(), bias);
+                let linear = Linear::new(weight.clone(), bias.clone());
                 let y = linear.forward(&x)?;
                 assert_eq!((y.dims(), y.dtype()), (&[1, rows, outputs][..], DType::BF16));
-                let expected = linear.composed(&x.squeeze(0)?)?.to_dtype(DType::F32)?.flatten_all()?;
+                let expected =
+                    composed(&x.squeeze(0)?, &weight, bias.as_ref())?.to_dtype(DType::F32)?.flatten_all()?;
                 let y = y.to_dtype(DType::F32)?.flatten_all()?;
                 for (y, expected) in y.to_vec1::<f32>()?.into_iter().zip(expected.to_vec1::<f32>()?) {
                     // One rounding to bf16 apart, and what f32 sums differ where terms cancel.
@@ -95,6 +109,28 @@ mod tests {
                 }
             }
         }
+        Ok(())
+    }
+
+    #[test]
+    fn eight_bit_weights_are_near_and_give_up_their_tensor() -> Result<()> {
+        let tensors =
+            [("weight".to_owned(), bf16_ramp(&[50, 300], 0.4)?), ("bias".to_owned(), bf16_ramp(&[50], 0.2)?)];
+        let params = Params::new("x", tensors.into_iter().collect());
+        let exact = Linear::load(300, 50, true, &params)?;
+        let int8 = Linear::load(300, 50, true, &params.in_format(WeightFormat::Int8))?;
+        assert!(matches!(int8.weight, Matrix::Int8(_)));
+        for rows in [2, 40] {
+            let x = bf16_ramp(&[rows, 300], 0.7)?;
+            let [y, expected] = [int8.forward(&x)?, exact.forward(&x)?].map(|y| y.to_dtype(DType::F32));
+            let (y, expected) = (y?, expected?);
+            let relative = ((y - &expected)?.sqr()?.sum_all()? / expected.sqr()?.sum_all()?)?;
+            assert!(relative.to_scalar::<f32>()?.sqrt() < 0.02);
+        }
+        params.finish("")?;
+        // What is missing or has another type stays as it is, and is reported as ever.
+        let missing = Linear::load(7, 5, false, &params.pp("other").in_format(WeightFormat::Int8))?;
+        assert!(matches!(missing.weight, Matrix::AsLoaded(_)) && params.finish("").is_err());
         Ok(())
     }
 

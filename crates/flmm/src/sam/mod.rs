@@ -83,6 +83,12 @@ impl Sam {
         Ok(Self { config: config.clone(), refiner: Refiner::load(config, params)?, image_encoder, device })
     }
 
+    /// The same SAM with the matrices of its image encoder in `dtype`; see [`ImageEncoder::with_blocks_in`].
+    pub fn with_image_encoder_in(mut self, dtype: DType) -> Result<Self> {
+        self.image_encoder = self.image_encoder.with_blocks_in(dtype)?;
+        Ok(self)
+    }
+
     /// Fresh tensors of a whole SAM (PyTorch's default initialisations), the same for the same seed.
     pub fn init(config: &SamConfig, seed: u64) -> Result<BTreeMap<String, Tensor>> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);

@@ -121,8 +121,10 @@ mod tests {
         let (heads, kv, d) = (6, 2, 20);
         for (rows, keys) in [(1, 50), (3, 50), (70, 75)] {
             for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 1.0 / 64.0)] {
-                let random = |heads, rows, seed| Ok::<_, crate::Error>(ramp((heads, rows, d), seed)?.to_dtype(dtype)?);
-                let (q, k, v) = (random(heads, rows, 0.1)?, random(kv, keys + 4, 0.5)?, random(kv, keys + 2, 0.9)?);
+                let random =
+                    |heads, rows, seed| Ok::<_, crate::Error>(ramp((heads, rows, d), seed)?.to_dtype(dtype)?);
+                let (q, k, v) =
+                    (random(heads, rows, 0.1)?, random(kv, keys + 4, 0.5)?, random(kv, keys + 2, 0.9)?);
                 let (k, v) = (k.narrow(1, 3, keys)?, v.narrow(1, 0, keys)?);
                 let (fused, fused_lse) = attend(&q, &k, &v, true)?;
                 assert_eq!(attend(&q, &k, &v, false)?.1.map(|lse| lse.dims().to_vec()), None);

@@ -19,7 +19,8 @@ pub use checkpoint::{
 };
 pub use fingerprint::fingerprint;
 pub use outline::TensorInfo;
-pub use params::{Params, Problem};
+pub(crate) use params::Matrix;
+pub use params::{Params, Problem, WeightFormat};
 pub use pth::{load_pth, load_pth_bytes};
 pub(crate) use rehearsal::stand_ins;
 pub use rehearsal::{Findings, rehearse};

@@ -2,12 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 
 use candle_core::{DType, Device, Tensor};
+use flmm_kernels::Int8Weight;
+use half::bf16;
+use serde::{Deserialize, Serialize};
 
 use super::rehearsal;
 use crate::error::{Error, Result};
+use crate::nn::host::{Elements, frozen_bf16};
 
 /// Hands out tensors by name and records which were used, missing or misshapen.
 ///
@@ -17,12 +21,24 @@ use crate::error::{Error, Result};
 #[derive(Clone)]
 pub struct Params {
     prefix: String,
+    format: WeightFormat,
     shared: Arc<Shared>,
+}
+
+/// How the matrices of frozen linear layers are kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WeightFormat {
+    /// In the type in which they are loaded.
+    #[default]
+    AsLoaded,
+    /// bf16 on the CPU as eight-bit integers, 128 neighbouring inputs of an output sharing a scale; others as loaded.
+    Int8,
 }
 
 struct Shared {
     file: PathBuf,
-    tensors: HashMap<String, Tensor>,
+    tensors: RwLock<HashMap<String, Tensor>>,
     state: Mutex<State>,
 }
 
@@ -32,6 +48,20 @@ struct State {
     problems: Vec<Problem>,
     /// Prefixes below which every tensor must be used, and parts of names that are excepted.
     claims: Vec<(String, &'static [&'static str])>,
+}
+
+/// The weight of a frozen linear layer.
+#[derive(Debug, Clone)]
+pub(crate) enum Matrix {
+    /// `[outputs, inputs]`
+    AsLoaded(Tensor),
+    /// See [`WeightFormat::Int8`].
+    Int8(Arc<Int8Weight>),
+}
+
+/// A view of one zero: a wrong folder must not cost the memory of a whole model.
+fn stand_in(shape: &[usize]) -> Result<Tensor> {
+    Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?)
 }
 
 /// A tensor that is not as a model needs it.
@@ -58,25 +88,32 @@ impl std::fmt::Display for Problem {
 impl Params {
     /// Tensors by full name; `file` is what error messages call their origin.
     pub fn new(file: impl AsRef<Path>, tensors: HashMap<String, Tensor>) -> Self {
-        let shared = Shared { file: file.as_ref().to_owned(), tensors, state: Mutex::default() };
-        let params = Self { prefix: String::new(), shared: Arc::new(shared) };
+        let shared =
+            Shared { file: file.as_ref().to_owned(), tensors: RwLock::new(tensors), state: Mutex::default() };
+        let params =
+            Self { prefix: String::new(), format: WeightFormat::default(), shared: Arc::new(shared) };
         rehearsal::note(&params);
         params
     }
 
+    /// The same tensors, of which [`Params::matrix`] gives those of linear layers in `format`.
+    pub fn in_format(&self, format: WeightFormat) -> Self {
+        Self { format, ..self.clone() }
+    }
+
     /// The same tensors seen below `name.`.
     pub fn pp(&self, name: impl std::fmt::Display) -> Self {
-        Self { prefix: format!("{}{name}.", self.prefix), shared: self.shared.clone() }
+        Self { prefix: format!("{}{name}.", self.prefix), ..self.clone() }
     }
 
     /// Whether `name` exists below the prefix.
     pub fn has(&self, name: &str) -> bool {
-        self.shared.tensors.contains_key(&self.full(name))
+        self.tensors().contains_key(&self.full(name))
     }
 
     /// The shape of `name`, for sizes that only the tensors tell.
     pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.shared.tensors.get(&self.full(name)).map(|t| t.dims().to_vec())
+        self.tensors().get(&self.full(name)).map(|t| t.dims().to_vec())
     }
 
     /// The tensor `name` of exactly `shape`.
@@ -86,7 +123,7 @@ impl Params {
     pub fn get(&self, shape: &[usize], name: &str) -> Result<Tensor> {
         let full = self.full(name);
         let mut state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        match self.shared.tensors.get(&full) {
+        match self.tensors().get(&full) {
             Some(tensor) if tensor.dims() == shape => {
                 state.used.insert(full);
                 return Ok(tensor.clone());
@@ -99,8 +136,26 @@ impl Params {
                 state.problems.push(Problem { name: full, expected: shape.to_vec(), found });
             }
         }
-        // A view of one zero: a wrong folder must not cost the memory of a whole model.
-        Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(shape)?)
+        stand_in(shape)
+    }
+
+    /// As [`Params::get`], for the weight `[outputs, inputs]` of a frozen linear layer in eight bits, if that is its
+    /// format. The tensor it is made of is given up: whoever asks for it again gets zeros.
+    pub(crate) fn matrix(&self, shape: [usize; 2], name: &str) -> Result<Matrix> {
+        let weight = self.get(&shape, name)?;
+        // A stand-in for a tensor that is missing has no numbers of its own.
+        let fits = frozen_bf16(&[&weight]) && weight.is_contiguous() && weight.elem_count() > 0;
+        if self.format == WeightFormat::AsLoaded || !fits || rehearsal::is_running() {
+            return Ok(Matrix::AsLoaded(weight));
+        }
+        let int8 = Int8Weight::quantise(Elements::of(&weight).get_as::<bf16>()?, shape[1]);
+        let mut tensors = self.shared.tensors.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        tensors.insert(self.full(name), stand_in(&shape)?);
+        Ok(Matrix::Int8(Arc::new(int8)))
+    }
+
+    fn tensors(&self) -> RwLockReadGuard<'_, HashMap<String, Tensor>> {
+        self.shared.tensors.read().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Says that every tensor below the prefix is the module's: what nobody asks for there is an error of
@@ -125,7 +180,8 @@ impl Params {
     /// Names that were never asked for, sorted.
     pub fn unused(&self) -> Vec<String> {
         let state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let all: BTreeMap<_, _> = self.shared.tensors.iter().collect();
+        let tensors = self.tensors();
+        let all: BTreeMap<_, _> = tensors.iter().collect();
         all.into_keys().filter(|name| !state.used.contains(*name)).cloned().collect()
     }
 
@@ -138,8 +194,11 @@ impl Params {
     /// Every tensor: its name, whether it was asked for, and its number of elements.
     pub(super) fn uses(&self) -> Vec<(String, bool, usize)> {
         let state = self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let tensors = self.shared.tensors.iter();
-        tensors.map(|(name, tensor)| (name.clone(), state.used.contains(name), tensor.elem_count())).collect()
+        let tensors = self.tensors();
+        tensors
+            .iter()
+            .map(|(name, tensor)| (name.clone(), state.used.contains(name), tensor.elem_count()))
+            .collect()
     }
 
     /// What error messages call the tensors' origin.

@@ -1,5 +1,7 @@
 //! `flmm bench`: how fast parts of the program are on this machine.
 
+mod kernels;
+
 use clap::{Args, Subcommand};
 use flmm_train::bench::{StepConfig, StepTimes, train_step};
 use serde_json::json;
@@ -17,6 +19,8 @@ pub(crate) struct BenchArgs {
 enum Bench {
     /// Measure one training step of a grounding head: forward, backward, optimiser.
     TrainStep(TrainStepArgs),
+    /// Measure matrix products and attention of frozen models, and what this machine can do at most.
+    Kernels(kernels::KernelsArgs),
 }
 
 #[derive(Debug, Args)]
@@ -47,6 +51,7 @@ struct TrainStepArgs {
 pub(crate) fn run(args: &BenchArgs, talk: &Talk) -> Result<()> {
     match &args.what {
         Bench::TrainStep(args) => step(args, talk),
+        Bench::Kernels(args) => kernels::run(args, talk),
     }
 }
 

@@ -1,0 +1,93 @@
+//! What the machine can do at most, measured: loops that only multiply and add, and loops that only read.
+
+use half::bf16;
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+/// Independent sums of a loop: enough that none waits for the one before.
+pub(crate) const SUMS: usize = 24;
+
+/// Floating-point operations that one thread did.
+fn operations(turns: usize, per_instruction: usize) -> f64 {
+    (turns * SUMS * per_instruction) as f64
+}
+
+/// A multiply-and-add loop in registers: `turns` times 24 instructions on every thread of the pool. Returns the
+/// operations done in all, multiplications and additions counted apart.
+pub fn multiply_add_f32(turns: usize) -> f64 {
+    on_every_thread(|| Arch::new().dispatch(Spin { turns }))
+}
+
+/// As [`multiply_add_f32`], with bf16 factors and f32 sums; `None` on a processor that cannot multiply bf16.
+pub fn multiply_add_bf16(turns: usize) -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(native) = crate::avx512::Avx512Bf16::detect() {
+        return Some(on_every_thread(|| {
+            std::hint::black_box(native.spin(turns));
+            // Sixteen sums of two products each.
+            operations(turns, 16 * 4)
+        }));
+    }
+    let _ = turns;
+    None
+}
+
+/// As [`multiply_add_f32`], with eight-bit factors and 32-bit integer sums; `None` on a processor that cannot.
+pub fn multiply_add_int8(turns: usize) -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(vnni) = crate::vnni::Vnni::detect() {
+        return Some(on_every_thread(|| {
+            std::hint::black_box(vnni.spin(turns));
+            // Sixteen sums of four products each.
+            operations(turns, 16 * 8)
+        }));
+    }
+    let _ = turns;
+    None
+}
+
+/// Reads all of `data` once, on all threads of the pool. Returns the number of bytes.
+pub fn read(data: &[bf16]) -> f64 {
+    let parts = data.par_chunks(1 << 18);
+    std::hint::black_box(parts.map(|part| Arch::new().dispatch(Read { part })).reduce(|| 0, |a, b| a ^ b));
+    size_of_val(data) as f64
+}
+
+fn on_every_thread(work: impl Fn() -> f64 + Sync) -> f64 {
+    rayon::broadcast(|_| work()).into_iter().sum()
+}
+
+struct Spin {
+    turns: usize,
+}
+
+impl WithSimd for Spin {
+    type Output = f64;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f64 {
+        let mut sums = [simd.splat_f32s(0.0); SUMS];
+        let factor = simd.splat_f32s(std::hint::black_box(1e-3));
+        for _ in 0..self.turns {
+            for sum in &mut sums {
+                *sum = simd.mul_add_e_f32s(factor, *sum, factor);
+            }
+        }
+        let total = sums.into_iter().fold(simd.splat_f32s(0.0), |total, sum| simd.add_f32s(total, sum));
+        std::hint::black_box(simd.reduce_sum_f32s(total));
+        operations(self.turns, 2 * S::F32_LANES)
+    }
+}
+
+struct Read<'a> {
+    part: &'a [bf16],
+}
+
+impl WithSimd for Read<'_> {
+    type Output = u16;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> u16 {
+        self.part.iter().fold(0, |all, x| all ^ x.to_bits())
+    }
+}
