@@ -43,9 +43,9 @@ fn with_two(check: impl Fn(&Path, &Opened, [&RgbImage; 2]) -> TestResult<bool>) 
     Ok(())
 }
 
-fn with_grounder(check: impl Fn(&Grounder, [&RgbImage; 2]) -> TestResult) -> TestResult {
+fn with_grounder(check: impl Fn(&Grounder, [&RgbImage; 2]) -> TestResult<bool>) -> TestResult {
     with_two(|_, opened, pictures| match opened {
-        Opened::Whole(grounder) => check(grounder, pictures).map(|()| true),
+        Opened::Whole(grounder) => check(grounder, pictures),
         // The fixtures have no head for it.
         Opened::Lmm(_) => Ok(false),
     })
@@ -138,7 +138,7 @@ fn goldens_lmm_every_picture_has_its_maps() -> TestResult {
                 "the second picture's maps need no second reading of the prompt"
             );
         }
-        Ok(())
+        Ok(true)
     })
 }
 
@@ -177,7 +177,7 @@ fn goldens_lmm_pictures_that_change_places_are_read_again() -> TestResult {
         let mut fresh = grounder.start_with([a, b])?;
         fresh.turns = session.turns.clone();
         assert_eq!(grounder.reply(&mut fresh, &options, &mut |_| {})?.token_ids, answer.token_ids);
-        Ok(())
+        Ok(true)
     })
 }
 
@@ -191,9 +191,10 @@ fn goldens_lmm_the_text_does_not_depend_on_the_grounded_picture() -> TestResult 
             Ok(grounder.ask(&mut grounder.start_with([a, b])?, "What is it?", &options)?)
         };
         let plain = ask(None, 0)?;
-        let words: Vec<&str> = plain.answer.split_whitespace().filter(|word| word.is_ascii()).collect();
-        let word = words.first().ok_or_else(|| format!("no plain word in {:?}", plain.answer))?;
-        let given = PhraseChoice::Given(vec![(*word).to_owned()]);
+        // Random models say anything; one of them says a plain word.
+        let word = plain.answer.split_whitespace().find(|word| word.is_ascii());
+        let Some(word) = word.map(str::to_owned) else { return Ok(false) };
+        let given = PhraseChoice::Given(vec![word]);
         for (image, picture) in [a, b].into_iter().enumerate() {
             let grounded = ask(Some(given.clone()), image)?;
             assert_eq!(grounded.token_ids, plain.token_ids);
@@ -208,7 +209,7 @@ fn goldens_lmm_the_text_does_not_depend_on_the_grounded_picture() -> TestResult 
         }
         let message = ask(None, 2).map_or_else(|e| e.to_string(), |_| "no error".into());
         assert!(message.contains("no picture 2") && message.contains("has 2"), "{message}");
-        Ok(())
+        Ok(true)
     })
 }
 
