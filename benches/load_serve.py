@@ -3,9 +3,10 @@
     flmm serve --addr 127.0.0.1:8080 &
     python benches/load_serve.py http://127.0.0.1:8080 --clients 32 --minutes 10
 
-Half of the requests (--fresh) are about pictures that the server has not seen. Its prefix cache should be small enough to be
-full soon, for example `--cache 64`: until then memory grows. First one client asks alone, then all at once; every client waits for its answer before it asks again, and for Retry-After
-after a 429. Exit status 1 if anything but 200 and 429 was answered, or if the medians of memory after warm-up leave ±5 % of their mean.
+Half of the requests (--fresh) are about pictures that the server has not seen. Its prefix cache should be full soon, for
+example with `--cache 64`: until then memory grows. First one client asks alone, then all at once; every client waits for its
+answer before it asks again, and for Retry-After after a 429. Exit status 1 if anything but 200 and 429 was answered, or if
+the medians of memory after warm-up leave ±5 % of their mean.
 """
 
 import argparse
