@@ -196,7 +196,10 @@ async def main():
         flat = spread <= 0.05
         shown = " ".join(f"{size / 1e6:.0f}" for size in medians)
         most = max(size for _, size in samples)
-        print(f"resident memory, MB, median of each tenth: {shown}; after warm-up {mean / 1e6:.0f} ± {spread * 100:.1f} %; most {most / 1e6:.0f}")
+        print(
+            f"resident memory, MB, median of each tenth: {shown}; "
+            f"after warm-up {mean / 1e6:.0f} ± {spread * 100:.1f} %; most {most / 1e6:.0f}"
+        )
     bad = alone.broken + tally.broken or set(tally.statuses) - {200, 429}
     sys.exit(0 if flat and not bad else 1)
 

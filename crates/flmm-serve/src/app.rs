@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::FromRef;
 use axum::middleware;
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
@@ -101,10 +100,4 @@ pub(crate) fn router(app: App) -> Router {
     // A bug must cost one request, not its connection's others.
     let router = router.layer(CatchPanicLayer::custom(|_| ApiError::internal().into_response()));
     router.layer(middleware::from_fn(observe::request)).with_state(app)
-}
-
-impl FromRef<App> for Engine {
-    fn from_ref(app: &App) -> Self {
-        app.engine().clone()
-    }
 }
