@@ -3,14 +3,16 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::FromRef;
 use axum::middleware;
+use axum::response::IntoResponse;
 use axum::routing::{get, post};
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
+use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::auth::Keys;
 use crate::engine::Engine;
+use crate::error::ApiError;
 use crate::fetch::Fetcher;
 use crate::settings::Settings;
 use crate::{attention, chat, ground, health, host, observe, page};
@@ -95,11 +97,7 @@ pub(crate) fn router(app: App) -> Router {
         None => router,
     };
     let router = router.layer(middleware::from_fn_with_state(app.clone(), host::check));
+    // A bug must cost one request, not its connection's others.
+    let router = router.layer(CatchPanicLayer::custom(|_| ApiError::internal().into_response()));
     router.layer(middleware::from_fn(observe::request)).with_state(app)
-}
-
-impl FromRef<App> for Engine {
-    fn from_ref(app: &App) -> Self {
-        app.engine().clone()
-    }
 }

@@ -30,10 +30,13 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<App> for Received<T> {
         let limits = &app.settings().limits;
         let limit = limits.body_bytes;
         let declared = declared_length(request.headers());
+        let asks_first = request.headers().contains_key(header::EXPECT);
         let body = request.into_body();
         let time = limits.body_time;
         if declared.is_some_and(|length| length > limit) {
-            let _ = tokio::time::timeout(time, discard(body, limit)).await;
+            if !asks_first {
+                let _ = tokio::time::timeout(time, discard(body, limit)).await;
+            }
             return Err(too_large(limit));
         }
         let kib = declared.unwrap_or(limit).div_ceil(1 << 10).max(1);

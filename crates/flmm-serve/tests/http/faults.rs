@@ -111,6 +111,14 @@ async fn bodies_are_bounded() {
     let plain = Request::post(path).body(Body::from("{}")).unwrap();
     assert_eq!(send(&app, plain).await.error(), (415, "unsupported_media_type".to_owned()));
 
+    // A client that asks first is told before it sends anything.
+    let asks =
+        Request::post(path).header("content-type", "application/json").header("expect", "100-continue");
+    let silent = Body::from_stream(tokio_stream::pending::<Result<Vec<u8>, std::io::Error>>());
+    let asks = asks.header("content-length", "300000").body(silent).unwrap();
+    let answer = tokio::time::timeout(Duration::from_millis(200), send(&app, asks)).await.expect("no answer");
+    assert_eq!(answer.error(), (413, "body_too_large".to_owned()));
+
     let json = |body| Request::post(path).header("content-type", "application/json").body(body).unwrap();
     // A length that is not declared, and a body that stalls.
     let endless = tokio_stream::iter((0..10).map(|_| Ok::<_, std::io::Error>(vec![b' '; 50_000])));
