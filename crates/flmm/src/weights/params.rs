@@ -96,7 +96,7 @@ impl Params {
         params
     }
 
-    /// The same tensors, of which [`Params::matrix`] gives those of linear layers in `format`.
+    /// The same tensors, of which linear layers keep their matrices in `format`.
     pub fn in_format(&self, format: WeightFormat) -> Self {
         Self { format, ..self.clone() }
     }
