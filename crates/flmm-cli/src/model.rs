@@ -85,11 +85,7 @@ fn choose(args: &ModelArgs, talk: &Talk) -> Result<(String, ModelPaths)> {
         let paths = paths(&bundle, true, None, bring(&head)?, without_head);
         return Ok((embedded::NAME.to_owned(), paths));
     };
-    // A head on the hub is taken to need SAM, which nearly all do.
-    let refines = match &head {
-        Some(Part::Local(head)) => HeadSettings::read(head)?.refiner != RefinerKind::None,
-        _ => true,
-    };
+    let refines = refiner_of(head.as_ref())? != RefinerKind::None;
     let known = (head.is_some() || without_head) && (sam.is_some() || !refines);
     let check = |is_bundle: bool| match is_bundle || known {
         true => Ok(()),
@@ -138,6 +134,14 @@ pub(crate) fn sam_part(path: &Path) -> Result<Part> {
 /// The head that `path` names.
 pub(crate) fn head_part(path: &Path) -> Result<Part> {
     Part::new(path, "check the path; `flmm convert head` makes a folder of a released head")
+}
+
+/// What refines the masks of `head`. One on the hub is taken to need SAM, which nearly all do.
+pub(crate) fn refiner_of(head: Option<&Part>) -> Result<RefinerKind> {
+    match head {
+        Some(Part::Local(head)) => Ok(HeadSettings::read(head)?.refiner),
+        _ => Ok(RefinerKind::default()),
+    }
 }
 
 /// Whether `folder` holds the parts of a model rather than an LMM.

@@ -109,7 +109,7 @@ pub(crate) fn run(args: &ServeArgs, talk: &Talk) -> Result<()> {
 
 fn settings(args: &ServeArgs, api_keys: Vec<String>) -> Settings {
     let limits = &args.limits;
-    let body_bytes = limits.max_body << 20;
+    let body_bytes = limits.max_body.saturating_mul(1 << 20);
     let default = Limits::default();
     let limits = Limits {
         connections: limits.max_connections,
@@ -117,7 +117,7 @@ fn settings(args: &ServeArgs, api_keys: Vec<String>) -> Settings {
         bodies_bytes: default.bodies_bytes.max(body_bytes),
         body_time: Duration::from_secs(limits.body_time),
         pictures: limits.max_images,
-        picture_pixels: limits.max_pixels as u64 * 1_000_000,
+        picture_pixels: (limits.max_pixels as u64).saturating_mul(1_000_000),
         tokens: limits.max_tokens,
         ..default
     };
@@ -125,7 +125,7 @@ fn settings(args: &ServeArgs, api_keys: Vec<String>) -> Settings {
         addr: args.addr,
         api_keys,
         workers: args.engine.workers,
-        prefix_cache_bytes: args.engine.cache << 20,
+        prefix_cache_bytes: args.engine.cache.saturating_mul(1 << 20),
         queue_image_tokens: args.engine.queue,
         deadline: Duration::from_secs(args.engine.deadline),
         grace: Duration::from_secs(args.engine.grace),
@@ -165,8 +165,13 @@ fn log_to_stderr(form: LogForm, talk: &Talk) -> Result<()> {
     started.map_err(|error| Failure::other(format!("cannot log: {error}")))
 }
 
+/// Seconds of a time that a clock can be ahead by.
 fn seconds(text: &str) -> Result<u64, String> {
-    count(text).map(|seconds| seconds as u64)
+    const YEAR: usize = 366 * 24 * 60 * 60;
+    match count(text)? {
+        seconds if seconds > YEAR => Err(format!("must be at most {YEAR}, a year")),
+        seconds => Ok(seconds as u64),
+    }
 }
 
 /// An origin as browsers send it: scheme, host and port.

@@ -146,7 +146,9 @@ fn largest(numbers: &[bf16]) -> f32 {
 /// A group as integers up to `limit`: hands each to `write`, and returns scale and sum.
 fn integers(numbers: &[bf16], limit: f32, mut write: impl FnMut(usize, i32)) -> (f32, i32) {
     let largest = largest(numbers);
-    let inverse = if largest > 0.0 { limit / largest } else { 0.0 };
+    // Without a finite quotient all numbers are zero, or as good as zero.
+    let inverse = limit / largest;
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
     let mut sum = 0;
     for (at, x) in numbers.iter().enumerate() {
         let integer = (x.to_f32() * inverse).round_ties_even() as i32;

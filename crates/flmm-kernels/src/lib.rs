@@ -78,6 +78,7 @@ where
         product::product::<T, U, K>(kernel, x, weight, bias, sizes, y);
     }
 }
+
 /// Attention in bf16; see [`attention_f32`].
 pub fn attention_bf16(
     q: &[bf16],

@@ -230,7 +230,7 @@ pub(crate) struct Finish<'a, O> {
     pub(crate) sums: &'a [Line],
     pub(crate) lines: usize,
     pub(crate) bias: Option<&'a [O]>,
-    pub(crate) y: &'a Columns<O>,
+    pub(crate) y: &'a Columns<'a, O>,
     pub(crate) rows: Range<usize>,
     pub(crate) columns: Range<usize>,
 }
@@ -253,7 +253,7 @@ impl<O: Float> WithSimd for Finish<'_, O> {
                 for (row, sums) in (self.rows.start + line * LANES..self.rows.end).zip(&block) {
                     let numbers: [O; LANES] =
                         std::array::from_fn(|n| O::round(f32::from_bits(sums.0[n]) + bias[n]));
-                    // SAFETY: no other task writes these rows and columns, and `y` outlives the tasks.
+                    // SAFETY: no other task writes these rows and columns.
                     unsafe { self.y.write(row, self.columns.start + first, &numbers, count) }
                 }
             }
@@ -262,30 +262,32 @@ impl<O: Float> WithSimd for Finish<'_, O> {
 }
 
 /// A matrix `[.., outputs]` that several threads write.
-pub(crate) struct Columns<O> {
+pub(crate) struct Columns<'a, O> {
     start: *mut O,
     len: usize,
     outputs: usize,
+    /// Nobody else reaches the matrix meanwhile.
+    matrix: PhantomData<&'a mut [O]>,
 }
 
 // SAFETY: the callers of `write` see to it that no element is written twice.
-unsafe impl<O: Send> Sync for Columns<O> {}
+unsafe impl<O: Send> Sync for Columns<'_, O> {}
 
-impl<O: Copy> Columns<O> {
-    /// `y [.., outputs]`, which must stay alive and untouched by others until the last write.
-    pub(crate) fn new(y: &mut [O], outputs: usize) -> Self {
-        Self { start: y.as_mut_ptr(), len: y.len(), outputs }
+impl<'a, O: Copy> Columns<'a, O> {
+    /// `y [.., outputs]`.
+    pub(crate) fn new(y: &'a mut [O], outputs: usize) -> Self {
+        Self { start: y.as_mut_ptr(), len: y.len(), outputs, matrix: PhantomData }
     }
 
     /// Writes the first `count` of `numbers` to `row` from `column` on.
     ///
     /// # Safety
-    /// The matrix must be alive, and no other thread may touch these elements.
+    /// No other thread may write these elements.
     #[inline(always)]
     unsafe fn write(&self, row: usize, column: usize, numbers: &[O; LANES], count: usize) {
         let at = row * self.outputs + column;
         assert!(count <= LANES && column + count <= self.outputs && at + count <= self.len);
-        // SAFETY: in bounds, as just checked; not shared, as the caller promises.
+        // SAFETY: in bounds, as just checked, of a matrix that is borrowed; not shared, as the caller promises.
         unsafe {
             let to = self.start.add(at);
             if count == LANES {

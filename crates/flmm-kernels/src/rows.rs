@@ -51,9 +51,10 @@ pub fn silu_mul_bf16(gate: &[bf16], up: &[bf16], y: &mut [bf16]) {
 /// `cos` and `sin [rows, half]`; both products and their sum are rounded. `y` is as `x`.
 ///
 /// # Panics
-/// If `x` and `y` are not whole heads.
+/// If `cos` and `sin` are not whole rows, or `x` and `y` not whole heads.
 pub fn rotate_bf16(x: &[bf16], cos: &[bf16], sin: &[bf16], half: usize, y: &mut [bf16]) {
     assert_eq!(cos.len(), sin.len(), "cos and sin differ in length");
+    assert!(half > 0 && cos.len().is_multiple_of(half), "{} angles are not rows of {half}", cos.len());
     let head = 2 * cos.len();
     whole_rows(x, y, head);
     in_tasks(x, y, head, |x, y| Rotate { x, cos, sin, half, y });
@@ -70,9 +71,8 @@ pub fn map_bf16(x: &[bf16], y: &mut [bf16], f: impl Fn(f32) -> f32 + Sync) {
 
 /// As [`map_bf16`], in f32.
 pub fn map_f32(x: &[f32], y: &mut [f32], f: impl Fn(f32) -> f32 + Sync) {
-    assert_eq!(x.len(), y.len(), "operand and result differ in length");
-    let tasks = y.par_chunks_mut(TASK).zip(x.par_chunks(TASK));
-    tasks.for_each(|(y, x)| Arch::new().dispatch(Map { x, y, f: &f }));
+    whole_rows(x, y, 1);
+    in_tasks(x, y, 1, |x, y| Map { x, y, f: &f });
 }
 
 struct Map<'a, T, F> {
@@ -90,17 +90,17 @@ impl<T: Float, F: Fn(f32) -> f32> WithSimd for Map<'_, T, F> {
     }
 }
 
-fn whole_rows(x: &[bf16], y: &[bf16], width: usize) {
+fn whole_rows<T>(x: &[T], y: &[T], width: usize) {
     assert!(width > 0 && x.len().is_multiple_of(width), "{} numbers are not rows of {width}", x.len());
     assert_eq!(x.len(), y.len(), "operand and result differ in length");
 }
 
 /// Runs a step over parts of `x` and `y` of whole rows.
-fn in_tasks<'a, W: WithSimd<Output = ()>>(
-    x: &'a [bf16],
-    y: &'a mut [bf16],
+fn in_tasks<'a, T: Send + Sync, W: WithSimd<Output = ()>>(
+    x: &'a [T],
+    y: &'a mut [T],
     width: usize,
-    step: impl Fn(&'a [bf16], &'a mut [bf16]) -> W + Sync,
+    step: impl Fn(&'a [T], &'a mut [T]) -> W + Sync,
 ) {
     let chunk = (TASK / width).max(1) * width;
     if y.len() <= chunk {

@@ -51,7 +51,7 @@ export async function chat(messages, options, on, signal) {
   };
   const response = await send("v1/chat/completions", body, signal);
   let usage = null;
-  for await (const { data } of events(response.body)) {
+  for await (const data of events(response.body)) {
     if (data === "[DONE]") break;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ServerError(chunk.error.message, chunk.error.hint);
@@ -63,7 +63,7 @@ export async function chat(messages, options, on, signal) {
   return usage;
 }
 
-/** Server-sent events of a stream of bytes. */
+/** Data of the server-sent events of a stream of bytes; what comes is told by its fields, whatever the event is named. */
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -74,12 +74,9 @@ async function* events(stream) {
     const blocks = rest.split("\n\n");
     rest = blocks.pop();
     for (const block of blocks) {
-      const event = { name: "", data: "" };
-      for (const line of block.split("\n")) {
-        if (line.startsWith("event:")) event.name = line.slice(6).trim();
-        if (line.startsWith("data:")) event.data += line.slice(5).trimStart();
-      }
-      if (event.data) yield event;
+      let data = "";
+      for (const line of block.split("\n")) if (line.startsWith("data:")) data += line.slice(5).trimStart();
+      if (data) yield data;
     }
   }
 }

@@ -180,7 +180,7 @@ async function ask(question) {
     state.turns = conversation;
     state.shown = answer;
     exportable(true);
-    await look(answer);
+    await look(answer, running.signal);
   } catch (error) {
     if (!asked.answer) {
       if (error.name !== "AbortError") {
@@ -202,11 +202,11 @@ async function ask(question) {
 }
 
 /** Asks where the tokens of an answer look, for the chosen layer and head. */
-async function look(answer) {
+async function look(answer, signal) {
   const turns = state.turns.slice(0, state.turns.findIndex((one) => one.answer === answer) + 1);
   if (!answer.text.trim() || !turns.length) return;
   const chosen = (id) => (at(id).value === "" ? [] : [Number(at(id).value)]);
-  answer.attention = await api.attention(messages(turns), chosen("layer"), chosen("head"));
+  answer.attention = await api.attention(messages(turns), chosen("layer"), chosen("head"), signal);
   answer.relative = relative(answer.attention);
   draw();
 }

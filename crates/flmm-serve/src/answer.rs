@@ -1,6 +1,6 @@
 //! Answers on a model thread: events as they come.
 
-use flmm::grounder::{AnswerOptions, Ended};
+use flmm::grounder::{AnswerOptions, Ended, Session};
 use flmm::lmm::Turn;
 use metrics::counter;
 use tokio::sync::mpsc::UnboundedSender;
@@ -9,7 +9,6 @@ use crate::api::{Annotation, FinishReason, PromptTokensDetails, Usage};
 use crate::engine::{Context, Wanted};
 use crate::error::ApiError;
 use crate::masks::Form;
-use crate::settings::Limits;
 use crate::work::{self, Shown, Stop};
 
 /// A question that was checked.
@@ -19,7 +18,6 @@ pub(crate) struct Question {
     pub(crate) options: AnswerOptions,
     /// How phrases are told.
     pub(crate) form: Form,
-    pub(crate) limits: Limits,
 }
 
 /// What happens while a question is answered.
@@ -59,14 +57,26 @@ fn run(
     events: &UnboundedSender<Event>,
 ) -> Result<(), Stop> {
     wanted.check()?;
+    let (reason, usage) =
+        question.shown.with_session(context, |session| reply(context, question, wanted, events, session))?;
+    tell(events, Event::Done(reason, usage));
+    Ok(())
+}
+
+fn reply(
+    context: &Context,
+    question: &Question,
+    wanted: &Wanted,
+    events: &UnboundedSender<Event>,
+    session: &mut Session,
+) -> Result<(FinishReason, Usage), Stop> {
     let grounder = &context.model.grounder;
     let options = &question.options;
-    let (key, mut session) = question.shown.session(context, &question.limits)?;
     session.turns.clone_from(&question.turns);
     if options.phrases.is_some() {
-        work::look_ahead(context.model, &mut session, options.ground.image);
+        work::look_ahead(context.model, session, options.ground.image);
     }
-    let mut reply = grounder.begin_reply(&mut session, options)?;
+    let mut reply = grounder.begin_reply(session, options)?;
     tell(events, Event::Begun);
     let mut told = 0;
     let mut failed = None;
@@ -109,9 +119,7 @@ fn run(
         counter!("flmm_tokens_total", "kind" => kind).increment(count as u64);
     }
     counter!("flmm_phrases_total").increment(told as u64);
-    context.prefixes.put(key, session);
-    tell(events, Event::Done(reason, usage));
-    Ok(())
+    Ok((reason, usage))
 }
 
 fn tell(events: &UnboundedSender<Event>, event: Event) {

@@ -26,7 +26,7 @@ struct Shared {
     engine: Engine,
     keys: Keys,
     fetcher: Option<Fetcher>,
-    /// One permit per KiB of request bodies.
+    /// One permit per KiB of request bodies and of pictures fetched for them.
     bodies: Arc<Semaphore>,
     metrics: PrometheusHandle,
 }

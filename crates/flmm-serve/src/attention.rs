@@ -19,8 +19,7 @@ use crate::body::Received;
 use crate::chat::check_pictures;
 use crate::engine::{Context, Wanted};
 use crate::error::{ApiError, ErrorBody};
-use crate::settings::Limits;
-use crate::work::{self, Shown, Stop, check_model};
+use crate::work::{self, Shown, Stop, served};
 use crate::{conversation, pictures};
 
 /// Side of a map in the picture's part of it, for drawings.
@@ -39,17 +38,21 @@ const DRAWN_SIDE: usize = 64;
         (Vec<u8> = "application/octet-stream"), (Vec<u8> = "image/png"))),
     (status = 400, description = "The request is wrong", body = ErrorBody),
     (status = 401, description = "A key is needed", body = ErrorBody),
+    (status = 403, description = "A picture's address may not be fetched", body = ErrorBody),
+    (status = 404, description = "Another model is served", body = ErrorBody),
+    (status = 408, description = "The body did not arrive in time", body = ErrorBody),
     (status = 413, description = "The body is too large", body = ErrorBody),
+    (status = 415, description = "The body is not JSON", body = ErrorBody),
     (status = 429, description = "Too much is waiting; Retry-After tells when to try again", body = ErrorBody),
+    (status = 502, description = "A picture could not be fetched", body = ErrorBody),
     (status = 503, description = "The model is loading or the server is stopping", body = ErrorBody),
     (status = 504, description = "The deadline has passed", body = ErrorBody)))]
 pub(crate) async fn attention(
     State(app): State<App>,
     Received { value: request, room }: Received<AttentionRequest>,
 ) -> Result<Response, ApiError> {
-    let model = app.engine().model()?;
+    let model = served(&app, request.model.as_deref())?;
     let limits = &app.settings().limits;
-    check_model(request.model.as_deref(), model)?;
     let mut conversation = conversation::read(request.messages, model.image_end(), limits)?;
     check_pictures(model, conversation.urls.len(), request.image)?;
     let Some(Turn { text, .. }) = conversation.turns.pop_if(|turn| turn.role == Role::Assistant) else {
@@ -58,7 +61,7 @@ pub(crate) async fn attention(
             .hint("end the conversation with a message of role `assistant`")
             .param("messages"));
     };
-    let files = pictures::bring(&app, conversation.urls).await?;
+    let shown = pictures::bring(&app, conversation.urls, room).await?;
     let task = Task {
         choice: AttentionChoice {
             tokens: request.tokens,
@@ -67,12 +70,11 @@ pub(crate) async fn attention(
             mean: request.merge == Merged::Mean || request.format == AttentionFormat::Png,
             most_values: limits.attention_values,
         },
-        shown: Shown::new(files, room),
+        shown,
         turns: conversation.turns,
         text,
         image: request.image,
         format: request.format,
-        limits: limits.clone(),
     };
     let pictures = task.shown.count();
     let file = work::run(&app, pictures, move |context, wanted| run(context, &task, wanted)).await?;
@@ -90,20 +92,18 @@ struct Task {
     image: usize,
     choice: AttentionChoice,
     format: AttentionFormat,
-    limits: Limits,
 }
 
 fn run(context: &Context, task: &Task, wanted: &Wanted) -> Result<Vec<u8>, Stop> {
     wanted.check()?;
-    let (key, mut session) = task.shown.session(context, &task.limits)?;
     let grounder = &context.model.grounder;
-    let read = grounder.token_attention(&mut session, task.image, &task.turns, &task.text, &task.choice)?;
-    let file = match task.format {
-        AttentionFormat::Safetensors => safetensors(&read)?,
-        AttentionFormat::Png => drawing(&read, &session, task.image)?,
-    };
-    context.prefixes.put(key, session);
-    Ok(file)
+    task.shown.with_session(context, |session| {
+        let read = grounder.token_attention(session, task.image, &task.turns, &task.text, &task.choice)?;
+        Ok(match task.format {
+            AttentionFormat::Safetensors => safetensors(&read)?,
+            AttentionFormat::Png => drawing(&read, session, task.image)?,
+        })
+    })
 }
 
 fn failed(error: candle_core::Error) -> ApiError {

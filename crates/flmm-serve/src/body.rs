@@ -1,11 +1,13 @@
 //! Request bodies: size and time are bounded before memory is taken.
 
+use std::sync::Arc;
+
 use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header};
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::app::App;
 use crate::error::ApiError;
@@ -16,10 +18,44 @@ pub(crate) struct Received<T> {
     pub(crate) room: Room,
 }
 
-/// Room for a body; given back when dropped.
+/// Room for a body or for pictures fetched for it; given back when dropped.
 #[derive(Debug)]
 pub(crate) struct Room {
-    _permit: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
+}
+
+impl Room {
+    /// Room for so many bytes in `bodies`, which has a permit per KiB.
+    ///
+    /// # Errors
+    /// [`ApiError`] 503 if there is not so much.
+    pub(crate) fn take(bodies: &Arc<Semaphore>, bytes: usize) -> Result<Self, ApiError> {
+        let permit = u32::try_from(kib(bytes)).ok();
+        match permit.and_then(|kib| bodies.clone().try_acquire_many_owned(kib).ok()) {
+            Some(permit) => Ok(Self { permit }),
+            None => {
+                let message = "too many request bodies are being held";
+                Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "too_many_bodies", message)
+                    .hint("try again, or send smaller pictures")
+                    .retry_after(1))
+            }
+        }
+    }
+
+    /// Gives back what is more than `bytes` need.
+    pub(crate) fn shrink_to(&mut self, bytes: usize) {
+        let spare = self.permit.num_permits().saturating_sub(kib(bytes));
+        drop(self.permit.split(spare));
+    }
+
+    /// Takes `other` in, to be given back with this.
+    pub(crate) fn join(&mut self, other: Self) {
+        self.permit.merge(other.permit);
+    }
+}
+
+fn kib(bytes: usize) -> usize {
+    bytes.div_ceil(1 << 10).max(1)
 }
 
 impl<T: DeserializeOwned + Send + 'static> FromRequest<App> for Received<T> {
@@ -39,23 +75,14 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<App> for Received<T> {
             }
             return Err(too_large(limit));
         }
-        let kib = declared.unwrap_or(limit).div_ceil(1 << 10).max(1);
-        let permit = u32::try_from(kib).ok().and_then(|kib| {
-            let bodies = app.bodies().clone();
-            bodies.try_acquire_many_owned(kib).ok()
-        });
-        let Some(permit) = permit else {
-            let message = "too many request bodies are being held";
-            return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "too_many_bodies", message)
-                .hint("try again, or send smaller pictures")
-                .retry_after(1));
-        };
+        let mut room = Room::take(app.bodies(), declared.unwrap_or(limit))?;
         let bytes = tokio::time::timeout(time, collect(body, limit)).await.map_err(|_| {
             let message = format!("the request's body did not arrive within {} s", time.as_secs());
             ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message)
         })??;
+        room.shrink_to(bytes.len());
         let value = off_the_loop(bytes.len(), move || parse(&bytes)).await?;
-        Ok(Self { value, room: Room { _permit: permit } })
+        Ok(Self { value, room })
     }
 }
 
@@ -136,8 +163,21 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
 
 #[cfg(test)]
 mod tests {
-    use super::parse;
+    use super::*;
     use crate::api::ChatRequest;
+
+    #[test]
+    fn room_is_taken_and_given_back() {
+        let bodies = Arc::new(Semaphore::new(4));
+        let mut room = Room::take(&bodies, 3 << 10).unwrap();
+        assert_eq!(Room::take(&bodies, (1 << 10) + 1).unwrap_err().code, "too_many_bodies");
+        room.shrink_to(1);
+        assert_eq!(bodies.available_permits(), 3);
+        room.join(Room::take(&bodies, 2 << 10).unwrap());
+        assert_eq!(bodies.available_permits(), 1);
+        drop(room);
+        assert_eq!(bodies.available_permits(), 4);
+    }
 
     #[test]
     fn reasons_are_short_and_say_where() {

@@ -21,7 +21,7 @@ use crate::masks::Form;
 use crate::model::Model;
 use crate::observe::RequestId;
 use crate::settings::Limits;
-use crate::work::{MARGIN, Shown, check_model, late, threshold};
+use crate::work::{MARGIN, late, served, threshold};
 use crate::{conversation, pictures, stream};
 
 /// Tokens of an answer where nothing else is said, as on the command line.
@@ -56,9 +56,8 @@ pub(crate) async fn complete(
     Extension(id): Extension<RequestId>,
     Received { value: request, room }: Received<ChatRequest>,
 ) -> Result<Response, ApiError> {
-    let model = app.engine().model()?;
+    let model = served(&app, request.model.as_deref())?;
     let limits = &app.settings().limits;
-    check_model(request.model.as_deref(), model)?;
     refuse_unsupported(&request)?;
     let grounding =
         request.grounding.clone().map_or_else(|| Some(GroundingOptions::default()), |g| g.options());
@@ -68,14 +67,13 @@ pub(crate) async fn complete(
     let conversation = conversation::read(request.messages, model.image_end(), limits)?;
     check_pictures(model, conversation.urls.len(), options.ground.image)?;
 
-    let files = pictures::bring(&app, conversation.urls).await?;
+    let shown = pictures::bring(&app, conversation.urls, room).await?;
     let grounding = grounding.unwrap_or_default();
     let question = Question {
         turns: conversation.turns,
         form: Form { image: grounding.image, mask: grounding.mask, coarse: grounding.coarse },
-        shown: Shown::new(files, room),
+        shown,
         options,
-        limits: limits.clone(),
     };
     let (events, receiver) = unbounded_channel();
     let deadline = app.settings().deadline;
@@ -177,7 +175,7 @@ fn options(
         PhraseRule::NounPhrases => PhraseChoice::NounPhrases,
     });
     // The library counts the token that ends the answer, clients do not.
-    let max_new_tokens = tokens.min(limits.tokens) + 1;
+    let max_new_tokens = tokens.min(limits.tokens).saturating_add(1);
     Ok(AnswerOptions { max_new_tokens, sampling, stop_words, phrases, ground })
 }
 

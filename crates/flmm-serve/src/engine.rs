@@ -161,12 +161,7 @@ impl Engine {
         let bound = self.0.bound.unwrap_or(model.image_tokens.saturating_mul(WAITING_PICTURES));
         let mut queue = self.lock();
         if queue.closed {
-            return Err(ApiError::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "shutting_down",
-                "the server is stopping",
-            )
-            .retry_after(30));
+            return Err(stopping());
         }
         // A request that is larger than the bound alone may wait when nothing else does.
         if queue.waiting > 0 && queue.waiting + cost > bound {
@@ -238,6 +233,11 @@ impl Engine {
         // Work runs outside the lock, so a panic cannot leave the queue half changed.
         self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The error of a server that takes no more work.
+pub(crate) fn stopping() -> ApiError {
+    ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", "the server is stopping").retry_after(30)
 }
 
 fn tell_depth(queue: &Queue) {

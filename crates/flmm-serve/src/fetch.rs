@@ -1,9 +1,11 @@
 //! Pictures from the network, never from a private one.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::StatusCode;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use ureq::Agent;
 use ureq::config::Config;
 use ureq::http::Uri;
@@ -14,10 +16,14 @@ use crate::error::ApiError;
 use crate::settings::Limits;
 
 const MAX_REDIRECTS: u32 = 3;
+/// Pictures that are fetched at a time: half of the threads that the server has for what blocks, so that slow addresses hold
+/// up nobody who sends pictures.
+const AT_A_TIME: usize = 8;
 
 /// Fetches files over http and https.
 pub(crate) struct Fetcher {
     agent: Agent,
+    slots: Arc<Semaphore>,
 }
 
 /// Finds addresses as usual and refuses names that lead to a private network. ureq connects to exactly the addresses that
@@ -64,7 +70,13 @@ impl Fetcher {
             .user_agent(concat!("flmm/", env!("CARGO_PKG_VERSION")))
             .build();
         let resolver = PublicOnly { default: DefaultResolver::default(), public };
-        Self { agent: Agent::with_parts(config, DefaultConnector::default(), resolver) }
+        let agent = Agent::with_parts(config, DefaultConnector::default(), resolver);
+        Self { agent, slots: Arc::new(Semaphore::new(AT_A_TIME)) }
+    }
+
+    /// Waits for one's turn; to be held by the thread that calls [`Fetcher::get`].
+    pub(crate) async fn slot(&self) -> Option<OwnedSemaphorePermit> {
+        self.slots.clone().acquire_owned().await.ok()
     }
 
     /// The file at `url`, at most `limit` bytes.

@@ -6,6 +6,7 @@ use axum::http::StatusCode;
 
 use crate::api::{ModelDetail, ModelList, Status};
 use crate::app::App;
+use crate::engine::stopping;
 use crate::error::{ApiError, ErrorBody};
 
 /// `GET /health`
@@ -23,9 +24,7 @@ pub(crate) async fn ready(State(app): State<App>) -> Result<Json<Status>, ApiErr
     app.engine().model()?;
     match app.engine().is_closed() {
         false => Ok(Json(Status { status: "ready" })),
-        true => {
-            Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", "the server is stopping"))
-        }
+        true => Err(stopping()),
     }
 }
 

@@ -1,4 +1,4 @@
-//! The page at `/`: three files inside the program, which ask for nothing outside it.
+//! The page at `/`: files inside the program, which ask for nothing outside it.
 
 use axum::extract::Path;
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY};

@@ -3,11 +3,12 @@
 use axum::http::StatusCode;
 use base64::Engine as _;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use flmm::image_input::Limits;
 
 use crate::app::App;
-use crate::body::off_the_loop;
+use crate::body::{Room, off_the_loop};
 use crate::error::ApiError;
-use crate::settings::Limits;
+use crate::work::Shown;
 
 /// Standard base64, with or without its padding.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
@@ -15,23 +16,38 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// The pictures of a request as files in memory; each has a header that was checked.
-pub(crate) type Files = Vec<Vec<u8>>;
-
-/// Brings the pictures at `urls` and checks their headers; nothing is decoded.
+/// Brings the pictures at `urls` and checks their headers; nothing is decoded. `room` is that of the body they came with.
 ///
 /// # Errors
 /// [`ApiError`] 400 for an address of another kind and for what is no picture, 403 for an address that may not be
-/// fetched, 502 if fetching fails.
-pub(crate) async fn bring(app: &App, urls: Vec<String>) -> Result<Files, ApiError> {
+/// fetched, 502 if fetching fails, 503 if there is no room for what would be fetched.
+pub(crate) async fn bring(app: &App, urls: Vec<String>, mut room: Room) -> Result<Shown, ApiError> {
+    let limits = &app.settings().limits;
     let mut files = Vec::with_capacity(urls.len());
     for (number, url) in urls.into_iter().enumerate() {
+        let fetcher = app.fetcher().filter(|_| is_remote(&url));
+        let slot = match fetcher {
+            Some(fetcher) => fetcher.slot().await,
+            None => None,
+        };
+        // What is fetched is no part of the body, and its size is not known before.
+        let fetched = fetcher.map(|_| Room::take(app.bodies(), limits.body_bytes)).transpose()?;
         // Fetching waits, however short the address.
-        let bytes = if is_remote(&url) { usize::MAX } else { url.len() };
-        let app = app.clone();
-        files.push(off_the_loop(bytes, move || one(&app, number, &url)).await?);
+        let bytes = if fetcher.is_some() { usize::MAX } else { url.len() };
+        let shared = app.clone();
+        let work = move || {
+            // Held until the thread is free again, also if the client goes away meanwhile.
+            let _slot = slot;
+            one(&shared, number, &url)
+        };
+        let file = off_the_loop(bytes, work).await?;
+        if let Some(mut fetched) = fetched {
+            fetched.shrink_to(file.len());
+            room.join(fetched);
+        }
+        files.push(file);
     }
-    Ok(files)
+    Ok(Shown::new(files, room, limits.picture()))
 }
 
 fn one(app: &App, number: usize, url: &str) -> Result<Vec<u8>, ApiError> {
@@ -85,6 +101,6 @@ fn data(rest: &str, name: &str) -> Result<Vec<u8>, ApiError> {
 /// Decodes a picture whose header was checked.
 pub(crate) fn decode(file: &[u8], number: usize, limits: &Limits) -> Result<image::RgbImage, ApiError> {
     let name = format!("image {number}");
-    let decoded = flmm::image_input::decode_image_with(file, &name, &limits.picture());
+    let decoded = flmm::image_input::decode_image_with(file, &name, limits);
     decoded.map_err(|error| ApiError::from(error).param("image_url"))
 }

@@ -32,6 +32,13 @@ struct Idle {
     bytes: usize,
 }
 
+impl Idle {
+    fn tell(&self) {
+        gauge!("flmm_prefix_cache_bytes").set(self.bytes as f64);
+        gauge!("flmm_prefix_cache_sessions").set(self.sessions.len() as f64);
+    }
+}
+
 impl Prefixes {
     /// Nothing yet; at most `bound` bytes.
     pub(crate) fn new(bound: usize) -> Self {
@@ -45,10 +52,10 @@ impl Prefixes {
         let found = place.and_then(|place| idle.sessions.remove(place));
         counter!("flmm_prefix_cache_total", "result" => if found.is_some() { "hit" } else { "miss" })
             .increment(1);
-        found.map(|(_, bytes, session)| {
-            idle.bytes -= bytes;
-            session
-        })
+        let (_, bytes, session) = found?;
+        idle.bytes -= bytes;
+        idle.tell();
+        Some(session)
     }
 
     /// Keeps a session; the least recently used ones make room.
@@ -66,8 +73,7 @@ impl Prefixes {
             idle.bytes -= bytes;
             dropped.push(session);
         }
-        gauge!("flmm_prefix_cache_bytes").set(idle.bytes as f64);
-        gauge!("flmm_prefix_cache_sessions").set(idle.sessions.len() as f64);
+        idle.tell();
         counter!("flmm_prefix_cache_evicted_total").increment(dropped.len() as u64);
         // Memory is given back outside the lock.
         drop(idle);

@@ -136,19 +136,20 @@ async fn run<E: From<ServeError> + Send + 'static>(
     drop(listener);
     tracing::info!("stopping: what was accepted is finished");
     engine.close();
-    if tokio::time::timeout(settings.grace, graceful.shutdown()).await.is_err() {
+    let finished = async {
+        graceful.shutdown().await;
+        // What nobody waits for any more may still be computed.
+        tokio::task::spawn_blocking(move || threads.into_iter().try_for_each(|thread| thread.join())).await
+    };
+    if tokio::time::timeout(settings.grace, finished).await.is_err() {
         tracing::warn!("some requests were not finished in time");
-        return Ok(());
     }
-    let joined =
-        tokio::task::spawn_blocking(move || threads.into_iter().try_for_each(|thread| thread.join()));
-    let _ = tokio::time::timeout(settings.grace, joined).await;
     Ok(())
 }
 
 /// Accepts connections for ever.
 async fn accept(listener: &TcpListener, router: &Router, graceful: &GracefulShutdown, limits: &Limits) {
-    let connections = Arc::new(Semaphore::new(limits.connections));
+    let connections = Arc::new(Semaphore::new(limits.connections.min(Semaphore::MAX_PERMITS)));
     loop {
         // Beyond the limit, connections wait in the operating system's queue.
         let Ok(permit) = connections.clone().acquire_owned().await else { return };

@@ -55,7 +55,7 @@ pub struct Limits {
     pub connections: usize,
     /// Size of a request's body in bytes.
     pub body_bytes: usize,
-    /// Size in bytes of all bodies that are held at a time.
+    /// Size in bytes of all bodies, and of pictures fetched for them, that are held at a time.
     pub bodies_bytes: usize,
     /// Time for a body to arrive.
     pub body_time: Duration,

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use flmm::grounder::{Session, Timings};
+use flmm::image_input::Limits;
+use image::RgbImage;
 use metrics::{counter, histogram};
 use tokio::sync::oneshot;
 
@@ -13,17 +15,17 @@ use crate::body::Room;
 use crate::engine::{Context, Halt, Wanted};
 use crate::error::ApiError;
 use crate::model::Model;
-use crate::pictures::{self, Files};
-use crate::prefixes::{self, Key};
-use crate::settings::Limits;
+use crate::pictures;
+use crate::prefixes;
 
 /// After a deadline, the model threads are given so long to say so themselves.
 pub(crate) const MARGIN: Duration = Duration::from_secs(2);
 
 /// Pictures of a request, and the room that they take until the request is done.
 pub(crate) struct Shown {
-    files: Files,
+    files: Vec<Vec<u8>>,
     _room: Room,
+    limits: Limits,
 }
 
 /// Why work ended without a result.
@@ -82,8 +84,12 @@ pub(crate) async fn run<T: Send + 'static>(
     result.map_err(|_| ApiError::internal())?
 }
 
-/// Refuses another model than the one that is served.
-pub(crate) fn check_model(asked: Option<&str>, model: &Model) -> Result<(), ApiError> {
+/// The model that is served, if it is the one that was asked for.
+///
+/// # Errors
+/// [`ApiError`] 503 while it is loaded, 404 where another one is asked for.
+pub(crate) fn served<'a>(app: &'a App, asked: Option<&str>) -> Result<&'a Model, ApiError> {
+    let model = app.engine().model()?;
     match asked {
         Some(name) if name != model.name => {
             let name: String = name.chars().take(80).collect();
@@ -92,7 +98,7 @@ pub(crate) fn check_model(asked: Option<&str>, model: &Model) -> Result<(), ApiE
                 .hint(format!("ask for `{}`, or leave `model` out", model.name))
                 .param("model"))
         }
-        _ => Ok(()),
+        _ => Ok(model),
     }
 }
 
@@ -107,8 +113,9 @@ pub(crate) fn threshold(given: Option<f32>) -> Result<f32, ApiError> {
 }
 
 impl Shown {
-    pub(crate) fn new(files: Files, room: Room) -> Self {
-        Self { files, _room: room }
+    /// Files whose headers were checked against `limits`.
+    pub(crate) fn new(files: Vec<Vec<u8>>, room: Room, limits: Limits) -> Self {
+        Self { files, _room: room, limits }
     }
 
     /// Number of pictures.
@@ -116,16 +123,26 @@ impl Shown {
         self.files.len()
     }
 
-    /// A session about the pictures: one that has seen them, or a new one.
-    pub(crate) fn session(&self, context: &Context, limits: &Limits) -> Result<(Key, Session), ApiError> {
+    /// Works with a session about the pictures: one that has seen them, or a new one. Also when the work fails or is given up,
+    /// the session is kept for the next request.
+    pub(crate) fn with_session<T>(
+        &self,
+        context: &Context,
+        work: impl FnOnce(&mut Session) -> Result<T, Stop>,
+    ) -> Result<T, Stop> {
         let key = prefixes::key(self.files.iter().map(Vec::as_slice));
-        if let Some(session) = context.prefixes.take(&key) {
-            return Ok((key, session));
-        }
-        let decoded =
-            self.files.iter().enumerate().map(|(number, file)| pictures::decode(file, number, limits));
-        let decoded = decoded.collect::<Result<Vec<_>, _>>()?;
-        Ok((key, context.model.grounder.start_with(&decoded)?))
+        let mut session = match context.prefixes.take(&key) {
+            Some(session) => session,
+            None => context.model.grounder.start_with(&self.decoded()?)?,
+        };
+        let done = work(&mut session);
+        context.prefixes.put(key, session);
+        done
+    }
+
+    fn decoded(&self) -> Result<Vec<RgbImage>, ApiError> {
+        let files = self.files.iter().enumerate();
+        files.map(|(number, file)| pictures::decode(file, number, &self.limits)).collect()
     }
 }
 

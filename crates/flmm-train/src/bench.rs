@@ -51,9 +51,8 @@ impl StepConfig {
     /// Floating-point operations of the products in one step, forward and backward: convolutions of the mask head and
     /// linear layers of the mask decoder that see the whole picture. The rest is below a hundredth.
     pub fn flops(&self) -> f64 {
-        let side = 64usize.max(self.grid).next_multiple_of(8);
-        let unet =
-            UNetConfig { in_channels: self.channels, base_channels: self.base_channels, input_size: 64 };
+        let unet = UNetConfig { base_channels: self.base_channels, ..UNetConfig::new(self.channels) };
+        let side = unet.input_size.max(self.grid).next_multiple_of(8);
         let mut total = 0.0;
         for (name, shape) in unet.shapes() {
             let [outputs, inputs, kernel, _] = shape[..] else { continue };
@@ -173,7 +172,7 @@ pub fn train_step(
     drop(tensors);
     let mut head_config = HeadConfig::default();
     if !config.refiner {
-        (head_config.losses.refined_bce, head_config.losses.refined_dice) = (0.0, 0.0);
+        head_config.losses = head_config.losses.coarse_only();
     }
     let task = HeadTask::new(trainable, head_config)?;
     let mut optimizer = AdamW::new(vars, AdamWConfig::default())?;

@@ -16,10 +16,9 @@ use serde_json::Value;
 
 use crate::digest;
 use crate::optim::AdamW;
-use crate::start::HEAD_JSON;
+use crate::start::{HEAD_JSON, TENSORS};
 
 const FORMAT: u32 = 1;
-const TENSORS: &str = "head.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 

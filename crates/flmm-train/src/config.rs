@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
 use flmm::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +68,15 @@ pub enum LmmType {
     Bf16,
     /// Twice the memory.
     F32,
+}
+
+impl From<LmmType> for DType {
+    fn from(lmm: LmmType) -> Self {
+        match lmm {
+            LmmType::Bf16 => Self::BF16,
+            LmmType::F32 => Self::F32,
+        }
+    }
 }
 
 /// Looks at unseen samples while the run goes on; the result of the run does not depend on them.
@@ -342,6 +352,8 @@ mod tests {
                 "`train.groups.learning_rate`",
                 "--set",
             ),
+            ("[train]\nbatch_size = 65537\n", "`train.batch_size` is 65537, expected 1 to 65536", "--set"),
+            ("[head]\nbase_channels = 1025\n", "`head.base_channels` is 1025, expected 1 to 1024", "--set"),
             ("[head]\nmaps = 0\n", "`head.maps` is 0", "--set"),
             ("[head.losses]\ncoarse_bce = -1\n", "`head.losses.coarse_bce` is -1", "--set"),
             ("[head.selector]\npositive_rate = 1\n", "`head.selector.positive_rate` is 1", "--set"),

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use flmm::{Error, Result};
 use flmm_data::{ImageStore, Part};
 
-use crate::cache::{CacheOptions, CachedSamples, FeatureCache, MapValues, Values};
+use crate::cache::{CacheOptions, CachedSamples, FeatureCache, Filled, MapValues, Values};
 use crate::config::{Config, Mode};
 use crate::frozen::Frozen;
-use crate::mixture::{Expressions, Mixture, Revision};
+use crate::mixture::{DataRevision, Expressions, Mixture};
 use crate::observed::Observed;
 use crate::run::Models;
 use crate::start::begun_with;
@@ -30,17 +30,6 @@ pub struct FeatureOptions {
     pub maps: MapValues,
 }
 
-/// What building a cache has done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Built {
-    /// Samples that were added.
-    pub added: usize,
-    /// Samples of this part that could not be made.
-    pub broken: usize,
-    /// Whether all samples of this part that can be made are there.
-    pub complete: bool,
-}
-
 impl FeatureOptions {
     /// Opens the cache for a run, whose data must be the same in every epoch.
     pub(crate) fn open(
@@ -48,7 +37,7 @@ impl FeatureOptions {
         config: &Config,
         frozen: &Frozen,
         mixture: &Mixture,
-        revision: &Revision,
+        revision: &DataRevision,
         part: Part,
     ) -> Result<FeatureCache> {
         if config.mode == Mode::Selector {
@@ -83,7 +72,7 @@ pub fn build_features(
     part: Part,
     watch: &mut dyn Watch,
     on_sample: impl FnMut(usize, usize) -> ControlFlow<()>,
-) -> Result<Built> {
+) -> Result<Filled> {
     watch.stage("reading the annotations");
     let (config, _) = begun_with(config, models)?;
     let images = ImageStore::open(data)?;
@@ -106,7 +95,7 @@ pub fn build_features(
     cache.take_notices().iter().for_each(|notice| watch.note(notice));
     // Those that were measured are among them.
     let added = cache.contents().samples - before;
-    Ok(Built { added, broken: filled.broken, complete: filled.complete })
+    Ok(Filled { added, ..filled })
 }
 
 /// What samples and cache have to tell.

@@ -1,7 +1,7 @@
 //! The frozen models of a run, opened when a sample first needs them: a complete feature cache never does.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use candle_core::Tensor;
@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::cache::{CacheKey, MapValues, Rows, Values};
 use crate::config::Config;
 use crate::digest;
-use crate::mixture::{Mixture, Revision};
+use crate::mixture::{DataRevision, Mixture};
 use crate::run::Models;
 
 /// The LMM and SAM's image encoder, and what is known of them without opening the LMM.
@@ -35,7 +35,7 @@ pub struct Frozen {
 /// A SAM checkpoint that has been read.
 pub(crate) struct FrozenSam {
     /// Where it lies.
-    path: std::path::PathBuf,
+    path: PathBuf,
     /// Tensors of prompt encoder and mask decoder under their public names, which a fresh head begins with.
     pub(crate) refiner: HashMap<String, Tensor>,
     /// Digest of the neck of the image encoder, which tells states of the encoder apart.
@@ -164,7 +164,7 @@ impl Frozen {
         &self,
         config: &Config,
         mixture: &Mixture,
-        revision: &Revision,
+        revision: &DataRevision,
         (values, maps): (Values, MapValues),
     ) -> Result<CacheKey> {
         let options = &self.models.options;
@@ -175,7 +175,7 @@ impl Frozen {
         Ok(CacheKey {
             lmm: self.spec.name.to_owned(),
             lmm_revision: self.revision()?,
-            lmm_dtype: format!("{:?}", options.dtype).to_lowercase(),
+            lmm_dtype: options.dtype.as_str().to_owned(),
             sam_revision,
             preprocessing: vision::preprocess::VERSION,
             capture: capture::VERSION,

@@ -64,6 +64,18 @@ impl Default for LossWeights {
     }
 }
 
+impl LossWeights {
+    /// The same without losses of the refined logits.
+    pub(crate) fn coarse_only(self) -> Self {
+        Self { refined_bce: 0.0, refined_dice: 0.0, ..self }
+    }
+
+    /// Whether the refined logits have a loss.
+    fn refines(&self) -> bool {
+        self.refined_bce != 0.0 || self.refined_dice != 0.0
+    }
+}
+
 /// How the head is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -124,7 +136,7 @@ pub fn init_as(
     seed: u64,
 ) -> Result<BTreeMap<String, Tensor>> {
     let rng = &mut ChaCha8Rng::seed_from_u64(seed);
-    let unet = UNetConfig { in_channels: settings.channels(sizes.channels)?, base_channels, input_size: 64 };
+    let unet = UNetConfig { base_channels, ..UNetConfig::new(settings.channels(sizes.channels)?) };
     let mut tensors = prefixed("mask_head.", UNet::init(&unet, rng)?);
     let (width, hidden) = (sizes.sam.prompt_embed_dim, sizes.hidden_size);
     tensors.insert("text_proj.weight".into(), linear(&[width, hidden], hidden, rng)?);
@@ -209,8 +221,7 @@ impl HeadTask {
                 "add `keyword_selector.weight` and `keyword_selector.bias` to the head",
             ));
         }
-        let LossWeights { refined_bce, refined_dice, .. } = config.losses;
-        if head.refiner.is_none() && (refined_bce != 0.0 || refined_dice != 0.0) {
+        if head.refiner.is_none() && config.losses.refines() {
             return Err(Error::request(
                 "the head has no refiner, but its refined masks have a loss",
                 "set `head.losses.refined_bce` and `head.losses.refined_dice` to 0",
@@ -222,11 +233,6 @@ impl HeadTask {
     /// The head; it sees every step of the optimiser.
     pub fn head(&self) -> &GroundingHead {
         &self.head
-    }
-
-    /// Whether the refiner is trained at all.
-    fn refines(&self) -> bool {
-        self.config.losses.refined_bce != 0.0 || self.config.losses.refined_dice != 0.0
     }
 
     /// The number of phrases, if the sample has as many masks.
@@ -265,7 +271,7 @@ impl HeadTask {
     ) -> Result<Tensor> {
         let n = observation.phrases.len() as f64;
         let LossWeights { coarse_bce, coarse_dice, refined_bce, refined_dice } = self.config.losses;
-        let (coarse, refined) = if !self.refines() {
+        let (coarse, refined) = if !self.config.losses.refines() {
             (self.head.coarse(observation)?, None)
         } else {
             let options = PromptOptions { padding, ..PromptOptions::default() };
@@ -328,8 +334,11 @@ impl Task for HeadTask {
             return each(self.losses(sample)?);
         }
         let parts = parts(n, size);
-        let padding =
-            if self.refines() { Some(padding(&self.head, &sample.observation, &parts)?) } else { None };
+        let padding = if self.config.losses.refines() {
+            Some(padding(&self.head, &sample.observation, &parts)?)
+        } else {
+            None
+        };
         for part in parts {
             let mut metrics = Vec::new();
             let (observation, count) = (sample.observation.part(part.clone())?, part.len());

@@ -39,7 +39,7 @@ pub use cache::{CacheKey, CacheOptions, CachedSamples, FeatureCache};
 pub use config::Config;
 pub use frozen::Frozen;
 pub use head::{HeadConfig, HeadSample, HeadTask, LossWeights, RefinedTarget};
-pub use mixture::{DataConfig, Dataset, Mixture, Revision};
+pub use mixture::{DataConfig, DataRevision, Dataset, Mixture};
 pub use observed::{Observed, stacked};
 pub use run::{Extras, Models, Outcome, run};
 pub use samples::Samples;

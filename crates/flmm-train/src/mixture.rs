@@ -129,7 +129,7 @@ impl Default for DataConfig {
 /// Tells states of the annotations behind a [`Mixture`] apart. Pictures and the id PNGs of panoptic masks are not
 /// looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Revision {
+pub struct DataRevision {
     /// Digest of the whole annotation files of every dataset, by the dataset's name.
     pub annotations: BTreeMap<String, String>,
     /// Digest of which samples of them are in use.
@@ -230,7 +230,7 @@ impl Mixture {
     ///
     /// # Errors
     /// [`Error::Io`] naming the file that cannot be read any more.
-    pub fn revision(&self) -> Result<Revision> {
+    pub fn revision(&self) -> Result<DataRevision> {
         let (mut annotations, mut members) = (BTreeMap::new(), Sha256::new());
         for part in &self.parts {
             let files = match &part.source {
@@ -245,7 +245,7 @@ impl Mixture {
             members.update(part.dataset.name());
             part.members.iter().for_each(|&member| members.update((member as u64).to_le_bytes()));
         }
-        Ok(Revision { annotations, members: digest::short(members) })
+        Ok(DataRevision { annotations, members: digest::short(members) })
     }
 
     /// The key of sample `index` in `epoch` ([`LabelledText::key`]): equal keys, equal samples.

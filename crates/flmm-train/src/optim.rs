@@ -288,7 +288,7 @@ impl Schedule {
     /// The paper's schedule: the warm-up is `ratio` of `epochs`, truncated to whole iterations.
     pub fn epochs(base: f64, iterations_per_epoch: u64, epochs: u64, ratio: f64) -> Self {
         let warmup = (ratio * epochs as f64 * iterations_per_epoch as f64) as u64;
-        Self { base, warmup, total: epochs * iterations_per_epoch }
+        Self { base, warmup, total: epochs.saturating_mul(iterations_per_epoch) }
     }
 
     /// The learning rate used by iteration `k`, counted from 0.
@@ -345,6 +345,11 @@ mod tests {
         }
         assert_eq!(one.vars()["p"].to_vec1::<f32>().unwrap(), two.vars()["p"].to_vec1::<f32>().unwrap());
         assert!(two.restore(&BTreeMap::new(), 1).is_err());
+    }
+
+    #[test]
+    fn the_longest_schedule_does_not_wrap_around() {
+        assert_eq!(Schedule::epochs(1.0, 3, u64::MAX / 2, 0.03).total, u64::MAX);
     }
 
     #[test]

@@ -91,7 +91,7 @@ impl<J: Iterator + Send, T: Send> Prefetch<J, T> {
             if state.stopped || state.jobs_ended {
                 return None;
             }
-            if state.next < state.wanted + self.window {
+            if state.next - state.wanted < self.window {
                 return match state.jobs.next() {
                     Some(job) => {
                         state.next += 1;

@@ -16,7 +16,7 @@ use crate::distributed::{Communicator, Single, from_first, gather, together};
 use crate::features::{Both, FeatureOptions, PROBES};
 use crate::frozen::Frozen;
 use crate::head::{self, HeadSample, HeadTask};
-use crate::mixture::{DataConfig, EmptyNarratives, Expressions, Mixture, Revision};
+use crate::mixture::{DataConfig, DataRevision, EmptyNarratives, Expressions, Mixture};
 use crate::observed::Observed;
 use crate::onlook::{Found, Watched};
 use crate::optim::Vars;
@@ -107,7 +107,7 @@ struct Run<'a> {
     frozen: Frozen,
     images: ImageStore,
     mixture: Mixture,
-    revision: Revision,
+    revision: DataRevision,
     cache: Option<FeatureCache>,
     /// Pictures and samples for validation, if there are any.
     unseen: Option<(ImageStore, Mixture)>,

@@ -13,7 +13,7 @@ use crate::config::{Config, Mode};
 use crate::digest;
 use crate::frozen::Frozen;
 use crate::head;
-use crate::mixture::{Mixture, Revision};
+use crate::mixture::{DataRevision, Mixture};
 use crate::optim::Vars;
 use crate::run::Models;
 use crate::selector::SelectorConfig;
@@ -22,7 +22,8 @@ use crate::selector::SelectorConfig;
 pub(crate) const HEAD: &str = "head";
 /// Name of its description.
 pub(crate) const HEAD_JSON: &str = "head.json";
-const TENSORS: &str = "head.safetensors";
+/// Name of its tensors.
+pub(crate) const TENSORS: &str = "head.safetensors";
 
 const WRONG_START: &str = "begin from a head made for this LMM and this SAM, or from none";
 
@@ -63,7 +64,7 @@ pub(crate) fn begun_with(config: &Config, models: &Models) -> Result<(Config, Op
     }
     if *config.head.refiner.get_or_insert_default() == RefinerKind::None {
         // There are no refined masks, and so there are no losses of them.
-        (config.head.losses.refined_bce, config.head.losses.refined_dice) = (0.0, 0.0);
+        config.head.losses = config.head.losses.coarse_only();
     }
     Ok((config, given))
 }
@@ -113,7 +114,7 @@ impl Start {
         models: &Models,
         frozen: &Frozen,
         mixture: &Mixture,
-        revision: &Revision,
+        revision: &DataRevision,
     ) -> Result<Value> {
         let parts = mixture.parts().into_iter().map(|(dataset, len)| (dataset.name().to_owned(), json!(len)));
         Ok(json!({
@@ -128,7 +129,7 @@ impl Start {
             },
             "lmm": {
                 "name": frozen.spec.name,
-                "dtype": config.model.dtype,
+                "dtype": models.options.dtype.as_str(),
                 "channels": frozen.sizes.channels,
                 "channels_used": self.settings.channels_used,
                 "hidden_size": frozen.sizes.hidden_size,

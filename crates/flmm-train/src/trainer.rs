@@ -149,9 +149,11 @@ impl<'a, T: Task> Trainer<'a, T> {
         watch.begin(first, schedule.total, per_epoch);
         let batch_size = self.config.batch_size;
         let (rank, world) = (self.communicator.rank(), self.communicator.world());
-        let jobs = order.samples(first).take(schedule.total.saturating_sub(first) as usize * batch_size);
+        let left = usize::try_from(schedule.total.saturating_sub(first)).unwrap_or(usize::MAX);
+        let jobs = order.samples(first).take(left.saturating_mul(batch_size));
         let share = batch_size / world;
-        let ahead = Prefetch::new(jobs.skip(rank).step_by(world), (self.options.prefetch + 1) * share);
+        let window = self.options.prefetch.saturating_add(1).saturating_mul(share);
+        let ahead = Prefetch::new(jobs.skip(rank).step_by(world), window);
         std::thread::scope(|scope| {
             // However this ends, the threads that make samples end with it.
             let _stop = StopGuard(&ahead);

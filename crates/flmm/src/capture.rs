@@ -91,11 +91,13 @@ impl Capture {
     pub fn hidden_rows(&self, positions: &[usize]) -> Result<Tensor> {
         let index = self.index(positions)?;
         // While an answer grows, its newest rows are asked for again and again: older pieces are not touched then.
-        let (least, most) = positions.iter().fold((usize::MAX, 0), |(a, b), &p| (a.min(p), b.max(p + 1)));
-        let in_a_row = most.saturating_sub(least) == positions.len() && positions.is_sorted();
-        let states = self.hidden.iter().skip(1).map(|pieces| match in_a_row {
-            true => piece_rows(pieces, least - self.first, most - self.first),
-            false => {
+        let in_a_row = positions.windows(2).all(|pair| pair[1] == pair[0] + 1);
+        let states = self.hidden.iter().skip(1).map(|pieces| match positions.first() {
+            Some(position) if in_a_row => {
+                let from = position - self.first;
+                piece_rows(pieces, from, from + positions.len())
+            }
+            _ => {
                 let rows = Tensor::cat(pieces, 0)?;
                 Ok(rows.index_select(&index.to_device(rows.device())?, 0)?)
             }
@@ -196,4 +198,25 @@ pub fn weighted_hidden(hidden: &Tensor, text_layer_weights: &Tensor) -> Result<T
     let weights = softmax_last_dim(&text_layer_weights.to_dtype(DType::F32)?.reshape((1, layers))?)?;
     let hidden = hidden.to_dtype(DType::F32)?.reshape((layers, tokens * width))?;
     Ok(weights.matmul(&hidden)?.reshape((tokens, width))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn hidden_rows_are_those_that_were_asked_for() -> Result<()> {
+        let piece = |from: u32, to: u32| Tensor::arange(from, to, &Device::Cpu)?.unsqueeze(1);
+        let pieces = vec![piece(4, 6)?, piece(6, 7)?, piece(7, 10)?];
+        let capture = Capture { first: 4, hidden: vec![pieces.clone(), pieces], ..Capture::default() };
+        // In a row, within a piece and across; backwards, repeated and with gaps.
+        for wanted in [&[4][..], &[5, 6, 7], &[4, 5, 6, 7, 8, 9], &[7, 6], &[5, 5, 7], &[4, 6]] {
+            let rows = capture.hidden_rows(wanted)?.flatten_all()?.to_vec1::<u32>()?;
+            assert_eq!(rows.iter().map(|&row| row as usize).collect::<Vec<_>>(), wanted);
+        }
+        assert!(capture.hidden_rows(&[3]).is_err() && capture.hidden_rows(&[9, 10]).is_err());
+        Ok(())
+    }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use common::{TestResult, golden_dir};
-use flmm::grounder::{Caption, ModelPaths};
+use flmm::grounder::{AttentionChoice, Caption, ModelPaths};
 use flmm::image_input::read_image;
 use flmm::lmm::{self, GROUNDING_INSTRUCTION, Lmm, OpenOptions, Turn};
 use flmm::weights::{load_safetensors, save_safetensors};
@@ -243,6 +243,18 @@ fn long_captions_are_cut_where_the_model_stops_reading() -> TestResult {
     assert_eq!(found.hidden.dim(1)?, kept);
     let (a, b) = (found.maps.narrow(0, 0, 2)?, expected.maps.narrow(0, 0, 2)?);
     assert!(common::max_abs_diff(&a, &b)? < 1e-6);
+
+    // Of a text whose end is not read, all tokens are those that are.
+    let choice = AttentionChoice {
+        tokens: Vec::new(),
+        layers: vec![0],
+        heads: vec![0],
+        mean: false,
+        most_values: usize::MAX,
+    };
+    let (turns, text) = ([Turn::user(GROUNDING_INSTRUCTION)], "a red square. ".repeat(20));
+    let read = cut.token_attention(&mut cut.start(&picture)?, 0, &turns, &text, &choice)?;
+    assert_eq!((read.tokens.len(), read.offsets.len(), read.maps.dim(0)?), (kept, kept, kept));
 
     // The last phrase is lost: an error that says so. The prompt itself is never cut.
     let message = |limit: usize| -> TestResult<String> {

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::sizes::flatten;
 use crate::failure::{Failure, Result};
 use crate::fetch::{Named, named};
+use crate::model::is_bundle;
 use crate::talk::Talk;
 
 /// Most names of a kind that are printed unless more is asked for.
@@ -29,12 +30,12 @@ pub(crate) fn run(path: &Path, as_json: bool, talk: &Talk) -> Result<()> {
             )
         })?,
     };
-    let bundle = ["lmm", "sam", "head"].map(|part| path.join(part));
-    let parts = match !path.join("config.json").is_file() && bundle[0].is_dir() {
-        true => bundle
-            .iter()
+    let parts = match is_bundle(&path) {
+        true => ["lmm", "sam", "head"]
+            .into_iter()
+            .map(|part| path.join(part))
             .filter(|part| part.is_dir())
-            .map(|part| Part::examine(part))
+            .map(|part| Part::examine(&part))
             .collect::<Result<_>>()?,
         false => vec![Part::examine(&path)?],
     };

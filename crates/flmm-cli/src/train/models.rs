@@ -4,17 +4,17 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use clap::Args;
-use flmm::grounder::{HeadSettings, ModelPaths, RefinerKind};
+use flmm::grounder::{ModelPaths, RefinerKind};
 use flmm::hub::Hub;
 use flmm::lmm::OpenOptions;
 use flmm_train::Models;
-use flmm_train::config::{Config, LmmType};
+use flmm_train::config::Config;
 
 use crate::args::FloatType;
 use crate::embedded;
 use crate::failure::{Failure, Result};
 use crate::fetch::{self, Named, Part, named};
-use crate::model::{SAM_SOURCE, head_part, is_bundle, sam_part};
+use crate::model::{SAM_SOURCE, head_part, is_bundle, refiner_of, sam_part};
 use crate::talk::Talk;
 
 #[derive(Debug, Args)]
@@ -49,11 +49,7 @@ pub(crate) struct ModelsArgs {
 impl ModelsArgs {
     /// The setting of the configuration that `--dtype` stands for.
     pub(crate) fn setting(&self) -> Option<String> {
-        let name = match self.dtype? {
-            FloatType::F32 => "f32",
-            FloatType::Bf16 => "bf16",
-        };
-        Some(format!("model.dtype={name}"))
+        Some(format!("model.dtype={}", DType::from(self.dtype?).as_str()))
     }
 
     /// Where the models lie; what is on the hub is downloaded. Nothing is, if a part is missing.
@@ -90,15 +86,11 @@ impl ModelsArgs {
                 }
             },
         };
-        let dtype = match config.model.dtype {
-            LmmType::Bf16 => DType::BF16,
-            LmmType::F32 => DType::F32,
-        };
         let options = OpenOptions {
             vision_tower: self.vision_tower.clone(),
             vision_tower_aux: self.vision_tower_aux.clone(),
             image_size: self.image_size,
-            ..OpenOptions::new(dtype, &Device::Cpu)
+            ..OpenOptions::new(config.model.dtype.into(), &Device::Cpu)
         };
         Ok(Models { name, lmm, sam, head, options })
     }
@@ -113,13 +105,9 @@ fn parts(folder: &Path, is_bundle: bool) -> (PathBuf, Option<PathBuf>) {
     }
 }
 
-/// Whether masks are refined. A head on the hub is taken to, unless the configuration says that it does not.
+/// Whether masks are refined: what the configuration says comes first.
 fn needs_sam(config: &Config, head: Option<&Part>) -> Result<bool> {
-    let refiner = match (config.head.refiner, head) {
-        (Some(refiner), _) => refiner,
-        (None, Some(Part::Local(head))) => HeadSettings::read(head)?.refiner,
-        (None, _) => RefinerKind::default(),
-    };
+    let refiner = config.head.refiner.map_or_else(|| refiner_of(head), Ok)?;
     Ok(refiner != RefinerKind::None)
 }
 

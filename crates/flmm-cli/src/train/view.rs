@@ -93,8 +93,10 @@ impl<'a> View<'a> {
         let (from, since) = self.first;
         if step > from {
             let each = since.elapsed().as_secs_f64() / (step - from) as f64;
-            let left = Duration::from_secs_f64(each * (self.total.saturating_sub(step)) as f64);
-            text += &format!(" · ETA {}", indicatif::HumanDuration(left));
+            // A run of more epochs than time has seconds has none.
+            if let Ok(left) = Duration::try_from_secs_f64(each * (self.total.saturating_sub(step)) as f64) {
+                text += &format!(" · ETA {}", indicatif::HumanDuration(left));
+            }
         }
         text
     }

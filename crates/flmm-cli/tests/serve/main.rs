@@ -111,7 +111,11 @@ fn ten_thousand_tiny_requests_are_answered() {
 fn what_was_accepted_is_finished_after_sigterm() {
     let mut server = Server::start(&[]);
     let sent: Vec<TcpStream> = (0..8).map(|number| server.send(CHAT, &request(number % 2 == 0))).collect();
-    server.until(|metrics| queued(metrics) >= 4.0);
+    // All are accepted, and not all have begun.
+    let begun = r#"flmm_stage_seconds_count{stage="queue"}"#;
+    server.until(|metrics| {
+        queued(metrics) >= 1.0 && queued(metrics) + values(metrics, begun).sum::<f64>() == 8.0
+    });
     server.terminate();
     for stream in sent {
         let answer = server::read(stream);
@@ -158,11 +162,12 @@ fn what_cannot_be_served_ends_with_a_reason() {
     let folder = tempfile::tempdir().unwrap();
     let empty = folder.path().join("keys");
     std::fs::write(&empty, "\n# none\n").unwrap();
-    let cases: [(&[&str], &str); 4] = [
+    let cases: [(&[&str], &str); 5] = [
         (&["--addr", &addr], "cannot listen at"),
         (&["--addr", "127.0.0.1:0", "--model", "no/such/folder"], "no/such/folder"),
         (&["--addr", "127.0.0.1:0", "--api-key-file", empty.to_str().unwrap()], "holds no key"),
         (&["--cors-origin", "https://example.org/page"], "without a path"),
+        (&["--deadline", "18446744073709551615"], "a year"),
     ];
     for (args, reason) in cases {
         let (status, told) = ran(args);

@@ -74,7 +74,7 @@ impl Server {
     /// Sends a request and does not wait for the answer.
     pub(crate) fn send(&self, path: &str, body: &[u8]) -> TcpStream {
         let mut stream = self.connect();
-        let key = self.key.as_ref().map(|key| format!("Authorization: Bearer {key}\r\n")).unwrap_or_default();
+        let key = self.key_header();
         let head = format!(
             "POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n{key}Content-Type: application/json\r\n\
              Content-Length: {}\r\n\r\n",
@@ -86,13 +86,17 @@ impl Server {
         stream
     }
 
+    fn key_header(&self) -> String {
+        self.key.as_ref().map(|key| format!("Authorization: Bearer {key}\r\n")).unwrap_or_default()
+    }
+
     pub(crate) fn post(&self, path: &str, body: &[u8]) -> Answer {
         read(self.send(path, body))
     }
 
     pub(crate) fn get(&self, path: &str) -> Answer {
         let mut stream = self.connect();
-        let key = self.key.as_ref().map(|key| format!("Authorization: Bearer {key}\r\n")).unwrap_or_default();
+        let key = self.key_header();
         let head = format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{key}Connection: close\r\n\r\n");
         stream.write_all(head.as_bytes()).unwrap();
         read(stream)
@@ -113,6 +117,7 @@ impl Server {
     pub(crate) fn resident_bytes(&self) -> f64 {
         let metrics = self.get("/metrics").body;
         let line = metrics.lines().find(|line| line.starts_with("process_resident_memory_bytes"));
+        assert!(line.is_some() || !cfg!(target_os = "linux"), "{metrics}");
         line.and_then(|line| line.split(' ').next_back()?.parse().ok()).unwrap_or(0.0)
     }
 

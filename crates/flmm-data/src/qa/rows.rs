@@ -5,15 +5,23 @@ use flmm::Result;
 use super::Question;
 use super::table::Row;
 
+/// The question and its picture, which every table has.
+fn asked(row: &Row) -> Result<Question> {
+    Ok(Question { question: row.text("question")?, picture: row.picture()?, ..Question::default() })
+}
+
+/// As [`asked`], with the id and one answer or several.
+fn answered(row: &Row, answers: Vec<String>) -> Result<Question> {
+    Ok(Question { id: row.text("question_id")?, answers, ..asked(row)? })
+}
+
 pub(super) fn mme(row: &Row) -> Result<Question> {
     Ok(Question {
         // Both questions about a picture have its name as id.
         group: row.text("question_id")?,
-        question: row.text("question")?,
         answers: vec![row.text("answer")?],
         category: row.text("category")?,
-        picture: row.picture()?,
-        ..Question::default()
+        ..asked(row)?
     })
 }
 
@@ -32,7 +40,6 @@ pub(super) fn mmbench(row: &Row) -> Result<Question> {
     let l2 = row.optional_text("l2-category")?;
     Ok(Question {
         id: index.to_string(),
-        question: row.text("question")?,
         hint: row.optional_text("hint")?.unwrap_or_default(),
         options,
         answers: vec![answer],
@@ -41,8 +48,7 @@ pub(super) fn mmbench(row: &Row) -> Result<Question> {
             .map_or_else(|| row.optional_text("L2-category"), |l2| Ok(Some(l2)))?
             .unwrap_or_default(),
         group: (index % 1_000_000).to_string(),
-        picture: row.picture()?,
-        ..Question::default()
+        ..asked(row)?
     })
 }
 
@@ -60,57 +66,32 @@ pub(super) fn ai2d(row: &Row) -> Result<Question> {
         let hint = "expected an option's letter, or its number counted from 0";
         row.error(format!("answer {gold:?} is none of the {} options", options.len()), hint)
     })?;
-    Ok(Question {
-        question: row.text("question")?,
-        options,
-        answers: vec![letter.to_string()],
-        picture: row.picture()?,
-        ..Question::default()
-    })
+    Ok(Question { options, answers: vec![letter.to_string()], ..asked(row)? })
 }
 
 pub(super) fn pope(row: &Row) -> Result<Question> {
     let category = row.text("category")?;
     Ok(Question {
         id: format!("{category}-{}", row.text("question_id")?),
-        question: row.text("question")?,
         answers: vec![row.text("answer")?],
         category,
-        picture: row.picture()?,
-        ..Question::default()
+        ..asked(row)?
     })
 }
 
 pub(super) fn vqa(row: &Row) -> Result<Question> {
-    Ok(Question {
-        id: row.text("question_id")?,
-        question: row.text("question")?,
-        answers: row.texts("answers", "answer")?,
-        picture: row.picture()?,
-        ..Question::default()
-    })
+    answered(row, row.texts("answers", "answer")?)
 }
 
 pub(super) fn mm_vet(row: &Row) -> Result<Question> {
-    Ok(Question {
-        id: row.text("question_id")?,
-        question: row.text("question")?,
-        answers: vec![row.text("answer")?],
-        capabilities: row.texts("capability", "")?,
-        picture: row.picture()?,
-        ..Question::default()
-    })
+    Ok(Question { capabilities: row.texts("capability", "")?, ..answered(row, vec![row.text("answer")?])? })
 }
 
 pub(super) fn llava_bench(row: &Row) -> Result<Question> {
     Ok(Question {
-        id: row.text("question_id")?,
-        question: row.text("question")?,
-        answers: vec![row.text("gpt_answer")?],
         category: row.text("category")?,
         context: row.texts_or_text("caption")?,
-        picture: row.picture()?,
-        ..Question::default()
+        ..answered(row, vec![row.text("gpt_answer")?])?
     })
 }
 

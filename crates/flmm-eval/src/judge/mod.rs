@@ -212,7 +212,7 @@ impl Judge {
         for left in (0..self.settings.attempts.max(1)).rev() {
             match self.send(&body) {
                 Ok(reply) => {
-                    *self.failures.lock().unwrap_or_else(PoisonError::into_inner) = Failures::default();
+                    self.replied();
                     if let Some(cache) = &self.cache {
                         cache.put(&request, &reply)?;
                     }
@@ -234,6 +234,15 @@ impl Judge {
 
     fn silent(&self, reason: &str) -> String {
         format!("the judge at {} gives no reply: {reason}", self.endpoint)
+    }
+
+    /// Counts anew from here, unless the judge is not asked any more: other threads have had questions refused for that, so
+    /// a late reply must not undo it.
+    fn replied(&self) {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        if failures.count < MOST_FAILURES {
+            *failures = Failures::default();
+        }
     }
 
     /// Counts a question without a reply, and gives the reason back.
@@ -284,5 +293,27 @@ impl Judge {
             said.unwrap_or_default()
         );
         Fault::Final(what, hint.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_late_reply_does_not_undo_the_halt() {
+        let judge = Judge::new(JudgeSettings::new("http://127.0.0.1:9/v1", "any")).unwrap();
+        let fail = || judge.failed("no".to_owned(), "wait".to_owned());
+        for _ in 1..MOST_FAILURES {
+            fail();
+        }
+        judge.replied();
+        for _ in 1..MOST_FAILURES {
+            fail();
+        }
+        assert!(judge.halted().is_none());
+        fail();
+        judge.replied();
+        assert!(judge.halted().is_some());
     }
 }

@@ -161,6 +161,11 @@ async fn a_second_question_does_not_look_again() {
     let cached = second["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
     assert!(cached > again["usage"]["prompt_tokens"].as_u64().unwrap() - 2, "{cached}");
     assert!(!text(&second).is_empty());
+
+    // What the model refuses does not cost what is known of the picture.
+    assert_eq!(chat(&app, &question(" ")).await.error(), (400, "invalid_request".to_owned()));
+    let after = chat(&app, &question(QUESTION)).await.ok();
+    assert!(after["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() > 144);
 }
 
 #[tokio::test]

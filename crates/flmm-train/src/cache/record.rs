@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::key::{CacheKey, MapValues, Rows, Values};
+use crate::digest;
 use crate::head::HeadSample;
 
 /// Name of the JSON in a sample's safetensors metadata.
@@ -67,8 +68,7 @@ pub(super) struct Encoded {
 pub(super) fn encode(sample: &HeadSample, key: &CacheKey) -> Result<Encoded> {
     let embedding = narrowed(&sample.observation.sam_embedding, key.values)?;
     let picture = serialised(vec![("sam_embedding", Bytes::of(&embedding)?)], None)?;
-    let digest = Sha256::digest(&picture);
-    let name: String = digest[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+    let name = digest::short(Sha256::new_with_prefix(&picture));
     Ok(Encoded { sample: encode_sample(sample, &name, key)?, name, picture })
 }
 

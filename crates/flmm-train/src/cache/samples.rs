@@ -27,7 +27,7 @@ pub struct Filled {
     pub added: usize,
     /// Samples that could not be made.
     pub broken: usize,
-    /// Whether nothing was left for another time.
+    /// Whether all samples that can be made are there: nothing was left for another time.
     pub complete: bool,
 }
 
@@ -72,13 +72,16 @@ impl<'a> CachedSamples<'a> {
 
     /// Numbers of the samples of `epoch` that the cache lacks.
     pub fn missing(&self, epoch: u64) -> Vec<usize> {
-        (0..self.inner.len()).filter(|&index| !self.cache.contains(&self.inner.key(index, epoch))).collect()
+        (0..self.inner.len()).filter(|&index| self.lacks(index, epoch)).collect()
     }
 
     /// Numbers of the samples of `part` in epoch 0 that the cache lacks.
     pub fn missing_of(&self, part: Part) -> Vec<usize> {
-        let range = part.range(self.inner.len());
-        self.missing(0).into_iter().filter(|index| range.contains(index)).collect()
+        part.range(self.inner.len()).filter(|&index| self.lacks(index, 0)).collect()
+    }
+
+    fn lacks(&self, index: usize, epoch: u64) -> bool {
+        !self.cache.contains(&self.inner.key(index, epoch))
     }
 
     /// How much would be written to complete epoch 0 of `part`, from `probes` samples that are made (and kept). Samples

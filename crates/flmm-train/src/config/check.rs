@@ -1,12 +1,14 @@
 //! Values that no run could use, refused before anything is opened.
 
+use std::fmt::Display;
+
 use super::{Config, Mode};
 use crate::mixture::EmptyNarratives;
 
 /// A key, and what is wrong with its value.
 type Fault = (&'static str, String);
 
-fn within(key: &'static str, value: f64, inside: bool, expected: &str) -> Result<(), Fault> {
+fn within(key: &'static str, value: impl Display, inside: bool, expected: &str) -> Result<(), Fault> {
     if inside { Ok(()) } else { Err((key, format!("is {value}, expected {expected}"))) }
 }
 
@@ -30,11 +32,16 @@ fn count(key: &'static str, value: u64) -> Result<(), Fault> {
     if value > 0 { Ok(()) } else { Err((key, "is 0, expected 1 or more".to_owned())) }
 }
 
+/// A number that memory is taken by, bounded so that no allocation overflows.
+fn size(key: &'static str, value: usize, most: usize) -> Result<(), Fault> {
+    within(key, value, (1..=most).contains(&value), &format!("1 to {most}"))
+}
+
 /// The first key whose value is out of range, and why.
 pub(super) fn check(config: &Config) -> Result<(), Fault> {
     let Config { data, head, train, validation, run, .. } = config;
     count("train.epochs", train.epochs)?;
-    count("train.batch_size", train.batch_size as u64)?;
+    size("train.batch_size", train.batch_size, 1 << 16)?;
     positive("train.learning_rate", train.learning_rate)?;
     share("train.warmup_ratio", train.warmup_ratio)?;
     let adamw = &train.optimizer;
@@ -47,7 +54,7 @@ pub(super) fn check(config: &Config) -> Result<(), Fault> {
         factor("train.groups.learning_rate", group.learning_rate)?;
         factor("train.groups.weight_decay", group.weight_decay)?;
     }
-    count("head.base_channels", head.base_channels as u64)?;
+    size("head.base_channels", head.base_channels, 1 << 10)?;
     count("head.phrases_at_once", head.phrases_at_once as u64)?;
     count("head.maps", head.maps.map_or(1, |maps| maps as u64))?;
     factor("head.losses.coarse_bce", head.losses.coarse_bce)?;

@@ -1,7 +1,5 @@
 //! What launchers tell a process about its place.
 
-use std::str::FromStr;
-
 use flmm::{Error, Result};
 
 use super::{Communicator, Single};
@@ -28,7 +26,7 @@ enum Started {
 /// # Errors
 /// [`Error::Request`] naming the variable that is missing, no number, or out of range.
 fn started(variable: impl Fn(&str) -> Option<String>) -> Result<Started> {
-    let count = |name: &str| variable(name).map(|text| number::<usize>(name, &text)).transpose();
+    let count = |name: &str| variable(name).map(|text| number(name, &text)).transpose();
     let torchrun = count("WORLD_SIZE")?;
     if let Some(world) = torchrun {
         match count("RANK")? {
@@ -55,7 +53,7 @@ fn started(variable: impl Fn(&str) -> Option<String>) -> Result<Started> {
     })
 }
 
-fn number<T: FromStr>(name: &str, text: &str) -> Result<T> {
+fn number(name: &str, text: &str) -> Result<usize> {
     text.trim().parse().map_err(|_| wrong(format!("{name} is `{text}`, expected a number")))
 }
 

@@ -32,6 +32,7 @@ impl Grounder {
         let (maps, input) = session.phrase_maps(0, &capture, &caption.phrases()?)?;
         Ok(Attention { maps, geometry: input.geometry, layout: input.layout.clone() })
     }
+
     /// Reads `text` as the model's answer to `turns` and returns where chosen tokens of it look in picture number `image`
     /// of the session, exactly as the decoder computed it.
     ///
@@ -72,6 +73,8 @@ impl Grounder {
         let prompt = session.prompt(self.lmm(), turns)?;
         let first = prompt.len();
         let capture = self.read_caption(session, prompt, &mut caption)?;
+        // Of a text that is too long for the model only the beginning was read.
+        let tokens = chosen("token", &choice.tokens, caption.token_ids.len())?;
         let positions: Vec<usize> = tokens.iter().map(|token| first + token).collect();
         let heads_used = heads.iter().map(|&head| head as u32).collect::<Vec<_>>();
         let layout = &session.input(image)?.layout;
@@ -82,7 +85,7 @@ impl Grounder {
             let rows = if choice.mean { rows.mean_keepdim(0)? } else { rows };
             (0..positions.len()).map(|token| Ok(rows.narrow(1, token, 1)?)).collect()
         })?;
-        let [n, p, l, h, r, c] = sizes;
+        let (n, [_, p, l, h, r, c]) = (tokens.len(), sizes);
         let maps = match layout.stacking {
             Stacking::PlanesOutermost => maps.reshape((n, p, l, h, r * c))?,
             Stacking::PlanesWithinLayers => {

@@ -62,9 +62,11 @@ impl Grounder {
             PhraseChoice::Keywords | PhraseChoice::NounPhrases => Some(noun_phrases(text)),
             PhraseChoice::Given(phrases) => Some(find_phrases(text, phrases)?),
         };
-        let mut caption = match &ranges {
-            Some(ranges) if !spans::overlapping(ranges) => Caption::from_ranges(tokenizer, text, ranges)?,
-            _ => Caption::from_segments(tokenizer, [(text, None)])?,
+        // Phrases that share characters cannot be encoded one by one.
+        let apart = ranges.filter(|ranges| !spans::overlapping(ranges));
+        let mut caption = match &apart {
+            Some(ranges) => Caption::from_ranges(tokenizer, text, ranges)?,
+            None => Caption::from_segments(tokenizer, [(text, None)])?,
         };
         let clock = Instant::now();
         let prompt = session.prompt(self.lmm(), &[Turn::user(GROUNDING_INSTRUCTION)])?;
@@ -79,8 +81,8 @@ impl Grounder {
             phrases: Vec::new(),
             timings,
         };
-        let spans = match &ranges {
-            Some(ranges) if !spans::overlapping(ranges) => {
+        let spans = match &apart {
+            Some(ranges) => {
                 let phrases = caption.phrases()?;
                 let spans = ranges.iter().zip(&phrases).map(|(chars, tokens)| Span {
                     chars: chars.clone(),
@@ -88,7 +90,7 @@ impl Grounder {
                 });
                 spans.collect()
             }
-            _ => {
+            None => {
                 let (text, offsets) = token_offsets(tokenizer, &caption.token_ids);
                 result.answer = text;
                 spans::select(choice, &result.answer, &offsets, probs.as_deref(), options.keyword_threshold)?

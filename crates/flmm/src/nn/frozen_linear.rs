@@ -1,11 +1,11 @@
 //! Products with frozen weights on the processor, by `flmm_kernels`: bf16 without widening the weights, and
 //! weights of eight bits.
 
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use flmm_kernels::{Int8Weight, Sizes, linear_bf16};
 use half::bf16;
 
-use super::host::{Elements, elements_as, frozen_bf16};
+use super::host::{Elements, frozen_bf16};
 
 /// `x [rows, in] · weightᵀ + bias` in one step, where there is one: bf16 on the CPU, without a gradient.
 ///
@@ -14,17 +14,27 @@ pub(crate) fn frozen_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) 
     if !frozen_bf16(&[x, weight, bias.unwrap_or(weight)]) {
         return Ok(None);
     }
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-    let op = FrozenLinear { biased: bias.is_some() };
-    let bias = match bias {
-        Some(bias) => bias.contiguous()?,
-        None => weight.clone(),
-    };
-    Ok(Some(x.apply_op3_no_bwd(&weight, &bias, &op)?))
+    let ((rows, inputs), (outputs, expected)) = (x.dims2()?, weight.dims2()?);
+    if inputs != expected || bias.is_some_and(|bias| bias.dims() != [outputs]) {
+        let bias = bias.map(Tensor::dims);
+        bail!("a product of [{rows}, {inputs}] and [{outputs}, {expected}] with a bias {bias:?}");
+    }
+    let (flat, matrix) = (x.contiguous()?, weight.contiguous()?);
+    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let (numbers, weights, bias) =
+        (Elements::of(&flat), Elements::of(&matrix), bias.as_ref().map(Elements::of));
+    let bias = bias.as_ref().map(|bias| bias.get_as()).transpose()?;
+    let mut y = vec![bf16::ZERO; rows * outputs];
+    linear_bf16(numbers.get_as()?, weights.get_as()?, bias, Sizes { rows, inputs, outputs }, &mut y);
+    Tensor::from_vec(y, (rows, outputs), x.device()).map(Some)
 }
 
-/// As [`frozen_linear`], with a weight of eight bits; `x` may have any floating type, in which the result is given.
+/// As [`frozen_linear`], with a weight of eight bits; `x` may have any floating type, in which the result is given, but
+/// no gradient: there is none to give it.
 pub(crate) fn int8_linear(x: &Tensor, weight: &Int8Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+    if x.track_op() || bias.is_some_and(Tensor::track_op) {
+        bail!("a product with an eight-bit weight has no gradient");
+    }
     let rows = x.dim(0)?;
     let bias = bias.map(|bias| bias.to_dtype(DType::BF16)).transpose()?;
     let narrow = x.to_dtype(DType::BF16)?.contiguous()?;
@@ -36,37 +46,4 @@ pub(crate) fn int8_linear(x: &Tensor, weight: &Int8Weight, bias: Option<&Tensor>
     let mut y = vec![bf16::ZERO; rows * weight.outputs()];
     weight.multiply(numbers.get_as()?, bias, &mut y);
     Tensor::from_vec(y, (rows, weight.outputs()), x.device())?.to_dtype(x.dtype())
-}
-
-struct FrozenLinear {
-    /// Without a bias the third tensor is not looked at.
-    biased: bool,
-}
-
-impl CustomOp3 for FrozenLinear {
-    fn name(&self) -> &'static str {
-        "frozen-linear"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let ((rows, inputs), (outputs, expected)) =
-            (x_layout.shape().dims2()?, weight_layout.shape().dims2()?);
-        if inputs != expected || self.biased && bias_layout.dims() != [outputs] {
-            let bias = if self.biased { bias_layout.dims() } else { &[outputs] };
-            bail!("a product of [{rows}, {inputs}] and [{outputs}, {expected}] with a bias {bias:?}");
-        }
-        let bias = if self.biased { Some(elements_as(bias, bias_layout)?) } else { None };
-        let mut y = vec![bf16::ZERO; rows * outputs];
-        let sizes = Sizes { rows, inputs, outputs };
-        linear_bf16(elements_as(x, x_layout)?, elements_as(weight, weight_layout)?, bias, sizes, &mut y);
-        Ok((CpuStorage::BF16(y), Shape::from((rows, outputs))))
-    }
 }

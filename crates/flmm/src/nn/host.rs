@@ -19,7 +19,7 @@ pub fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32
 }
 
 /// The elements of a contiguous storage of type `T`, in order.
-pub fn elements_as<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+fn elements_as<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     let Some((start, end)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
     Ok(&storage.as_slice::<T>()?[start..end])
 }

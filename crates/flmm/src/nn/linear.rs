@@ -127,6 +127,8 @@ mod tests {
             let relative = ((y - &expected)?.sqr()?.sum_all()? / expected.sqr()?.sum_all()?)?;
             assert!(relative.to_scalar::<f32>()?.sqrt() < 0.02);
         }
+        let learning = Var::from_tensor(&bf16_ramp(&[2, 300], 0.7)?)?;
+        assert!(int8.forward(learning.as_tensor()).is_err(), "its gradient would be lost");
         params.finish("")?;
         // What is missing or has another type stays as it is, and is reported as ever.
         let missing = Linear::load(7, 5, false, &params.pp("other").in_format(WeightFormat::Int8))?;

@@ -35,7 +35,8 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         let op = FusedLayerNorm { eps: eps as f32 };
         return Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?);
     }
-    if frozen_bf16(&[x, weight, bias]) {
+    let fits = x.dims().ends_with(weight.dims()) && bias.dims() == weight.dims();
+    if fits && frozen_bf16(&[x, weight, bias]) {
         let (weight, bias) = (Elements::of(weight), Elements::of(bias));
         return Ok(with_bf16(x, |x, y| {
             layer_norm_bf16(x, weight.get_as()?, bias.get_as()?, eps as f32, y);
@@ -58,7 +59,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if fusable(&[x, weight]) {
         return Ok(x.contiguous()?.apply_op2(&weight.contiguous()?, FusedRmsNorm { eps: eps as f32 })?);
     }
-    if frozen_bf16(&[x, weight]) {
+    if frozen_bf16(&[x, weight]) && x.dims().ends_with(weight.dims()) {
         let weight = Elements::of(weight);
         return Ok(with_bf16(x, |x, y| {
             rms_norm_bf16(x, weight.get_as()?, eps as f32, y);

@@ -303,7 +303,8 @@ impl Attention {
 
     /// The same without a matrix of scores, where there is a kernel for it: `[squares, side², D]`.
     fn fused(&self, q: &Tensor, k: &Tensor, v: &Tensor, squares: usize) -> Result<Option<Tensor>> {
-        if !q.device().is_cpu() || [q, k, v].iter().any(|t| t.track_op()) {
+        let operands = [q, k, v, &self.rel_pos_h, &self.rel_pos_w];
+        if !q.device().is_cpu() || operands.iter().any(|t| t.track_op()) {
             return Ok(None);
         }
         let (groups, tokens, dim) = q.dims3()?;

@@ -48,7 +48,7 @@ impl Rope {
 impl Rotation {
     /// `x [heads, T, head_dim]` → same shape.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        if frozen_bf16(&[x, &self.cos]) {
+        if frozen_bf16(&[x, &self.cos]) && x.dims().ends_with(self.cos.dims()) {
             let half = x.dim(D::Minus1)? / 2;
             let [cos, sin] = [&self.cos, &self.sin].map(|table| table.narrow(1, 0, half)?.contiguous());
             let (cos, sin) = (cos?, sin?);
