@@ -1,0 +1,1 @@
+//! Empty: its manifest makes every cargo command of the workspace resolve the same features.
