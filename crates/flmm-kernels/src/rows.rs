@@ -75,6 +75,33 @@ pub fn map_f32(x: &[f32], y: &mut [f32], f: impl Fn(f32) -> f32 + Sync) {
     in_tasks(x, y, 1, |x, y| Map { x, y, f: &f });
 }
 
+/// `f(x, g)` of every pair of numbers.
+///
+/// # Panics
+/// If the slices differ in length.
+pub fn zip_map_f32(x: &[f32], g: &[f32], y: &mut [f32], f: impl Fn(f32, f32) -> f32 + Sync) {
+    assert!(x.len() == g.len() && x.len() == y.len(), "operands and result differ in length");
+    let tasks = y.par_chunks_mut(TASK).zip(x.par_chunks(TASK).zip(g.par_chunks(TASK)));
+    tasks.for_each(|(y, (x, g))| Arch::new().dispatch(ZipMap { x, g, y, f: &f }));
+}
+
+struct ZipMap<'a, F> {
+    x: &'a [f32],
+    g: &'a [f32],
+    y: &'a mut [f32],
+    f: &'a F,
+}
+
+impl<F: Fn(f32, f32) -> f32> WithSimd for ZipMap<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let pairs = self.x.iter().zip(self.g);
+        self.y.iter_mut().zip(pairs).for_each(|(y, (x, g))| *y = (self.f)(*x, *g));
+    }
+}
+
 struct Map<'a, T, F> {
     x: &'a [T],
     y: &'a mut [T],
@@ -219,5 +246,19 @@ impl WithSimd for Rotate<'_> {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_are_mapped_one_by_one_across_tasks() {
+        let x: Vec<f32> = (0..TASK + 77).map(|i| i as f32).collect();
+        let g: Vec<f32> = x.iter().map(|x| 1.0 - x).collect();
+        let mut y = vec![0f32; x.len()];
+        zip_map_f32(&x, &g, &mut y, |x, g| 2.0 * x + g);
+        assert!(y.iter().enumerate().all(|(i, &y)| y == i as f32 + 1.0));
     }
 }

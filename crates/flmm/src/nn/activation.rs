@@ -7,7 +7,7 @@ use std::f32::consts::{FRAC_1_SQRT_2, LOG2_E};
 use std::marker::PhantomData;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result as CandleResult, Shape, Tensor};
-use flmm_kernels::{map_bf16, map_f32};
+use flmm_kernels::{map_bf16, map_f32, zip_map_f32};
 
 use super::host::{Elements, elements, frozen_bf16, fusable, with_bf16};
 use crate::error::Result;
@@ -90,8 +90,8 @@ impl<F: Function> CustomOp1 for Map<F> {
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> CandleResult<Option<Tensor>> {
         let grad = grad.contiguous()?;
         let (x_elements, grad_elements) = (Elements::of(x), Elements::of(&grad));
-        let pairs = x_elements.get()?.iter().zip(grad_elements.get()?);
-        let dx: Vec<f32> = pairs.map(|(&x, &g)| g * F::slope(x)).collect();
+        let mut dx = vec![0f32; x.elem_count()];
+        zip_map_f32(x_elements.get()?, grad_elements.get()?, &mut dx, |x, g| g * F::slope(x));
         Ok(Some(Tensor::from_vec(dx, x.dims(), x.device())?))
     }
 }
@@ -99,9 +99,11 @@ impl<F: Function> CustomOp1 for Map<F> {
 struct Relu;
 impl Function for Relu {
     const NAME: &'static str = "relu";
+    #[inline(always)]
     fn value(x: f32) -> f32 {
         x.max(0.0)
     }
+    #[inline(always)]
     fn slope(x: f32) -> f32 {
         if x > 0.0 { 1.0 } else { 0.0 }
     }
@@ -110,9 +112,11 @@ impl Function for Relu {
 struct Sigmoid;
 impl Function for Sigmoid {
     const NAME: &'static str = "sigmoid";
+    #[inline(always)]
     fn value(x: f32) -> f32 {
         1.0 / (1.0 + exp(-x))
     }
+    #[inline(always)]
     fn slope(x: f32) -> f32 {
         let s = Self::value(x);
         s * (1.0 - s)
@@ -122,9 +126,11 @@ impl Function for Sigmoid {
 struct Silu;
 impl Function for Silu {
     const NAME: &'static str = "silu";
+    #[inline(always)]
     fn value(x: f32) -> f32 {
         x * Sigmoid::value(x)
     }
+    #[inline(always)]
     fn slope(x: f32) -> f32 {
         let s = Sigmoid::value(x);
         s * (1.0 + x * (1.0 - s))
@@ -134,9 +140,11 @@ impl Function for Silu {
 struct QuickGelu;
 impl Function for QuickGelu {
     const NAME: &'static str = "quick_gelu";
+    #[inline(always)]
     fn value(x: f32) -> f32 {
         x * Sigmoid::value(1.702 * x)
     }
+    #[inline(always)]
     fn slope(x: f32) -> f32 {
         let s = Sigmoid::value(1.702 * x);
         s * (1.0 + 1.702 * x * (1.0 - s))
@@ -146,9 +154,11 @@ impl Function for QuickGelu {
 struct Gelu;
 impl Function for Gelu {
     const NAME: &'static str = "gelu";
+    #[inline(always)]
     fn value(x: f32) -> f32 {
         0.5 * x * (1.0 + erf(x * FRAC_1_SQRT_2))
     }
+    #[inline(always)]
     fn slope(x: f32) -> f32 {
         const INV_SQRT_TAU: f32 = 0.398_942_3;
         0.5 * (1.0 + erf(x * FRAC_1_SQRT_2)) + x * INV_SQRT_TAU * exp(-0.5 * x * x)
@@ -161,15 +171,18 @@ impl GeluTanh {
     const CUBIC: f32 = 0.044_715;
 
     /// `½ (1 + tanh(√(2/π) (x + 0.044715 x³)))` is the logistic function of twice that argument.
+    #[inline(always)]
     fn gate(x: f32) -> f32 {
         Sigmoid::value(2.0 * Self::SCALE * x * (1.0 + Self::CUBIC * x * x))
     }
 }
 impl Function for GeluTanh {
     const NAME: &'static str = "gelu_tanh";
+    #[inline(always)]
     fn value(x: f32) -> f32 {
         x * Self::gate(x)
     }
+    #[inline(always)]
     fn slope(x: f32) -> f32 {
         let gate = Self::gate(x);
         gate + x * gate * (1.0 - gate) * 2.0 * Self::SCALE * (1.0 + 3.0 * Self::CUBIC * x * x)

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
+use super::affine::affine;
 use super::frozen_linear::{frozen_linear, int8_linear};
 use crate::error::Result;
 use crate::weights::{Matrix, Params};
@@ -45,10 +46,15 @@ impl Linear {
             Matrix::AsLoaded(weight) => weight.dims2()?,
             Matrix::Int8(weight) => (weight.outputs(), weight.inputs()),
         };
+        let bias = self.bias.as_ref();
+        if let Matrix::AsLoaded(weight) = &self.weight
+            && let Some(y) = affine(x, weight, bias)?
+        {
+            return Ok(y);
+        }
         let mut dims = x.dims().to_vec();
         let rows = x.elem_count() / inputs;
         let x = x.reshape((rows, inputs))?;
-        let bias = self.bias.as_ref();
         let y = match &self.weight {
             Matrix::Int8(weight) => int8_linear(&x, weight, bias)?,
             Matrix::AsLoaded(weight) => match frozen_linear(&x, weight, bias)? {

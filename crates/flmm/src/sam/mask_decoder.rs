@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use super::config::SamConfig;
 use crate::error::Result;
-use crate::nn::{LayerNorm, Linear, gelu, relu, softmax_last_dim};
+use crate::nn::{LayerNorm, Linear, add_constant, attention, gelu, relu};
 use crate::weights::Params;
 
 const EPS: f64 = 1e-5;
@@ -101,7 +101,7 @@ impl MaskDecoder {
             (tokens, image) = layer.forward(&tokens, &token_pe, &image, image_pe)?;
             after_layers.push(tokens.clone());
         }
-        let keys = image.broadcast_add(image_pe)?;
+        let keys = add_constant(&image, image_pe)?;
         let attended = self.final_attn.forward(&(&tokens + &token_pe)?, &keys, &image)?;
         let tokens = self.norm_final.forward(&(tokens + attended)?)?;
         Ok(Transformed { after_layers, tokens, image })
@@ -114,8 +114,9 @@ impl MaskDecoder {
         // A transposed convolution whose stride is its size maps each pixel to its own block: one product per
         // convolution, and the blocks are put in place only once, at the end.
         let spread = |x: Tensor, (weight, bias): &(Tensor, Tensor), inputs: usize, outputs: usize| {
-            let weight = weight.permute((0, 2, 3, 1))?.contiguous()?.reshape((inputs, 4 * outputs))?;
-            Ok::<_, crate::Error>(x.matmul(&weight)?.reshape(((), outputs))?.broadcast_add(bias)?)
+            let weight = weight.permute((2, 3, 1, 0))?.contiguous()?.reshape((4 * outputs, inputs))?;
+            let bias = Tensor::cat(&[bias; 4], 0)?;
+            Ok::<_, crate::Error>(Linear::new(weight, Some(bias)).forward(&x)?.reshape(((), outputs))?)
         };
         let up = &self.upscaling;
         let x = transformed.image.reshape((n * grid * grid, width))?;
@@ -185,7 +186,7 @@ impl TwoWayLayer {
             (tokens + self.self_attn.forward(&q, &q, tokens)?)?
         };
         let tokens = norm1.forward(&tokens)?;
-        let placed_image = image.broadcast_add(image_pe)?;
+        let placed_image = add_constant(image, image_pe)?;
         let attended = self.token_to_image.forward(&(&tokens + token_pe)?, &placed_image, image)?;
         let tokens = norm2.forward(&(tokens + attended)?)?;
         let hidden = relu(&self.lin1.forward(&tokens)?)?;
@@ -204,7 +205,6 @@ struct Attention {
     v_proj: Linear,
     out_proj: Linear,
     heads: usize,
-    inner: usize,
 }
 
 impl Attention {
@@ -215,22 +215,13 @@ impl Attention {
             v_proj: Linear::load(width, inner, true, &params.pp("v_proj"))?,
             out_proj: Linear::load(inner, width, true, &params.pp("out_proj"))?,
             heads,
-            inner,
         })
     }
 
     /// `q [N, Q, C]`, `k` and `v [N, K, C]` → `[N, Q, C]`.
     fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (n, rows, _) = q.dims3()?;
-        let dim = self.inner / self.heads;
-        let split = |projection: &Linear, x: &Tensor| {
-            let x = projection.forward(x)?.reshape((n, x.dim(1)?, self.heads, dim))?;
-            Ok::<_, crate::Error>(x.transpose(1, 2)?.contiguous()?)
-        };
-        let (q, k, v) = (split(&self.q_proj, q)?, split(&self.k_proj, k)?, split(&self.v_proj, v)?);
-        let scores = (q.matmul(&k.transpose(2, 3)?)? / (dim as f64).sqrt())?;
-        let y = softmax_last_dim(&scores)?.matmul(&v)?;
-        self.out_proj.forward(&y.transpose(1, 2)?.contiguous()?.reshape((n, rows, self.inner))?)
+        let (q, k, v) = (self.q_proj.forward(q)?, self.k_proj.forward(k)?, self.v_proj.forward(v)?);
+        self.out_proj.forward(&attention(&q, &k, &v, self.heads)?)
     }
 }
 
