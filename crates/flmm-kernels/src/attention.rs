@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::element::{Float, Units};
 use crate::few::{FEW, Few};
-use crate::kernel::{Kernel, OUTPUTS, Weights};
+use crate::kernel::{Kernel, Weights};
 use crate::line::{LANES, Line};
 use crate::product::{Columns, Finish, Pack};
 use crate::softmax::{Decode, Softmax};
@@ -133,7 +133,7 @@ struct Job<'a, T, K> {
 
 /// Keys and values of one head in units.
 struct PackedHead {
-    /// `[keys, units of a head]`, keys filled up to a multiple of [`OUTPUTS`].
+    /// `[keys, units of a head]`, keys filled up to a multiple of [`Kernel::outputs`].
     keys: Vec<u32>,
     /// `[head_dim, units of all keys]`, filled up likewise.
     values: Vec<u32>,
@@ -150,7 +150,7 @@ impl<T: Float, K: Kernel + Few<T>> Job<'_, T, K> {
             lse.par_chunks_mut(lines * LANES).enumerate().map(move |(block, lse)| (head, block, lse))
         });
         tasks.for_each_init(
-            || Block::new(lines, keys, head_dim.div_ceil(U::PER_UNIT), head_dim),
+            || Block::new(self.kernel.outputs(), lines, keys, head_dim.div_ceil(U::PER_UNIT), head_dim),
             |scratch, (head, block, lse)| {
                 let group = head / heads * kv_heads + head % heads * kv_heads / heads;
                 let first = block * lines * LANES;
@@ -172,9 +172,10 @@ impl<T: Float, K: Kernel + Few<T>> Job<'_, T, K> {
     fn pack<U: Units<T>>(&self, head: usize) -> PackedHead {
         let AttentionSizes { keys, head_dim, .. } = self.sizes;
         let (units, key_units) = (head_dim.div_ceil(U::PER_UNIT), keys.div_ceil(U::PER_UNIT));
+        let outputs = self.kernel.outputs();
         let mut packed = PackedHead {
-            keys: vec![0; keys.next_multiple_of(OUTPUTS) * units],
-            values: vec![0; head_dim.next_multiple_of(OUTPUTS) * key_units],
+            keys: vec![0; keys.next_multiple_of(outputs) * units],
+            values: vec![0; head_dim.next_multiple_of(outputs) * key_units],
         };
         let k = self.k.head(head, keys * head_dim).chunks_exact(head_dim);
         packed.keys.chunks_exact_mut(units).zip(k).for_each(|(units, k)| U::write(k, units));
@@ -226,12 +227,12 @@ struct Block {
 }
 
 impl Block {
-    fn new(lines: usize, keys: usize, units: usize, head_dim: usize) -> Self {
+    fn new(outputs: usize, lines: usize, keys: usize, units: usize, head_dim: usize) -> Self {
         Self {
             queries: vec![Line::ZERO; units * lines],
             // One more for the other half of a last unit.
-            scores: vec![Line::ZERO; (keys.next_multiple_of(OUTPUTS) + 1) * lines],
-            mixed: vec![Line::ZERO; (head_dim.next_multiple_of(LANES) + OUTPUTS) * lines],
+            scores: vec![Line::ZERO; (keys.next_multiple_of(outputs) + 1) * lines],
+            mixed: vec![Line::ZERO; (head_dim.next_multiple_of(LANES) + outputs) * lines],
         }
     }
 
@@ -263,10 +264,12 @@ impl Block {
             Scores::Causal => keys - rows + first + lse.len(),
             Scores::Relative { .. } => keys,
         };
-        for key in (0..seen).step_by(OUTPUTS) {
-            let weights = Weights { units: &packed.keys[key * units..], stride: units, depth: units };
-            job.kernel.tile(queries, lines, weights, &mut self.scores[key * lines..], lines, false);
-        }
+        job.kernel.within(|| {
+            for key in (0..seen).step_by(job.kernel.outputs()) {
+                let weights = Weights { units: &packed.keys[key * units..], stride: units, depth: units };
+                job.kernel.tile(queries, lines, weights, &mut self.scores[key * lines..], lines, false);
+            }
+        });
         arch.dispatch(Softmax::<T, U> {
             scores: &mut self.scores,
             lines,
@@ -277,10 +280,19 @@ impl Block {
             how: PhantomData,
         });
         let (depth, stride) = (seen.div_ceil(U::PER_UNIT), keys.div_ceil(U::PER_UNIT));
-        for column in (0..head_dim).step_by(OUTPUTS) {
-            let weights = Weights { units: &packed.values[column * stride..], stride, depth };
-            job.kernel.tile(&self.scores, lines, weights, &mut self.mixed[column * lines..], lines, false);
-        }
+        job.kernel.within(|| {
+            for column in (0..head_dim).step_by(job.kernel.outputs()) {
+                let weights = Weights { units: &packed.values[column * stride..], stride, depth };
+                job.kernel.tile(
+                    &self.scores,
+                    lines,
+                    weights,
+                    &mut self.mixed[column * lines..],
+                    lines,
+                    false,
+                );
+            }
+        });
     }
 }
 

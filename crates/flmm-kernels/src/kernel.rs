@@ -4,7 +4,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use crate::line::{LANES, Line};
 
-/// Weights (outputs) of a register block.
+/// Weights (outputs) of a register block of vectors.
 pub(crate) const OUTPUTS: usize = 6;
 
 /// Weights of a register block: output `n` has its units at `units[n · stride..][..depth]`.
@@ -15,14 +15,41 @@ pub(crate) struct Weights<'a> {
     pub(crate) depth: usize,
 }
 
+/// The parts of a product that a thread works on at one time.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Blocking {
+    /// As [`Kernel::panel`].
+    pub(crate) panel: usize,
+    /// Most rows: a thousand bytes of each have to fit the second-level cache, and the sums.
+    pub(crate) rows: usize,
+    /// Most outputs; a multiple of [`Kernel::outputs`] and of [`LANES`].
+    pub(crate) outputs: usize,
+}
+
 /// Computes a register block of a product.
 pub(crate) trait Kernel: Copy + Send + Sync {
-    /// Lines of rows in a register block: it has this many times sixteen rows, and [`OUTPUTS`] outputs.
+    /// Lines of rows in a register block: it has this many times sixteen rows.
     fn panel(self) -> usize;
+
+    /// Weights (outputs) of a register block.
+    fn outputs(self) -> usize {
+        OUTPUTS
+    }
+
+    /// How a large product is cut for the second-level cache.
+    fn blocking(self) -> Blocking {
+        Blocking { panel: self.panel(), rows: 512, outputs: 96 }
+    }
+
+    /// Runs `work`, in which alone [`Kernel::tile`] may be called.
+    fn within<R>(self, work: impl FnOnce() -> R) -> R {
+        work()
+    }
 
     /// `c[n][row] (+)= Σ_k a[k][row] · b[n][k]` over `depth` units.
     ///
-    /// `a [depth, lines]` holds rows side by side; `lines` is at most [`Kernel::panel`]. Output `n` has its sums, in f32,
+    /// `a [depth, lines]` holds rows side by side; `lines` is at most [`Kernel::panel`]. There are [`Kernel::outputs`]
+    /// outputs. Output `n` has its sums, in f32,
     /// at `c[n · stride..][..lines]`, to which they are added if `add`.
     fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool);
 }

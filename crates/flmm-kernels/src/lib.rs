@@ -3,12 +3,14 @@
 //! A frozen model's time is spent in `y = x·weightᵀ + bias`. Weights stay as the checkpoint stores them, `[outputs,
 //! inputs]`, so that they may lie in a mapped file and exist once. Many rows (reading a prompt, a picture) are blocked
 //! for the caches and computed at the speed of the arithmetic units; few rows (writing an answer) at the speed at which
-//! memory is read. Instructions are chosen when the program runs: AVX512-BF16 for bf16, else f32 arithmetic on whatever
-//! vector unit there is.
+//! memory is read. Instructions are chosen when the program runs: AMX tiles or AVX512-BF16 for bf16, else f32 arithmetic on
+//! whatever vector unit there is.
 //!
 //! Every result is a sum in f32, in an order that depends on the sizes alone and not on the number of threads, rounded
 //! once.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -44,6 +46,10 @@ use kernel::{Kernel, Wide};
 /// # Panics
 /// If a slice is not as long as `sizes` says.
 pub fn linear_bf16(x: &[bf16], weight: &[bf16], bias: Option<&[bf16]>, sizes: Sizes, y: &mut [bf16]) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(amx) = amx::Amx::detect() {
+        return linear::<_, Pairs, _>(amx, x, weight, bias, sizes, y);
+    }
     #[cfg(target_arch = "x86_64")]
     if let Some(native) = avx512::Avx512Bf16::detect() {
         return linear::<_, Pairs, _>(native, x, weight, bias, sizes, y);
@@ -88,6 +94,10 @@ pub fn attention_bf16(
     y: &mut [bf16],
     lse: &mut [f32],
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(amx) = amx::Amx::detect() {
+        return attention::attention::<_, Pairs, _>(amx, q, kv, sizes, scores, y, lse);
+    }
     #[cfg(target_arch = "x86_64")]
     if let Some(native) = avx512::Avx512Bf16::detect() {
         return attention::attention::<_, Pairs, _>(native, q, kv, sizes, scores, y, lse);

@@ -11,15 +11,11 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::element::{Float, Units};
-use crate::kernel::{Kernel, OUTPUTS, Weights};
+use crate::kernel::{Blocking, Kernel, Weights};
 use crate::line::{LANES, Line, prefetch, transpose};
 
 /// Units of a packed block along the inner dimension: the block of rows has to fit the second-level cache.
 const DEPTH: usize = 256;
-/// Most rows that are worked on together.
-const ROWS: usize = 512;
-/// Outputs that are worked on together; a multiple of [`OUTPUTS`] and [`LANES`].
-const CHUNK: usize = 96;
 
 /// Sizes of `x [rows, inputs]` times `weight [outputs, inputs]`, transposed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,10 +130,10 @@ pub(crate) fn product<T, U, K>(
 {
     let Sizes { rows, inputs, .. } = sizes;
     let packed = Packed::new::<T, U>(x, rows, inputs, kernel.panel(), Arch::new());
-    let scratch = || (vec![0u32; OUTPUTS * DEPTH], Vec::new());
-    in_blocks(sizes, kernel.panel(), bias, y, scratch, |(units, space), sums, block| {
+    let scratch = || (vec![0u32; kernel.outputs() * DEPTH], Vec::new());
+    in_blocks(sizes, kernel.blocking(), bias, y, scratch, |(units, space), sums, block| {
         let weight = weight.rows(block.outputs, inputs, space);
-        multiply::<T, U, K>(kernel, &packed, block.lines, weight, inputs, units, sums);
+        kernel.within(|| multiply::<T, U, K>(kernel, &packed, block.lines, weight, inputs, units, sums));
     });
 }
 
@@ -148,31 +144,32 @@ pub(crate) struct Block {
     pub(crate) outputs: Range<usize>,
 }
 
-/// Computes `y` in blocks: `sums` fills `[outputs, lines]` of a block in f32; then `bias` is added, and the sums are
+/// Computes `y` in blocks, whole panels of lines each: `sums` fills `[outputs, lines]` of a block in f32; then `bias` is added, and the sums are
 /// rounded.
 pub(crate) fn in_blocks<O: Float, S>(
     sizes: Sizes,
-    panel: usize,
+    blocking: Blocking,
     bias: Option<&[O]>,
     y: &mut [O],
     scratch: impl Fn() -> S + Sync + Send,
     sums: impl Fn(&mut S, &mut [Line], Block) + Sync + Send,
 ) {
     let Sizes { rows, outputs, .. } = sizes;
+    let Blocking { panel, rows: most, outputs: chunk } = blocking;
     let y = Columns::new(y, outputs);
     let width = rows.div_ceil(LANES);
     // Blocks of rows of equal size, whole panels each.
     let panels = width.div_ceil(panel);
-    let count = panels.div_ceil((ROWS / LANES / panel).max(1));
+    let count = panels.div_ceil((most / LANES / panel).max(1));
     let height = panels.div_ceil(count) * panel;
     let tasks: Vec<(usize, usize)> = (0..outputs)
-        .step_by(CHUNK)
+        .step_by(chunk)
         .flat_map(|first| (0..width).step_by(height).map(move |line| (first, line)))
         .collect();
     tasks.into_par_iter().for_each_init(
-        || (vec![Line::ZERO; CHUNK * height], scratch()),
+        || (vec![Line::ZERO; chunk * height], scratch()),
         |(space, scratch), (first, line)| {
-            let (columns, lines) = (first..outputs.min(first + CHUNK), line..width.min(line + height));
+            let (columns, lines) = (first..outputs.min(first + chunk), line..width.min(line + height));
             sums(scratch, space, Block { lines: lines.clone(), outputs: columns.clone() });
             Arch::new().dispatch(Finish {
                 sums: space,
@@ -197,7 +194,8 @@ fn multiply<T: Copy + Send + Sync, U: Units<T>, K: Kernel>(
     sums: &mut [Line],
 ) {
     let (outputs, height) = (weight.len() / inputs, lines.len());
-    let firsts = || (0..outputs).step_by(OUTPUTS);
+    let step = kernel.outputs();
+    let firsts = || (0..outputs).step_by(step);
     let blocks = (0..packed.units).step_by(DEPTH).flat_map(|from| firsts().map(move |first| (from, first)));
     // Row `n` of the weights of a block.
     let row = |(from, first): (usize, usize), n: usize| {
@@ -207,12 +205,12 @@ fn multiply<T: Copy + Send + Sync, U: Units<T>, K: Kernel>(
     let mut blocks = blocks.peekable();
     while let Some((from, first)) = blocks.next() {
         let depth = DEPTH.min(packed.units - from);
-        for (n, units) in space[..OUTPUTS * depth].chunks_exact_mut(depth).enumerate() {
+        for (n, units) in space[..step * depth].chunks_exact_mut(depth).enumerate() {
             U::write(row((from, first), n), units);
         }
         // The rows of the next block lie far apart, so that the processor would not fetch them ahead by itself.
-        let mut ahead = 0..OUTPUTS;
-        let share = OUTPUTS.div_ceil(height.div_ceil(packed.panel));
+        let mut ahead = 0..step;
+        let share = step.div_ceil(height.div_ceil(packed.panel));
         for at in (0..height).step_by(packed.panel) {
             if let Some(&next) = blocks.peek() {
                 ahead.by_ref().take(share).for_each(|n| prefetch(row(next, n)));

@@ -140,6 +140,10 @@ fn all_attentions(sizes: AttentionSizes, columns: Option<usize>) -> Result<(), T
     if let Some(native) = crate::avx512::Avx512Bf16::detect() {
         check_attention::<bf16, Pairs>(native, sizes, columns, 1.0 / 256.0)?;
     }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(amx) = crate::amx::Amx::detect() {
+        check_attention::<bf16, Pairs>(amx, sizes, columns, 1.0 / 256.0)?;
+    }
     Ok(())
 }
 
@@ -192,6 +196,10 @@ fn all_kernels(sizes: Sizes, biased: bool) -> Result<(), TestCaseError> {
     #[cfg(target_arch = "x86_64")]
     if let Some(native) = crate::avx512::Avx512Bf16::detect() {
         both::<bf16, Pairs>(native, sizes, biased, 1.0 / 256.0)?;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(amx) = crate::amx::Amx::detect() {
+        both::<bf16, Pairs>(amx, sizes, biased, 1.0 / 256.0)?;
     }
     Ok(())
 }
