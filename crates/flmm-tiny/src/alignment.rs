@@ -80,9 +80,9 @@ mod tests {
         let packed = Packed {
             prefix: vec![1, 2],
             phrases: vec![
-                Phrase { rows: 6..8, segments: vec![SegmentRef::Object(0)] },
+                Phrase { rows: 6..8, segments: vec![SegmentRef::Object(0)], from_image: true },
                 // Nothing of it is visible: no term.
-                Phrase { rows: 7..8, segments: vec![SegmentRef::Object(9)] },
+                Phrase { rows: 7..8, segments: vec![SegmentRef::Object(9)], from_image: true },
             ],
             ..Packed::default()
         };

@@ -11,6 +11,7 @@ use flmm::weights::Params;
 use flmm_data::world::{Scene, SegmentRef};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use serde_json::json;
 
 use crate::alignment;
 use crate::config::LmmSizes;
@@ -171,6 +172,10 @@ pub(crate) struct Report {
     pub(crate) answers: BTreeMap<Kind, (usize, usize)>,
     /// Right and all closed questions.
     pub(crate) closed: (usize, usize),
+    /// Right and all phrases of closed answers that had to be seen in the picture.
+    pub(crate) seen: (usize, usize),
+    /// Right and all phrases of closed answers that the question had said already.
+    pub(crate) copied: (usize, usize),
     /// Per head (layer-major): phrases whose strongest patch lies on the named thing.
     pub(crate) pointing: Vec<usize>,
     /// Phrases of objects.
@@ -196,6 +201,12 @@ impl Report {
                 *count = (count.0 + right, count.1 + 1);
                 if answer.closed {
                     self.closed = (self.closed.0 + right, self.closed.1 + 1);
+                    for (phrase, from_image) in sample.packed.supervised_phrases(answer) {
+                        let range = base + phrase.start..base + phrase.end;
+                        let right = usize::from(best[range.clone()] == targets[range]);
+                        let count = if from_image { &mut self.seen } else { &mut self.copied };
+                        *count = (count.0 + right, count.1 + 1);
+                    }
                 }
             }
             base += sample.packed.targets.len();
@@ -249,25 +260,46 @@ impl Report {
         (best, self.pointing.get(best).map_or(0.0, |n| *n as f64 / self.phrases.max(1) as f64))
     }
 
-    /// One line: loss, closed questions, pointing, then every kind.
+    /// Pointing accuracy, mean over all heads.
+    fn mean_pointing(&self) -> f64 {
+        self.pointing.iter().sum::<usize>() as f64 / (self.pointing.len() * self.phrases).max(1) as f64
+    }
+
+    /// A point of the learning curves: everything counted, as numbers right and asked.
+    pub(crate) fn point_of_curve(&self, step: usize, source: Source) -> serde_json::Value {
+        let count = |(right, all): (usize, usize)| json!({ "right": right, "all": all });
+        let kinds = self.answers.iter().map(|(kind, counts)| (kind.name(), count(*counts)));
+        let (head, pointing) = self.best_head();
+        json!({
+            "step": step,
+            "source": format!("{source:?}"),
+            "loss": self.loss(),
+            "closed": count(self.closed),
+            "phrases_from_image": count(self.seen),
+            "phrases_from_question": count(self.copied),
+            "best_head": head,
+            "pointing_best": pointing,
+            "pointing_mean": self.mean_pointing(),
+            "kinds": kinds.collect::<serde_json::Map<_, _>>(),
+        })
+    }
+
+    /// One line: loss, closed questions, their phrases, pointing, then every kind.
     pub(crate) fn line(&self) -> String {
         let percent = |(right, all): (usize, usize)| 100.0 * right as f64 / all.max(1) as f64;
         let (head, pointing) = self.best_head();
-        let mean =
-            self.pointing.iter().sum::<usize>() as f64 / (self.pointing.len() * self.phrases).max(1) as f64;
+        let mean = self.mean_pointing();
         let mut line = format!(
-            "loss {:.3} closed {:.1} pointing {:.1} (head {head}, mean {:.1})",
+            "loss {:.3} closed {:.1} (phrases seen {:.1}, copied {:.1}) pointing {:.1} (head {head}, mean {:.1})",
             self.loss(),
             percent(self.closed),
+            percent(self.seen),
+            percent(self.copied),
             100.0 * pointing,
             100.0 * mean
         );
         for (kind, counts) in &self.answers {
-            let name = match kind {
-                Kind::Question(kind) => format!("{kind:?}"),
-                other => format!("{other:?}"),
-            };
-            line += &format!(" {name} {:.0}/{}", percent(*counts), counts.1);
+            line += &format!(" {} {:.0}/{}", kind.name(), percent(*counts), counts.1);
         }
         line
     }

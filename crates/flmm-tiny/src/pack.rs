@@ -34,6 +34,8 @@ pub(crate) struct Phrase {
     pub(crate) rows: Range<usize>,
     /// Objects or stuff of the scene.
     pub(crate) segments: Vec<SegmentRef>,
+    /// Whether it had to be seen; otherwise the question says it already.
+    pub(crate) from_image: bool,
 }
 
 /// What kind of conversation a piece of the sequence is.
@@ -48,6 +50,14 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
+    /// The name it has in logs.
+    pub(crate) fn name(self) -> String {
+        match self {
+            Self::Question(kind) => format!("{kind:?}"),
+            other => format!("{other:?}"),
+        }
+    }
+
     /// How much a token of the answer counts in the loss. Nothing in the picture decides which of many narrations
     /// or expressions is given, so most of their loss is noise.
     pub(crate) fn weight(self) -> f32 {
@@ -87,6 +97,19 @@ pub(crate) struct Packed {
     pub(crate) phrases: Vec<Phrase>,
     /// Answers: how much they count, and for evaluation.
     pub(crate) answers: Vec<Answer>,
+}
+
+impl Packed {
+    /// The phrases of `answer` that are supervised from their first to their last token: the indices into
+    /// [`Packed::targets`] of these tokens, and whether the phrase had to be seen.
+    pub(crate) fn supervised_phrases(&self, answer: &Answer) -> Vec<(Range<usize>, bool)> {
+        let targets = &self.targets[answer.targets.clone()];
+        let index =
+            |row: usize| Some(answer.targets.start + targets.iter().position(|t| t.0 as usize == row)?);
+        // A row's target is the token behind it.
+        let of = |phrase: &Phrase| Some(index(phrase.rows.start - 1)?..index(phrase.rows.end - 2)? + 1);
+        self.phrases.iter().filter_map(|phrase| Some((of(phrase)?, phrase.from_image))).collect()
+    }
 }
 
 /// A conversation before packing: the prompt and the answer in pieces, each encoded on its own.
@@ -246,6 +269,7 @@ impl Packer {
                     phrases.push(Phrase {
                         rows: start + ids.len() + first..start + ids.len() + last + 1,
                         segments: link.segments.clone(),
+                        from_image: link.from_image,
                     });
                 }
             }
@@ -292,4 +316,23 @@ fn encode(tokenizer: &Tokenizer, text: &str) -> Result<(Vec<u32>, Vec<Range<usiz
         tokenizer.encode_char_offsets(text, false).map_err(|e| anyhow!("cannot encode {text:?}: {e}"))?;
     let offsets = encoding.get_offsets().iter().map(|(a, b)| *a..*b).collect();
     Ok((encoding.get_ids().to_vec(), offsets))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phrases_are_found_among_their_own_answers_targets() {
+        let answer = |targets| Answer { kind: Kind::Narration, closed: true, targets };
+        let phrase = |rows, from_image| Phrase { rows, segments: Vec::new(), from_image };
+        let packed = Packed {
+            targets: vec![(10, 0), (11, 0), (12, 0), (20, 0), (21, 0)],
+            // The last one's first token is not supervised.
+            phrases: vec![phrase(12..14, true), phrase(22..23, false), phrase(20..22, true)],
+            ..Packed::default()
+        };
+        assert_eq!(packed.supervised_phrases(&answer(0..3)), [(1..3, true)]);
+        assert_eq!(packed.supervised_phrases(&answer(3..5)), [(4..5, false)]);
+    }
 }

@@ -17,6 +17,7 @@ const SAVE_EVERY: Duration = Duration::from_secs(150);
 pub(crate) struct Run {
     checkpoint: PathBuf,
     log: File,
+    curves: PathBuf,
     bar: ProgressBar,
     steps: usize,
     first: usize,
@@ -38,7 +39,8 @@ impl Run {
         bar.set_position(store.step as u64);
         let log = File::options().create(true).append(true).open(folder.join("log.txt"))?;
         let now = Instant::now();
-        Ok(Self { checkpoint, log, bar, steps, first: store.step, started: now, saved: now, loss: f64::NAN })
+        let (curves, first) = (folder.join("curves.jsonl"), store.step);
+        Ok(Self { checkpoint, log, curves, bar, steps, first, started: now, saved: now, loss: f64::NAN })
     }
 
     /// Notes a finished step and writes the checkpoint when it is time.
@@ -55,6 +57,18 @@ impl Run {
             self.saved = Instant::now();
         }
         Ok(())
+    }
+
+    /// Appends a line to `curves.jsonl`. A step that is evaluated again after a resume is there again.
+    pub(crate) fn curve(&self, point: &serde_json::Value) -> Result<()> {
+        let mut file = File::options().create(true).append(true).open(&self.curves)?;
+        Ok(writeln!(file, "{point}")?)
+    }
+
+    /// Writes the checkpoint now.
+    pub(crate) fn save(&mut self, store: &Store) -> Result<()> {
+        self.saved = Instant::now();
+        store.save(&self.checkpoint)
     }
 
     /// Writes an evaluation to the log and above the bar.

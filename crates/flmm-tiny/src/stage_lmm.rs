@@ -41,9 +41,13 @@ pub(crate) struct LmmArgs {
     /// Only questions of these kinds, in the log's names: an early part of the curriculum.
     #[arg(long, value_delimiter = ',', value_parser = question_kind)]
     pub(crate) kinds: Vec<QuestionKind>,
-    /// Fail at the end unless this share of a kind is answered right, in percent: `Where=80`.
+    /// Fail unless this share of a kind is answered right, in percent: at the end (`Where=80`), or at the first
+    /// evaluation from a step on (`Where=60@250`).
     #[arg(long, value_parser = gate)]
-    pub(crate) gate: Vec<(QuestionKind, f64)>,
+    pub(crate) gate: Vec<Gate>,
+    /// End as soon as an evaluation passes all gates, before `--steps`.
+    #[arg(long, requires = "gate")]
+    pub(crate) until_gates: bool,
     /// Weight of the contrastive alignment of phrases with patches.
     #[arg(long, default_value_t = 0.3)]
     pub(crate) alignment: f64,
@@ -73,11 +77,37 @@ fn share(text: &str) -> Result<f64, String> {
     if (0.0..=1.0).contains(&share) { Ok(share) } else { Err("expected a number from 0 to 1".into()) }
 }
 
-/// `KIND=PERCENT`
-fn gate(text: &str) -> Result<(QuestionKind, f64), String> {
-    let (kind, percent) = text.split_once('=').ok_or("expected KIND=PERCENT, such as Where=80")?;
+/// What a kind of question has to reach.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Gate {
+    kind: QuestionKind,
+    /// Right answers, in percent.
+    percent: f64,
+    /// When it is checked; at the end if `None`.
+    step: Option<usize>,
+}
+
+impl Gate {
+    /// Whether the evaluation at `step` is the first at or behind the gate's own step, of `steps` in all.
+    /// It depends on nothing else, so a resumed run checks what an uninterrupted one checks.
+    fn is_due(&self, step: usize, steps: usize, every: usize) -> bool {
+        let at = self.step.unwrap_or(steps).min(steps);
+        let before = (step - 1) / every.max(1) * every;
+        before < at && at <= step
+    }
+}
+
+/// `KIND=PERCENT` or `KIND=PERCENT@STEP`
+fn gate(text: &str) -> Result<Gate, String> {
+    let (kind, rest) = text.split_once('=').ok_or("expected KIND=PERCENT, such as Where=80")?;
+    let (percent, step) = match rest.split_once('@') {
+        Some((percent, step)) => (percent, Some(step)),
+        None => (rest, None),
+    };
     let percent = percent.parse().map_err(|_| format!("`{percent}` is not a number"))?;
-    Ok((question_kind(kind)?, percent))
+    let step =
+        step.map(|s| s.parse().ok().filter(|s| *s > 0).ok_or(format!("`{s}` is not a step"))).transpose()?;
+    Ok(Gate { kind: question_kind(kind)?, percent, step })
 }
 
 /// Share of picture batches in the stage `lmm`; the rest stays on codes as an anchor.
@@ -114,8 +144,19 @@ pub(crate) fn run(
 ) -> Result<()> {
     let mut run = Run::open(folder, args.steps, store)?;
     let adam = AdamW { betas: (0.9, 0.98), weight_decay: 0.02, max_norm: 1.0 };
-    while store.step < args.steps {
+    loop {
         let step = store.step;
+        // A run that stopped here, perhaps because of a gate, does not pass it by being started again.
+        if step > 0 && (step.is_multiple_of(args.evaluate_every) || step >= args.steps) {
+            let lmm = Lmm::load(&setting.sizes, &store.params(frozen))?;
+            if judge(args, pixels, setting, world, &lmm, step, &mut run)? {
+                run.save(store)?;
+                break;
+            }
+        }
+        if step >= args.steps {
+            break;
+        }
         let source = args.source(pixels, step, rng_for(args.seed, step, 99).random());
         let lmm = Lmm::load(&setting.sizes, &store.params(frozen))?;
         let (loss, grads) = parallel::gradients(args.workers, |worker| {
@@ -130,31 +171,46 @@ pub(crate) fn run(
         let norm = store.update(&grads, &adam, |name| share(name) * lr)?;
         ensure!(store.step > step, "the gradient is not finite at step {step} (norm {norm}); lower --lr");
         run.stepped(store, loss, &format!("norm {norm:.2} {source:?}"))?;
-        if store.step.is_multiple_of(args.evaluate_every) || store.step == args.steps {
-            let lmm = Lmm::load(&setting.sizes, &store.params(frozen))?;
-            // What the decoder answers from codes bounds what it can answer from pictures: the tower loses the rest.
-            let mut sources = vec![args.source(pixels, step, 0.0)];
-            if pixels {
-                sources.push(Source::Codes { grid: setting.sizes.grid(), noise: CODE_NOISE });
-            }
-            for source in sources {
-                let report = evaluate(setting, world, &lmm, source, EVALUATION_SCENES)?;
-                run.report(store.step, &format!("{source:?} {}", report.line()))?;
-                if store.step == args.steps {
-                    check_gates(&args.gate, &report)?;
-                }
-            }
-        }
     }
     Ok(())
 }
 
+/// Evaluates and notes what it finds; fails if a gate that is due is missed. Whether training may end early.
+fn judge(
+    args: &LmmArgs,
+    pixels: bool,
+    setting: &Setting,
+    world: &WorldConfig,
+    lmm: &Lmm,
+    step: usize,
+    run: &mut Run,
+) -> Result<bool> {
+    // What the decoder answers from codes bounds what it can answer from pictures: the tower loses the rest.
+    let mut sources = vec![args.source(pixels, step - 1, 0.0)];
+    if pixels {
+        sources.push(Source::Codes { grid: setting.sizes.grid(), noise: CODE_NOISE });
+    }
+    let mut enough = args.until_gates;
+    for source in sources {
+        let report = evaluate(setting, world, lmm, source, EVALUATION_SCENES)?;
+        run.report(step, &format!("{source:?} {}", report.line()))?;
+        run.curve(&report.point_of_curve(step, source))?;
+        let due = |gate: &&Gate| gate.is_due(step, args.steps, args.evaluate_every);
+        check_gates(args.gate.iter().filter(due), &report, step)?;
+        enough &= check_gates(args.gate.iter(), &report, step).is_ok();
+    }
+    Ok(enough)
+}
+
 /// Hours are not worth spending on a model that has not learnt what they build on.
-fn check_gates(gates: &[(QuestionKind, f64)], report: &Report) -> Result<()> {
-    for (kind, wanted) in gates {
+fn check_gates<'a>(gates: impl Iterator<Item = &'a Gate>, report: &Report, step: usize) -> Result<()> {
+    for Gate { kind, percent: wanted, .. } in gates {
         let (right, all) = report.answers.get(&Kind::Question(*kind)).copied().unwrap_or_default();
         let percent = 100.0 * right as f64 / all.max(1) as f64;
-        ensure!(percent >= *wanted, "gate missed: {kind:?} {percent:.0} %, wanted {wanted} %; train longer");
+        ensure!(
+            percent >= *wanted,
+            "gate missed at step {step}: {kind:?} {percent:.0} %, wanted {wanted} %; train longer"
+        );
     }
     Ok(())
 }
@@ -216,4 +272,41 @@ pub(crate) fn evaluate(
         }
     }
     Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gate_is_due_at_one_evaluation() {
+        let steps = |gate: &str| {
+            let gate = self::gate(gate).expect(gate);
+            let evaluations = [250, 500, 750, 900];
+            evaluations.into_iter().filter(|step| gate.is_due(*step, 900, 250)).collect::<Vec<_>>()
+        };
+        assert_eq!(steps("Where=80"), [900]);
+        assert_eq!(steps("Where=80@250"), [250]);
+        assert_eq!(steps("Where=80@251"), [500]);
+        assert_eq!(steps("Where=80@800"), [900]);
+        assert_eq!(steps("Where=80@5000"), [900]);
+    }
+
+    #[test]
+    fn wrong_gates_are_refused() {
+        for text in ["Where", "Where=x", "Wher=80", "Where=80@", "Where=80@0", "Where=80@x"] {
+            assert!(gate(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_missed_gate_names_its_kind_and_step() -> Result<()> {
+        let mut report = Report::default();
+        report.answers.insert(Kind::Question(QuestionKind::Where), (7, 10));
+        let gates = ["Where=70", "Where=71"].map(|text| gate(text).expect(text));
+        check_gates(gates[..1].iter(), &report, 500)?;
+        let missed = check_gates(gates.iter(), &report, 500).expect_err("70 % is less than 71 %").to_string();
+        assert_eq!(missed, "gate missed at step 500: Where 70 %, wanted 71 %; train longer");
+        Ok(())
+    }
 }
