@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use flmm::device::DeviceChoice;
 use flmm::weights::WeightFormat;
 
 use crate::eval;
@@ -97,6 +98,24 @@ pub(crate) struct ModelArgs {
     /// Numbers of SAM's image encoder; bf16 is faster.
     #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
     pub(crate) sam_dtype: FloatType,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
+}
+
+/// Where to compute.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub(crate) struct DeviceArgs {
+    /// Where to compute: cpu, cuda or cuda:N [default: a CUDA device if this build and machine have one, else the
+    /// processor].
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceChoice>,
+}
+
+impl DeviceArgs {
+    /// The device that was chosen.
+    pub(crate) fn open(self) -> failure::Result<Device> {
+        Ok(self.device.unwrap_or_default().open()?)
+    }
 }
 
 /// Numbers of an LMM.

@@ -66,7 +66,7 @@ impl StoredArgs {
 
 pub(crate) fn run(args: &FeaturesArgs, talk: &Talk) -> Result<()> {
     let config = args.work.config(args.models.setting())?;
-    let models = args.models.bring(&config, talk)?;
+    let models = args.models.bring(&config, &args.models.device()?, talk)?;
     let options = args.stored.options(args.out.clone());
     let stop = stop_on_signal()?;
     let bar = talk.bar(0);

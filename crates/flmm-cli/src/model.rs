@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::Device;
 use flmm::Grounder;
 use flmm::grounder::{HeadSettings, ModelPaths, RefinerKind, Revision};
 use flmm::hub::Hub;
@@ -34,6 +33,7 @@ impl Model {
 pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
     let (name, paths) = choose(args, talk)?;
     let (dtype, weights) = args.dtype.parts();
+    let device = args.device.open()?;
     let clock = std::time::Instant::now();
     let spinner = talk.during("loading the model");
     let bar = spinner.bar();
@@ -50,7 +50,7 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
         vision_tower_aux: args.vision_tower_aux.clone(),
         image_size: args.image_size,
         progress: Some(LoadProgress(Arc::new(progress))),
-        ..OpenOptions::new(dtype, &Device::Cpu)
+        ..OpenOptions::new(dtype, &device)
     };
     let grounder = Grounder::open_with(&paths, &options)?;
     drop(spinner);

@@ -157,6 +157,7 @@ impl StepTimes {
 /// `on_round` is told every one.
 pub fn train_step(
     config: &StepConfig,
+    device: &Device,
     warmup: usize,
     rounds: usize,
     mut on_round: impl FnMut(&StepTimes),
@@ -167,7 +168,9 @@ pub fn train_step(
         hidden_size: StepConfig::HIDDEN,
         sam: SamConfig::vit_l(),
     };
-    let tensors = head::init(&sizes, config.base_channels, None, None, 1)?;
+    let fresh = head::init(&sizes, config.base_channels, None, None, 1)?;
+    let tensors = fresh.into_iter().map(|(name, tensor)| Ok((name, tensor.to_device(device)?)));
+    let tensors = tensors.collect::<Result<_>>()?;
     let (trainable, vars) = head::trainable(&sizes, &tensors)?;
     drop(tensors);
     let mut head_config = HeadConfig::default();
@@ -176,24 +179,26 @@ pub fn train_step(
     }
     let task = HeadTask::new(trainable, head_config)?;
     let mut optimizer = AdamW::new(vars, AdamWConfig::default())?;
-    let sample = config.sample()?;
+    let sample = config.sample()?.to_device(device)?;
     let mut times = Vec::with_capacity(rounds);
     for round in 0..warmup + rounds {
         let cpu = ProcessTime::now();
         let (mut clock, mut lap) = (Instant::now(), Duration::ZERO);
         let mut split = || {
+            // A device may still be at work on what it was given.
+            device.synchronize()?;
             lap = clock.elapsed();
             clock = Instant::now();
-            lap.as_secs_f64()
+            Ok::<_, flmm::Error>(lap.as_secs_f64())
         };
         let losses = task.losses(&sample)?;
-        let forward = split();
+        let forward = split()?;
         let store = losses.terms[0].backward()?;
         let gradients = gradients(&store, optimizer.vars());
         drop(store);
-        let backward = split();
+        let backward = split()?;
         optimizer.step(&gradients, 1e-4)?;
-        let step = StepTimes { forward, backward, optimizer: split(), cpu: cpu.elapsed().as_secs_f64() };
+        let step = StepTimes { forward, backward, optimizer: split()?, cpu: cpu.elapsed().as_secs_f64() };
         if round >= warmup {
             on_round(&step);
             times.push(step);
@@ -221,7 +226,7 @@ mod tests {
     fn a_small_step_is_measured() {
         let config = StepConfig { channels: 3, phrases: 1, base_channels: 2, grid: 4, refiner: false };
         let mut seen = 0;
-        let times = train_step(&config, 1, 3, |_| seen += 1).unwrap();
+        let times = train_step(&config, &Device::Cpu, 1, 3, |_| seen += 1).unwrap();
         assert_eq!((times.len(), seen), (3, 3));
         let median = StepTimes::median(&times);
         assert!(median.total() > 0.0 && median.total() <= times.iter().map(StepTimes::total).sum());

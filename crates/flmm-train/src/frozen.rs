@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use flmm::grounder::{GroundingHead, HeadSizes, RefinerKind};
 use flmm::lmm::{self, LmmSpec};
 use flmm::sam::{Sam, SamConfig, read_checkpoint};
@@ -108,6 +108,11 @@ impl Frozen {
         let sizes = HeadSizes::of(opened.as_ref(), sizes);
         let (grounder, opening) = (OnceLock::new(), Mutex::new(()));
         Ok(Self { models: models.clone(), sizes, spec, sam, grounder, opening })
+    }
+
+    /// Where the models compute, and the head that is trained on what they see.
+    pub(crate) fn device(&self) -> &Device {
+        &self.models.options.device
     }
 
     /// The models, opened now if they were not. Their head says nothing.

@@ -33,6 +33,18 @@ pub struct HeadSample {
     pub token_labels: Option<Tensor>,
 }
 
+impl HeadSample {
+    /// The same on `device`; what is there already is not copied.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let labels = self.token_labels.as_ref().map(|labels| labels.to_device(device));
+        Ok(Self {
+            observation: self.observation.to_device(device)?,
+            masks: self.masks.to_device(device)?,
+            token_labels: labels.transpose()?,
+        })
+    }
+}
+
 /// What the refined masks are compared with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -247,6 +259,11 @@ impl HeadTask {
         }
     }
 
+    /// A term without any gradient, where the others are.
+    fn nothing(&self) -> Result<Tensor> {
+        Ok(Tensor::zeros((), DType::F32, self.head.text_layer_weights.device())?)
+    }
+
     /// The selector's loss; 0 for samples that do not train it.
     fn selector_term(&self, sample: &HeadSample, metrics: &mut Vec<Metric>) -> Result<Tensor> {
         match (&self.config.selector, &sample.token_labels, &self.head.keyword_selector) {
@@ -257,7 +274,7 @@ impl HeadTask {
                 metrics.extend(found);
                 Ok(loss)
             }
-            _ => nothing(),
+            _ => self.nothing(),
         }
     }
 
@@ -320,7 +337,7 @@ impl Task for HeadTask {
     fn losses(&self, sample: &HeadSample) -> Result<Losses> {
         let mut metrics = Vec::new();
         let masks = match self.phrases(sample)? {
-            0 => nothing()?,
+            0 => self.nothing()?,
             _ => self.mask_losses(&sample.observation, &sample.masks, None, &mut metrics)?,
         };
         let selector = self.selector_term(sample, &mut metrics)?;
@@ -346,11 +363,11 @@ impl Task for HeadTask {
             // Means over phrases: each part weighs as much as it has of them.
             let term =
                 self.mask_losses(&observation, &masks, padding, &mut metrics)? * (count as f64 / n as f64);
-            each(Losses { terms: vec![term?, nothing()?], metrics })?;
+            each(Losses { terms: vec![term?, self.nothing()?], metrics })?;
         }
         let mut metrics = Vec::new();
         let selector = self.selector_term(sample, &mut metrics)?;
-        each(Losses { terms: vec![nothing()?, selector], metrics })
+        each(Losses { terms: vec![self.nothing()?, selector], metrics })
     }
 }
 
@@ -383,9 +400,4 @@ pub fn decode_in_parts(head: &GroundingHead, observation: &Observation, size: us
         refined.push(logits.refined.detach());
     }
     Ok(MaskLogits { coarse: Tensor::cat(&coarse, 0)?, refined: Tensor::cat(&refined, 0)? })
-}
-
-/// A term without any gradient.
-fn nothing() -> Result<Tensor> {
-    Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?)
 }

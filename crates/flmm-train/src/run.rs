@@ -142,7 +142,8 @@ impl<'a> Run<'a> {
         let Self { config, frozen, ranks, .. } = self;
         let (rank, world) = (ranks.rank(), ranks.world());
         let observed = Observed { frozen, mixture: &self.mixture, images: &self.images };
-        let cached = self.cache.as_ref().map(|cache| CachedSamples::new(cache, &observed));
+        let cached =
+            self.cache.as_ref().map(|cache| CachedSamples::new(cache, &observed).on(frozen.device()));
         let samples: &dyn Samples<HeadSample> = match &cached {
             Some(cached) => cached,
             None => &observed,

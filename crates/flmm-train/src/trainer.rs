@@ -312,19 +312,17 @@ impl<'a, T: Task> Trainer<'a, T> {
             return Ok(own);
         }
         // One call for all tensors. Which of them have a gradient may differ from rank to rank.
-        let mut flat = Vec::new();
+        let flat = self.optimizer.vars().iter().map(|(name, var)| match own.get(name) {
+            Some(gradient) => gradient.to_dtype(DType::F32)?.flatten_all(),
+            None => Tensor::zeros(var.elem_count(), DType::F32, var.device()),
+        });
+        let flat = Tensor::cat(&flat.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
+        let flat = self.communicator.all_reduce_tensor(&flat)?;
+        let (mut sum, mut from) = (Gradients::new(), 0);
         for (name, var) in self.optimizer.vars() {
-            match own.get(name) {
-                Some(gradient) => flat.extend(gradient.flatten_all()?.to_vec1::<f32>()?),
-                None => flat.resize(flat.len() + var.elem_count(), 0.0),
-            }
-        }
-        self.communicator.all_reduce_sum(&mut flat)?;
-        let (mut sum, mut rest) = (Gradients::new(), &flat[..]);
-        for (name, var) in self.optimizer.vars() {
-            let (values, behind) = rest.split_at(var.elem_count());
-            sum.insert(name.clone(), Tensor::from_slice(values, var.shape(), var.device())?);
-            rest = behind;
+            let gradient = flat.narrow(0, from, var.elem_count())?.reshape(var.shape())?;
+            sum.insert(name.clone(), gradient);
+            from += var.elem_count();
         }
         Ok(sum)
     }

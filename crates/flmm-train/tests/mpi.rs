@@ -23,7 +23,7 @@ const WHAT: &str = "FLMM_TEST_MPI_WHAT";
 fn rank() {
     let Some(folder) = std::env::var_os(FOLDER) else { return };
     let what = std::env::var(WHAT).unwrap_or_default();
-    let ranks = from_env().unwrap();
+    let ranks = from_env(&candle_core::Device::Cpu).unwrap();
     assert_eq!(ranks.world(), 2);
     let one = ranks.rank() == 1;
     let samples = from_fn(8, |index, epoch| match (what.as_str(), one, epoch, index) {

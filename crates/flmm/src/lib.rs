@@ -5,6 +5,7 @@ pub mod capture;
 pub mod clusters;
 pub mod config;
 pub mod convert;
+pub mod device;
 pub mod error;
 pub mod geometry;
 pub mod grounder;

@@ -1,5 +1,6 @@
 //! Chores of this repository, run as `cargo run --release -p xtask -- COMMAND`.
 
+mod cuda_toolkit;
 mod docs;
 mod measure;
 mod random_model;
@@ -39,6 +40,8 @@ enum Command {
         #[arg(long)]
         layers: Option<usize>,
     },
+    /// Make a CUDA compiler in `target/cuda` from PyPI's packages, and print what to export to build with it.
+    CudaToolkit,
     /// Run a command and print its wall time, CPU time and peak memory (Linux).
     Measure {
         /// The command and its arguments.
@@ -51,6 +54,7 @@ fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Docs { check } => docs::run(check),
         Command::RandomModel { name, out, layers } => random_model::write(&name, &out, layers),
+        Command::CudaToolkit => cuda_toolkit::run(),
         Command::Measure { command } => measure::run(&command),
     }
 }

@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 use flmm_train::bench::{StepConfig, StepTimes, train_step};
 use serde_json::json;
 
+use crate::args::DeviceArgs;
 use crate::failure::Result;
 use crate::talk::Talk;
 
@@ -43,6 +44,8 @@ struct TrainStepArgs {
     /// Steps before that do not count.
     #[arg(long, value_name = "N", default_value_t = 1)]
     warmup: u32,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -65,7 +68,7 @@ fn step(args: &TrainStepArgs, talk: &Talk) -> Result<()> {
     };
     let rounds = {
         let _spinner = talk.during("training steps");
-        train_step(&config, args.warmup as usize, args.rounds as usize, |round| {
+        train_step(&config, &args.device.open()?, args.warmup as usize, args.rounds as usize, |round| {
             talk.detail(format!("{:.3} s", round.total()));
         })?
     };

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use candle_core::Device;
 use clap::Args;
 use flmm::Error;
 use flmm_train::config::Config;
@@ -68,12 +69,13 @@ impl WorkArgs {
 }
 
 pub(crate) fn run(args: &TrainArgs, talk: &Talk) -> Result<()> {
-    let communicator = from_env()?;
+    let device = args.models.device()?;
+    let communicator = from_env(&device)?;
     let ranks = communicator.as_ref();
     let silent = Talk::new(true, false);
     // One rank tells for all; errors are told by whoever has them.
     let talk = if ranks.rank() == 0 { talk } else { &silent };
-    let begun = begin(args, talk);
+    let begun = begin(args, &device, talk);
     let others = together(ranks, begun.as_ref().map(drop).map_err(retold));
     let (config, models, stop) = begun?;
     others?;
@@ -103,10 +105,10 @@ pub(crate) fn run(args: &TrainArgs, talk: &Talk) -> Result<()> {
 }
 
 /// What a run needs before the library takes over.
-fn begin(args: &TrainArgs, talk: &Talk) -> Result<(Config, Models, Arc<AtomicBool>)> {
+fn begin(args: &TrainArgs, device: &Device, talk: &Talk) -> Result<(Config, Models, Arc<AtomicBool>)> {
     let mode = args.selector_only.then(|| "mode=selector".to_owned());
     let config = args.work.config(mode.into_iter().chain(args.models.setting()))?;
-    let models = args.models.bring(&config, talk)?;
+    let models = args.models.bring(&config, device, talk)?;
     Ok((config, models, stop_on_signal()?))
 }
 

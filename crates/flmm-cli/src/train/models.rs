@@ -10,7 +10,7 @@ use flmm::lmm::OpenOptions;
 use flmm_train::Models;
 use flmm_train::config::Config;
 
-use crate::args::FloatType;
+use crate::args::{DeviceArgs, FloatType};
 use crate::embedded;
 use crate::failure::{Failure, Result};
 use crate::fetch::{self, Named, Part, named};
@@ -44,6 +44,8 @@ pub(crate) struct ModelsArgs {
     /// Numbers the LMM computes with [default: the configuration's].
     #[arg(long, value_name = "TYPE", value_enum)]
     dtype: Option<FloatType>,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 impl ModelsArgs {
@@ -52,8 +54,13 @@ impl ModelsArgs {
         Some(format!("model.dtype={}", DType::from(self.dtype?).as_str()))
     }
 
+    /// Where to compute. Every call opens the device anew: what is to work together needs one call.
+    pub(crate) fn device(&self) -> Result<Device> {
+        self.device.open()
+    }
+
     /// Where the models lie; what is on the hub is downloaded. Nothing is, if a part is missing.
-    pub(crate) fn bring(&self, config: &Config, talk: &Talk) -> Result<Models> {
+    pub(crate) fn bring(&self, config: &Config, device: &Device, talk: &Talk) -> Result<Models> {
         let head = self.head.as_deref().map(head_part).transpose()?;
         let sam = match needs_sam(config, head.as_ref())? {
             true => Some(self.sam.as_deref().map(sam_part).transpose()?),
@@ -90,7 +97,7 @@ impl ModelsArgs {
             vision_tower: self.vision_tower.clone(),
             vision_tower_aux: self.vision_tower_aux.clone(),
             image_size: self.image_size,
-            ..OpenOptions::new(config.model.dtype.into(), &Device::Cpu)
+            ..OpenOptions::new(config.model.dtype.into(), device)
         };
         Ok(Models { name, lmm, sam, head, options })
     }

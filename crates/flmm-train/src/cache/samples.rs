@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 
+use candle_core::Device;
 use flmm::{Error, Result};
 use flmm_data::Part;
 
@@ -18,6 +19,7 @@ use crate::samples::Samples;
 pub struct CachedSamples<'a> {
     cache: &'a FeatureCache,
     inner: &'a dyn Samples<HeadSample>,
+    device: Device,
 }
 
 /// What filling a cache has done.
@@ -67,7 +69,12 @@ impl std::fmt::Display for Estimate {
 impl<'a> CachedSamples<'a> {
     /// `inner`, whose samples are stored in `cache` under their keys.
     pub fn new(cache: &'a FeatureCache, inner: &'a dyn Samples<HeadSample>) -> Self {
-        Self { cache, inner }
+        Self { cache, inner, device: Device::Cpu }
+    }
+
+    /// The same, whose samples are given on `device`: the cache itself is in memory of the processor.
+    pub fn on(self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self }
     }
 
     /// Numbers of the samples of `epoch` that the cache lacks.
@@ -189,10 +196,11 @@ impl Samples<HeadSample> for CachedSamples<'_> {
 
     fn sample(&self, index: usize, epoch: u64) -> Result<HeadSample> {
         let key = self.inner.key(index, epoch);
-        match self.cache.get(&key) {
-            Some(sample) => Ok(sample),
-            None => self.cache.insert(&key, &self.inner.sample(index, epoch)?),
-        }
+        let sample = match self.cache.get(&key) {
+            Some(sample) => sample,
+            None => self.cache.insert(&key, &self.inner.sample(index, epoch)?)?,
+        };
+        sample.to_device(&self.device)
     }
 
     fn key(&self, index: usize, epoch: u64) -> String {

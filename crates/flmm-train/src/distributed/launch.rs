@@ -1,5 +1,6 @@
 //! What launchers tell a process about its place.
 
+use candle_core::Device;
 use flmm::{Error, Result};
 
 use super::{Communicator, Single};
@@ -61,15 +62,28 @@ fn wrong(what: String) -> Error {
     Error::request(what, "launchers set these variables; see docs/distributed.md")
 }
 
-/// The ranks this process was started with: several through MPI where this build has it, else one.
+/// The ranks this process was started with, which trains on `device`: several through NCCL on CUDA and through MPI, where
+/// this build has them, else one.
 ///
 /// # Errors
 /// [`Error::Request`] if a launcher has started several processes and they have no way to talk, so that they do not
 /// all train the same head into the same folder.
-pub fn from_env() -> Result<Box<dyn Communicator>> {
-    let started = started(|name| std::env::var(name).ok())?;
+pub fn from_env(device: &Device) -> Result<Box<dyn Communicator>> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let started = started(variable)?;
     if started == Started::Count(1) {
         return Ok(Box::new(Single));
+    }
+    #[cfg(feature = "nccl")]
+    if device.is_cuda() {
+        let told = |name: &str| {
+            let text =
+                variable(name).ok_or_else(|| wrong(format!("{name} is not set, and NCCL needs it")))?;
+            number(name, &text)
+        };
+        let (rank, world) = (told("RANK")?, told("WORLD_SIZE")?);
+        let meeting = super::meeting::Meeting::from_variables(variable)?;
+        return Ok(Box::new(super::Nccl::start(rank, world, device, &meeting)?));
     }
     #[cfg(feature = "mpi")]
     {
@@ -89,7 +103,10 @@ pub fn from_env() -> Result<Box<dyn Communicator>> {
         };
         Err(Error::request(
             format!("{what}, but this build has no way to let processes talk"),
-            "build with `--features mpi` and start with mpirun or srun; see docs/distributed.md",
+            match device.is_cpu() {
+                true => "build with `--features mpi` and start with mpirun or srun; see docs/distributed.md",
+                false => "build with `--features nccl` and start with torchrun; see docs/distributed.md",
+            },
         ))
     }
 }

@@ -5,9 +5,14 @@
 
 mod launch;
 mod local;
+#[cfg(any(test, feature = "nccl"))]
+mod meeting;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 
+use candle_core::Tensor;
 use flmm::{Error, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -16,6 +21,8 @@ pub use launch::from_env;
 pub use local::{Local, local};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
 
 /// How the ranks of one run talk. Every rank makes the same calls in the same order.
 ///
@@ -29,6 +36,13 @@ pub trait Communicator: Send + Sync {
 
     /// Adds `values` of all ranks element by element; every rank gets the sum, the same bits.
     fn all_reduce_sum(&self, values: &mut [f32]) -> Result<()>;
+
+    /// As [`Communicator::all_reduce_sum`], for an f32 tensor `[n]` wherever it is; the sum is there too.
+    fn all_reduce_tensor(&self, values: &Tensor) -> Result<Tensor> {
+        let mut sum = values.to_vec1::<f32>()?;
+        self.all_reduce_sum(&mut sum)?;
+        Ok(Tensor::from_vec(sum, values.shape(), values.device())?)
+    }
 
     /// Replaces `bytes` by those of rank `root`; all ranks give equally many.
     fn broadcast(&self, bytes: &mut [u8], root: usize) -> Result<()>;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use crate::error::Result;
 use crate::geometry::Geometry;
@@ -36,6 +36,16 @@ impl Observation {
     pub fn part(&self, phrases: Range<usize>) -> Result<Self> {
         let maps = self.maps.narrow(0, phrases.start, phrases.len())?;
         Ok(Self { maps, phrases: self.phrases[phrases].to_vec(), ..self.clone() })
+    }
+
+    /// The same on `device`; what is there already is not copied.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            maps: self.maps.to_device(device)?,
+            hidden: self.hidden.to_device(device)?,
+            sam_embedding: self.sam_embedding.to_device(device)?,
+            ..self.clone()
+        })
     }
 }
 

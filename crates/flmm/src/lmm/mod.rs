@@ -383,6 +383,12 @@ pub fn open(dir: &Path, dtype: DType, device: &Device) -> Result<Box<dyn Lmm>> {
 ///
 /// Fails as [`recognise`], and with every missing or misshapen tensor in one error.
 pub fn open_with(dir: &Path, options: &OpenOptions) -> Result<Box<dyn Lmm>> {
+    if options.weights == WeightFormat::Int8 && !options.device.is_cpu() {
+        return Err(Error::request(
+            "eight-bit weights are for the processor only",
+            "compute in bf16 there (--dtype bf16), or on the processor (--device cpu)",
+        ));
+    }
     let entry = recognise(dir)?;
     (entry.open)(&entry.spec, dir, options)
 }

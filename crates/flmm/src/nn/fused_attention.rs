@@ -1,4 +1,4 @@
-//! Attention of frozen layers on the processor without a matrix of scores, by `flmm_kernels`.
+//! Attention of frozen layers without a matrix of scores: by `flmm_kernels` on the processor, by `flmm_cuda` on CUDA.
 
 use candle_core::{DType, Tensor, WithDType};
 use flmm_kernels::{AttentionSizes, Heads, Scores, attention_bf16, attention_f32};
@@ -10,12 +10,19 @@ use crate::error::Result;
 /// Softmax of the scores of `q [batch · heads, rows, d]` and `k [batch · kv heads, keys, d]` times `v`, which is as `k`:
 /// `[batch, rows, heads · d]`, and the log-sum-exp of every row of scores `[batch · heads, rows]` in f32. Query head
 /// `h` reads key head `h · kv heads / heads`. `None` where it cannot be computed in this way: on other devices, in other
-/// types, with gradients.
+/// types, with gradients, on CUDA also for other scores than causal ones and sizes without a kernel.
 pub(crate) fn fused_attention(
     [q, k, v]: [&Tensor; 3],
     batch: usize,
     scores: Scores,
 ) -> Result<Option<(Tensor, Tensor)>> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return match scores {
+            Scores::Causal => Ok(flmm_cuda::causal_attention([q, k, v], batch)?),
+            Scores::Relative { .. } => Ok(None),
+        };
+    }
     let dtype = q.dtype();
     if ![q, k, v].iter().all(|t| t.device().is_cpu() && t.dtype() == dtype && !t.track_op()) {
         return Ok(None);

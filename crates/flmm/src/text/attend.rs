@@ -81,11 +81,11 @@ pub(crate) fn round_to(x: &Tensor, dtype: DType) -> Result<Tensor> {
 
 /// `[rows, keys]`: 0 where a key may be seen, −∞ where it lies in the future of the row.
 fn causal_mask(rows: usize, keys: usize, device: &Device) -> Result<Tensor> {
-    let first = keys - rows;
-    let mask: Vec<f32> = (0..rows)
-        .flat_map(|row| (0..keys).map(move |key| if key > first + row { f32::NEG_INFINITY } else { 0.0 }))
-        .collect();
-    Ok(Tensor::from_vec(mask, (rows, keys), device)?)
+    // Made where it is needed: nothing is copied to a device once per layer.
+    let last = Tensor::arange((keys - rows) as u32, keys as u32, device)?.reshape((rows, 1))?;
+    let hidden = Tensor::arange(0, keys as u32, device)?.reshape((1, keys))?.broadcast_gt(&last)?;
+    let [never, seen] = [f32::NEG_INFINITY, 0.0].map(|x| Tensor::full(x, (rows, keys), device));
+    Ok(hidden.where_cond(&never?, &seen?)?)
 }
 
 #[cfg(test)]

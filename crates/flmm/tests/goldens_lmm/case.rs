@@ -93,9 +93,15 @@ pub(crate) fn families() -> TestResult<Vec<(&'static str, PathBuf)>> {
     Ok(families)
 }
 
+/// The device that `FLMM_TEST_DEVICE` names, the processor unless it is set.
+fn device() -> TestResult<Device> {
+    let Ok(named) = std::env::var("FLMM_TEST_DEVICE") else { return Ok(Device::Cpu) };
+    Ok(named.parse::<flmm::device::DeviceChoice>()?.open()?)
+}
+
 /// What the files of a case do not tell: towers that lie beside the model, the size of the picture.
 pub(crate) fn options(dir: &Path, dtype: DType) -> TestResult<OpenOptions> {
-    let mut options = OpenOptions::new(dtype, &Device::Cpu);
+    let mut options = OpenOptions::new(dtype, &device()?);
     for entry in std::fs::read_dir(dir)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -1,6 +1,6 @@
 //! One teacher-forced pass, from picture and text to masks.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use flmm::Grounder;
 use flmm::capture::{Capture, weighted_hidden};
 use flmm::grounder::{Caption, Observation};
@@ -55,7 +55,7 @@ fn check_recorded(case: &mut Case, name: &str, actual: &Tensor, absolute: f64, r
     if case.golden.has(&rows) {
         let index: Vec<u32> = serde_json::from_value(record["rows_index_in_flattened_leading_dims"].clone())?;
         let flat = actual.flatten_to(actual.rank() - 2)?;
-        let picked = flat.index_select(&Tensor::new(index, &Device::Cpu)?, 0)?;
+        let picked = flat.index_select(&Tensor::new(index, flat.device())?, 0)?;
         case.check(&rows, &picked, absolute, relative)?;
     }
     if let (Some(mean), Some(std)) = (record["mean"].as_f64(), record["std"].as_f64()) {
@@ -125,8 +125,8 @@ pub(crate) fn check_grounding(case: &mut Case, opened: &Opened) -> TestResult {
         let ids: Vec<u32> = rows.iter().map(|&row| read.token_ids[row]).collect();
         let mut embeds = lmm.decoder().embed(&ids)?;
         if let Some(scale) = lmm.decoder().config().embedding_scale {
-            embeds =
-                embeds.broadcast_mul(&Tensor::new(scale as f32, &Device::Cpu)?.to_dtype(embeds.dtype())?)?;
+            embeds = embeds
+                .broadcast_mul(&Tensor::new(scale as f32, embeds.device())?.to_dtype(embeds.dtype())?)?;
         }
         let states = Tensor::cat(&[&embeds.unsqueeze(0)?, &capture.hidden_rows(&rows)?], 0)?;
         assert_eq!(states.dims(), expected.dims());
@@ -262,6 +262,6 @@ fn in_reading_order(
         let view = 1 + y / side * across + x / side;
         theirs.push((view * tokens + y % side * side + x % side) as u32);
     }
-    let pick = |from: &Tensor, index: Vec<u32>| from.index_select(&Tensor::new(index, &Device::Cpu)?, 0);
+    let pick = |from: &Tensor, index: Vec<u32>| from.index_select(&Tensor::new(index, from.device())?, 0);
     Ok((pick(&recorded.flatten_to(1)?, theirs)?, pick(projected, ours)?))
 }
