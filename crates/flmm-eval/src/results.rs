@@ -43,7 +43,7 @@ impl Header {
     /// A short name, which every line of its samples files carries ([`crate::Record::run`]).
     pub fn key(&self) -> Result<String> {
         let hash = Sha256::digest(serde_json::to_vec(self).map_err(not_json)?);
-        Ok(hash[..6].iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(flmm::hex(&hash[..6]))
     }
 
     /// What `now` has another value of: `model "a" there, "b" now`.

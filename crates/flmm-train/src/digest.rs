@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
-use flmm::{Error, Result};
+use flmm::{Error, Result, hex};
 use sha2::{Digest, Sha256};
 
 /// SHA-256 of all bytes of a file, in hexadecimal.
@@ -13,7 +13,7 @@ pub(crate) fn file(path: &Path) -> Result<String> {
     let mut hash = Sha256::new();
     let mut reader = File::open(path).map_err(|e| Error::io(path, e))?;
     std::io::copy(&mut reader, &mut hash).map_err(|e| Error::io(path, e))?;
-    Ok(hex(&hash.finalize()))
+    Ok(hex(hash.finalize()))
 }
 
 /// The first half of a SHA-256 over names and values.
@@ -31,8 +31,4 @@ pub(crate) fn tensors<'a>(tensors: impl IntoIterator<Item = (&'a str, &'a Tensor
 /// The first half of the digest of `hash`, in hexadecimal.
 pub(crate) fn short(hash: Sha256) -> String {
     hex(&hash.finalize()[..16])
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

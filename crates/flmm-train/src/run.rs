@@ -355,4 +355,38 @@ mod tests {
         });
         assert!(heads[0] == heads[1]);
     }
+
+    #[test]
+    fn a_cache_that_knows_what_is_broken_opens_no_model() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("w");
+        world::write(&data, Split::Train, 2, 4, Level::One, &|_| {}).unwrap();
+        let pictures = data.join("coco/train2017");
+        let mut names: Vec<_> = std::fs::read_dir(&pictures).unwrap().map(|e| e.unwrap().path()).collect();
+        names.sort();
+        std::fs::remove_file(&names[1]).unwrap();
+        let bundle = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/flmm-tiny");
+        let models = Models {
+            name: "flmm-tiny".into(),
+            lmm: bundle.join("lmm"),
+            sam: Some(bundle.join("sam")),
+            head: None,
+            options: OpenOptions::new(DType::F32, &Device::Cpu),
+        };
+        let text = "[model]\ndtype = 'f32'\n[head]\nbase_channels = 2\n[data]\ndatasets = ['png']\n\
+                    max_broken = 0.5\n[train]\nepochs = 2\nbatch_size = 2\n[run]\nloaders = 1\n";
+        let config = Config::parse(text, Path::new("test.toml"), &[]).unwrap();
+        let features =
+            FeatureOptions { dir: dir.path().join("c"), values: Values::F32, maps: MapValues::Same };
+        let extras = Extras { features: Some(features), ..Extras::default() };
+        let [made, read] = ["made", "read"].map(|name| {
+            let out = dir.path().join(name);
+            let run = Run::open(&config, &models, &data, &out, &extras, &mut Silent).unwrap();
+            let outcome = run.train(&mut Silent).unwrap();
+            assert_eq!((run.frozen.is_open(), outcome.skipped), (name == "made", 1));
+            let head = std::fs::read(outcome.head.unwrap().join("head.safetensors")).unwrap();
+            (head, std::fs::read_to_string(out.join(crate::SKIPPED)).unwrap())
+        });
+        assert!(made == read, "{} {}", made.1, read.1);
+    }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 use flmm::grounder::{HeadSettings, RefinerKind};
+use flmm::mask_head::UNetConfig;
 use flmm::weights::{load_checkpoint, save_safetensors};
 use flmm::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -90,7 +91,10 @@ impl Start {
             Some(path) => load_checkpoint(path, Some(DType::F32), device)?,
             None => HashMap::new(),
         };
-        let width = given.get("mask_head.conv_seg.weight").and_then(|weight| weight.dims().get(1).copied());
+        let width = match &models.head {
+            Some(path) => width_of(path, &given, settings.channels(frozen.sizes.channels)?)?,
+            None => None,
+        };
         let base_channels = width.unwrap_or(config.head.base_channels);
         let keeps_selector = given.contains_key("keyword_selector.weight").then(SelectorConfig::default);
         let selector = config.head.selector.or(keeps_selector);
@@ -199,6 +203,31 @@ impl Start {
     }
 }
 
+/// Width of the U-Net in the head at `path`, if it has one for `in_channels` maps. It must be whole: fresh tensors of a
+/// width that a few bytes claim could take any amount of memory.
+fn width_of(path: &Path, given: &HashMap<String, Tensor>, in_channels: usize) -> Result<Option<usize>> {
+    const LAST: &str = "mask_head.conv_seg.weight";
+    let Some(last) = given.get(LAST) else { return Ok(None) };
+    let wrong = |what: String| Err(Error::weights(path, what, WRONG_START));
+    let base_channels = match *last.dims() {
+        [1, width, 1, 1] if width > 0 => width,
+        ref found => return wrong(format!("tensor `{LAST}`: expected [1, width, 1, 1], found {found:?}")),
+    };
+    let unet = UNetConfig { base_channels, ..UNetConfig::new(in_channels) };
+    let problem = |(name, shape): (String, Vec<usize>)| match given.get(&format!("mask_head.{name}")) {
+        Some(tensor) if tensor.dims() == shape => None,
+        Some(tensor) => {
+            Some(format!("tensor `mask_head.{name}`: expected {shape:?}, found {:?}", tensor.dims()))
+        }
+        None => Some(format!("tensor `mask_head.{name}`: expected {shape:?}, but it is missing")),
+    };
+    let problems: Vec<String> = unet.shapes().into_iter().filter_map(problem).collect();
+    match problems.is_empty() {
+        true => Ok(Some(base_channels)),
+        false => wrong(problems.join("\n")),
+    }
+}
+
 /// Lays the tensors of the head at `path` over fresh ones; what it lacks stays fresh.
 fn lay_over(
     path: &Path,
@@ -225,5 +254,49 @@ fn lay_over(
     match problems.is_empty() {
         true => Ok(()),
         false => Err(Error::weights(path, problems.join("\n"), WRONG_START)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn a_claimed_width_is_checked_before_anything_of_it_is_made() {
+        let unet = UNetConfig { base_channels: 2, ..UNetConfig::new(3) };
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let whole: HashMap<String, Tensor> = unet
+            .shapes()
+            .into_iter()
+            .map(|(name, shape)| (format!("mask_head.{name}"), zeros(&shape)))
+            .collect();
+        let path = Path::new("head.safetensors");
+        assert_eq!(width_of(path, &HashMap::new(), 3).unwrap(), None);
+        assert_eq!(width_of(path, &whole, 3).unwrap(), Some(2));
+        // One tensor of 4 MB claims a U-Net of 10^14 numbers.
+        let last = ("mask_head.conv_seg.weight".to_owned(), zeros(&[1, 1 << 20, 1, 1]));
+        let alone = HashMap::from([last.clone()]);
+        let mut beside = whole.clone();
+        beside.extend([last]);
+        for given in [alone, beside] {
+            let error = width_of(path, &given, 3).unwrap_err();
+            assert!(error.to_string().contains(": expected [1048576, 3, 3, 3], "), "{error}");
+            assert!(error.hint().is_some());
+        }
+        // Other maps than head.json says, a missing tensor, and no width at all.
+        assert!(
+            width_of(path, &whole, 4).unwrap_err().to_string().contains("expected [2, 4, 3, 3], found [2, 3")
+        );
+        let mut less = whole.clone();
+        less.remove("mask_head.conv_seg.bias");
+        assert!(
+            width_of(path, &less, 3).unwrap_err().to_string().contains("conv_seg.bias`: expected [1], but")
+        );
+        for shape in [&[1, 0, 1, 1][..], &[2], &[]] {
+            let given = HashMap::from([("mask_head.conv_seg.weight".to_owned(), zeros(shape))]);
+            assert!(width_of(path, &given, 3).unwrap_err().to_string().contains("[1, width, 1, 1]"));
+        }
     }
 }

@@ -176,7 +176,7 @@ fn goldens_preprocess_pixels() -> TestResult {
 }
 
 fn hex_digest(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    flmm::hex(Sha256::digest(bytes))
 }
 
 /// Recorded rows `rows` and every `step`-th column of a tensor, and its mean.

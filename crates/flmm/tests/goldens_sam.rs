@@ -116,8 +116,7 @@ fn goldens_image_encoder() -> TestResult {
         let expected: [usize; 2] = serde_json::from_value(case.info["input_size"].clone())?;
         assert_eq!(case.geometry.resized, expected.into());
         let resized = sam_resize(&case.picture, setup.config.image_size);
-        let hash: String =
-            Sha256::digest(resized.as_raw()).iter().map(|byte| format!("{byte:02x}")).collect();
+        let hash = flmm::hex(Sha256::digest(resized.as_raw()));
         assert_eq!(Some(hash.as_str()), case.info["resized_sha256"].as_str(), "resized picture");
         let (pixels, geometry) = sam.pixel_values(&case.picture)?;
         assert_eq!(geometry, case.geometry);

@@ -27,13 +27,13 @@ enum Bench {
 #[derive(Debug, Args)]
 struct TrainStepArgs {
     /// Attention maps per phrase: layers × heads of the LMM.
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(long, value_name = "N", default_value_t = StepConfig::default().channels as u32, value_parser = clap::value_parser!(u32).range(1..=65536))]
     channels: u32,
     /// Phrases of the picture.
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, value_name = "N", default_value_t = StepConfig::default().phrases as u32, value_parser = clap::value_parser!(u32).range(1..=1024))]
     phrases: u32,
     /// Width of the mask head's first stage.
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, value_name = "N", default_value_t = StepConfig::default().base_channels as u32, value_parser = clap::value_parser!(u32).range(1..=1024))]
     base_channels: u32,
     /// Leave SAM's decoder out.
     #[arg(long)]

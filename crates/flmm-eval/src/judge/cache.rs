@@ -21,7 +21,7 @@ impl Cache {
 
     fn path(&self, request: &Value) -> PathBuf {
         let hash = Sha256::digest(request.to_string().as_bytes());
-        let name: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+        let name = flmm::hex(hash);
         self.folder.join(name + ".json")
     }
 

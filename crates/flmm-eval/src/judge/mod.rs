@@ -169,7 +169,7 @@ impl Judge {
     pub fn describe(&self, role: Role) -> Value {
         let prompt = &self.prompts[role as usize];
         let hash = Sha256::digest(format!("{prompt:?}"));
-        let hash: String = hash[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+        let hash = flmm::hex(&hash[..8]);
         json!({ "model": self.settings.model, "prompt": hash })
     }
 

@@ -10,11 +10,14 @@ use super::record::{Encoded, encode};
 use super::store::FeatureCache;
 use crate::head::HeadSample;
 use crate::samples::Samples;
+use crate::tolerant::is_about_the_sample;
 
 /// Any samples behind a [`FeatureCache`].
 ///
 /// A sample comes out the same whether it was read or just made: the cache's rounding is applied either way. The inner
 /// samples are asked only for what the cache lacks, so they may open the frozen models when they are first asked.
+/// A sample that cannot be made is kept with the reason and is the same error from then on; [`CachedSamples::fill`] tries
+/// it again.
 /// Samples that are drawn anew every epoch have new names every epoch; then a cache saves nothing.
 pub struct CachedSamples<'a> {
     cache: &'a FeatureCache,
@@ -77,18 +80,33 @@ impl<'a> CachedSamples<'a> {
         Self { device: device.clone(), ..self }
     }
 
-    /// Numbers of the samples of `epoch` that the cache lacks.
+    /// Numbers of the samples of `epoch` of which the cache knows nothing, not even that they cannot be made.
     pub fn missing(&self, epoch: u64) -> Vec<usize> {
         (0..self.inner.len()).filter(|&index| self.lacks(index, epoch)).collect()
     }
 
-    /// Numbers of the samples of `part` in epoch 0 that the cache lacks.
+    /// The same for the samples of `part` in epoch 0.
     pub fn missing_of(&self, part: Part) -> Vec<usize> {
         part.range(self.inner.len()).filter(|&index| self.lacks(index, 0)).collect()
     }
 
     fn lacks(&self, index: usize, epoch: u64) -> bool {
-        !self.cache.contains(&self.inner.key(index, epoch))
+        let key = self.inner.key(index, epoch);
+        !self.cache.contains(&key) && self.cache.broken(&key).is_none()
+    }
+
+    /// Makes a sample and keeps it, or why it cannot be made.
+    fn make(&self, index: usize, epoch: u64) -> Result<HeadSample> {
+        let key = self.inner.key(index, epoch);
+        match self.inner.sample(index, epoch) {
+            Ok(sample) => self.cache.insert(&key, &sample),
+            Err(error) => {
+                if is_about_the_sample(&error) {
+                    self.cache.insert_broken(&key, &error.to_string())?;
+                }
+                Err(error)
+            }
+        }
     }
 
     /// How much would be written to complete epoch 0 of `part`, from `probes` samples that are made (and kept). Samples
@@ -145,7 +163,8 @@ impl<'a> CachedSamples<'a> {
         Ok(estimate)
     }
 
-    /// Adds every sample of `part` that the cache lacks and completes the shard; what is there is passed over.
+    /// Adds every sample of `part` that the cache lacks and completes the shard; what is there is passed over. Samples
+    /// that could not be made earlier are tried again.
     ///
     /// A sample whose error is `tolerable` is passed over and counted. `on_sample(done, of)` is called after every
     /// sample; when it breaks, the rest is left for another time.
@@ -159,13 +178,14 @@ impl<'a> CachedSamples<'a> {
         tolerable: impl Fn(&Error) -> bool,
         mut on_sample: impl FnMut(usize, usize) -> ControlFlow<()>,
     ) -> Result<Filled> {
-        let missing = self.missing_of(part);
+        let lacks = |index: &usize| !self.cache.contains(&self.inner.key(*index, 0));
+        let missing: Vec<usize> = part.range(self.inner.len()).filter(lacks).collect();
         if !missing.is_empty() {
             self.cache.begin_writing()?;
         }
         let mut filled = Filled { added: 0, broken: 0, complete: true };
         for (done, &index) in missing.iter().enumerate() {
-            match self.sample(index, 0) {
+            match self.make(index, 0) {
                 Ok(_) => filled.added += 1,
                 Err(error) if tolerable(&error) => filled.broken += 1,
                 Err(error) => return Err(error),
@@ -196,9 +216,17 @@ impl Samples<HeadSample> for CachedSamples<'_> {
 
     fn sample(&self, index: usize, epoch: u64) -> Result<HeadSample> {
         let key = self.inner.key(index, epoch);
-        let sample = match self.cache.get(&key) {
-            Some(sample) => sample,
-            None => self.cache.insert(&key, &self.inner.sample(index, epoch)?)?,
+        // Before reading: a sample that turns out to be damaged could be made once, whatever was found before that.
+        let broken = self.cache.broken(&key);
+        let sample = match (self.cache.get(&key), broken) {
+            (Some(sample), _) => sample,
+            (None, Some(reason)) => {
+                return Err(Error::request(
+                    reason,
+                    "mend the data, then run `flmm features`: it tries the sample again",
+                ));
+            }
+            (None, None) => self.make(index, epoch)?,
         };
         sample.to_device(&self.device)
     }

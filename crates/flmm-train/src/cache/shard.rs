@@ -21,7 +21,10 @@ use super::key::CacheKey;
 
 const MAGIC: &[u8; 8] = b"FLMMFEAT";
 const RECORD: &[u8; 4] = b"FREC";
-const VERSION: u32 = 2;
+/// Version 3 has records of samples that cannot be made.
+const VERSION: u32 = 3;
+/// The oldest version that is read.
+const OLDEST: u32 = 2;
 const FILE_HEADER: usize = 20;
 const RECORD_HEADER: usize = 24;
 /// Extension of shards.
@@ -33,6 +36,8 @@ pub(super) const EXTENSION: &str = "features";
 pub(super) enum Kind {
     Sample,
     Picture,
+    /// Why a sample cannot be made, as text.
+    Broken,
 }
 
 /// Where a record lies in its shard.
@@ -246,7 +251,7 @@ fn header_key(bytes: &[u8]) -> std::result::Result<(CacheKey, usize), HeaderFaul
     let end = FILE_HEADER.saturating_add(length as usize);
     let json = bytes.get(FILE_HEADER..end).filter(|json| crc32fast::hash(json) == crc);
     match (json, version) {
-        (Some(_), version) if version != VERSION => Err(HeaderFault::Newer(version)),
+        (Some(_), version) if !(OLDEST..=VERSION).contains(&version) => Err(HeaderFault::Newer(version)),
         (Some(json), _) => match serde_json::from_slice(json) {
             Ok(key) => Ok((key, end)),
             Err(_) => Err(HeaderFault::Damaged),
@@ -270,7 +275,9 @@ fn whole_record(bytes: &[u8], offset: usize) -> std::result::Result<(Entry, &[u8
         return Err("its checksum is wrong".into());
     }
     let (name, payload) = whole[RECORD_HEADER..].split_at(name_length);
-    let kind = if u32_at(fixed, 8) == Kind::Sample as u32 { Kind::Sample } else { Kind::Picture };
+    let kind = u32_at(fixed, 8);
+    let kind = [Kind::Sample, Kind::Picture, Kind::Broken].into_iter().find(|known| *known as u32 == kind);
+    let kind = kind.ok_or("it is of an unknown kind")?;
     let name = String::from_utf8_lossy(name).into_owned();
     let entry = Entry { kind, name, offset: offset as u64, length };
     Ok((entry, payload, offset + whole.len()))

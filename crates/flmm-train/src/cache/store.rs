@@ -108,6 +108,7 @@ impl FeatureCache {
             match kind {
                 Kind::Sample => contents.samples += 1,
                 Kind::Picture => contents.pictures += 1,
+                Kind::Broken => {}
             }
             contents.bytes += entries.iter().map(|(_, entry)| entry.length).sum::<u64>();
         }
@@ -117,6 +118,14 @@ impl FeatureCache {
     /// Whether a sample of this name is in it (it may still turn out to be damaged).
     pub fn contains(&self, sample: &str) -> bool {
         self.place(Kind::Sample, sample).is_some()
+    }
+
+    /// Why the sample of this name cannot be made, if that was found and the sample was not made since.
+    pub fn broken(&self, sample: &str) -> Option<String> {
+        if self.contains(sample) {
+            return None;
+        }
+        self.read(Kind::Broken, sample, |text| Ok(String::from_utf8_lossy(text).into_owned()))
     }
 
     /// What went wrong since the last call that training could go on without: damaged records, a full disk, another
@@ -175,11 +184,31 @@ impl FeatureCache {
         let encoded = encode(sample, &self.key)?;
         let rounded = decode_sample(&encoded.sample)?.with_embedding(decode_picture(&encoded.picture)?);
 
+        // The picture first, so that a sample that is there always has one.
+        let Encoded { name: picture_name, picture, sample } = &encoded;
+        self.add(&[(Kind::Picture, picture_name, picture), (Kind::Sample, name, sample)])?;
+        Ok(rounded)
+    }
+
+    /// Adds why a sample cannot be made, so that nobody tries before the cache is filled again. A disk that refuses
+    /// leaves a notice, as in [`FeatureCache::insert`].
+    ///
+    /// # Errors
+    /// As [`FeatureCache::insert`].
+    pub fn insert_broken(&self, name: &str, reason: &str) -> Result<()> {
+        match self.broken(name) {
+            Some(known) if known == reason => Ok(()),
+            _ => self.add(&[(Kind::Broken, name, reason.as_bytes())]),
+        }
+    }
+
+    /// Appends what of `records` is not there; of reasons the last one counts.
+    fn add(&self, records: &[(Kind, &str, &[u8])]) -> Result<()> {
         let mut writing = lock(&self.writing);
         if matches!(*writing, Writing::Taken | Writing::Refused) {
-            return Ok(rounded);
+            return Ok(());
         }
-        if let Err(error) = self.append(&mut writing, name, &encoded) {
+        if let Err(error) = self.append(&mut writing, records) {
             let Error::Io { path, source } = error else { return Err(error) };
             lock(&self.notices).push(format!(
                 "{}: {source}; nothing more is added to the feature cache, what is in it stays",
@@ -191,10 +220,10 @@ impl FeatureCache {
             }
             *writing = Writing::Refused;
         }
-        Ok(rounded)
+        Ok(())
     }
 
-    fn append(&self, writing: &mut Writing, name: &str, encoded: &Encoded) -> Result<()> {
+    fn append(&self, writing: &mut Writing, records: &[(Kind, &str, &[u8])]) -> Result<()> {
         let writer = match self.writer(writing)? {
             Writing::Yes(writer) => writer,
             Writing::Taken => {
@@ -203,11 +232,8 @@ impl FeatureCache {
             }
             Writing::No | Writing::Refused => return Ok(()),
         };
-        // The picture first, so that a sample that is there always has one.
-        let Encoded { name: picture_name, picture, sample } = encoded;
-        let records = [(Kind::Picture, picture_name.as_str(), picture), (Kind::Sample, name, sample)];
-        for (kind, record, payload) in records {
-            if self.place(kind, record).is_some() {
+        for &(kind, record, payload) in records {
+            if kind != Kind::Broken && self.place(kind, record).is_some() {
                 continue;
             }
             let (path, entry) = writer.append(kind, record, payload)?;

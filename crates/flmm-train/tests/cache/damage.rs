@@ -107,3 +107,59 @@ fn cut_empty_and_missing_files_are_survived() {
         }
     }
 }
+
+/// As [`Made`], but sample 1 cannot be made.
+struct OneBroken(Made);
+
+impl Samples<HeadSample> for OneBroken {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn sample(&self, index: usize, epoch: u64) -> Result<HeadSample> {
+        match (self.0.sample(index, epoch)?, index) {
+            (_, 1) => Err(flmm::Error::image("`b.jpg` is damaged", "download it again")),
+            (sample, _) => Ok(sample),
+        }
+    }
+
+    fn key(&self, index: usize, epoch: u64) -> String {
+        self.0.key(index, epoch)
+    }
+}
+
+#[test]
+fn what_cannot_be_made_is_known_until_it_can() {
+    let dir = tempfile::tempdir().unwrap();
+    let broken = OneBroken(Made::new(3));
+    let go_on = |_, _| std::ops::ControlFlow::Continue(());
+    let text = "cannot use the picture: `b.jpg` is damaged";
+    {
+        let cache = open(dir.path()).unwrap();
+        let samples = CachedSamples::new(&cache, &broken);
+        (0..3).for_each(|index| assert_eq!(samples.sample(index, 0).is_err(), index == 1));
+    }
+    // Another process, with the index and without it.
+    for index in [true, false] {
+        let shard = dir.path().join("1-of-1.00000.index");
+        assert!(index && shard.exists() || std::fs::remove_file(shard).is_ok());
+        let cache = open(dir.path()).unwrap();
+        let samples = CachedSamples::new(&cache, &broken);
+        assert!(samples.missing(0).is_empty());
+        assert_eq!(samples.sample(1, 1).unwrap_err().to_string(), text);
+        assert_eq!((broken.0.count(), cache.contents().samples), (3, 2));
+    }
+    // Filling tries again; the same reason is not kept twice.
+    let cache = open(dir.path()).unwrap();
+    let filled = CachedSamples::new(&cache, &broken).fill(Part::default(), |_| true, go_on).unwrap();
+    assert_eq!((filled.added, filled.broken, filled.complete, broken.0.count()), (0, 1, true, 4));
+    let bytes = cache.contents().bytes;
+    CachedSamples::new(&cache, &broken).fill(Part::default(), |_| true, go_on).unwrap();
+    assert_eq!(cache.contents().bytes, bytes);
+    // Once the data is mended, the sample counts and the reason does not.
+    let mended = Made::new(3);
+    let filled = CachedSamples::new(&cache, &mended).fill(Part::default(), |_| false, go_on).unwrap();
+    assert_eq!((filled.added, mended.count(), cache.broken(&name(1))), (1, 1, None));
+    drop(cache);
+    assert_eq!(all_are_right(&open(dir.path()).unwrap(), 3), 0);
+}

@@ -128,17 +128,24 @@ fn another_key_is_refused_by_what_differs() {
 }
 
 #[test]
-fn a_sample_that_cannot_be_made_is_an_error_and_not_cached() {
+fn a_sample_that_cannot_be_made_stays_an_error_until_it_is_tried_again() {
     let dir = tempfile::tempdir().unwrap();
     let cache = open(dir.path()).unwrap();
     let broken = Broken(Mutex::new(true));
     let samples = CachedSamples::new(&cache, &broken);
-    assert!(samples.sample(0, 0).err().unwrap().to_string().contains("no picture"));
     let error = samples.estimate(Part::default(), 1, |_| false).unwrap_err();
     assert!(error.to_string().contains("no picture"), "{error}");
-    assert_eq!(samples.estimate(Part::default(), 1, |_| true).unwrap().bytes, 0);
-    assert_eq!(cache.contents().samples, 0);
+    let known = samples.estimate(Part::default(), 1, |_| false).unwrap();
+    assert_eq!((known.missing, known.bytes), (0, 0));
+    let elsewhere = tempfile::tempdir().unwrap();
+    let empty = open(elsewhere.path()).unwrap();
+    assert_eq!(CachedSamples::new(&empty, &broken).estimate(Part::default(), 1, |_| true).unwrap().bytes, 0);
     *broken.0.lock().unwrap() = false;
+    let error = samples.sample(0, 0).err().unwrap();
+    assert!(error.to_string().contains("no picture"), "{error}");
+    assert!(error.hint().unwrap().contains("flmm features"));
+    assert_eq!(cache.contents().samples, 0);
+    samples.fill(Part::default(), |_| false, |_, _| ControlFlow::Continue(())).unwrap();
     samples.sample(0, 0).unwrap();
     assert_eq!(cache.contents().samples, 1);
 }

@@ -174,7 +174,7 @@ fn sha256(path: &Path) -> Result<String> {
     let (mut hash, mut block) = (Sha256::new(), vec![0; BLOCK]);
     loop {
         match file.read(&mut block).map_err(failed)? {
-            0 => return Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()),
+            0 => return Ok(crate::hex(hash.finalize())),
             count => hash.update(&block[..count]),
         }
     }

@@ -35,7 +35,7 @@ pub fn fingerprint(path: &Path) -> Result<String> {
     } else {
         add(&mut hash, path)?;
     }
-    Ok(hash.finalize()[..12].iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(crate::hex(&hash.finalize()[..12]))
 }
 
 /// Name below `folder` and path of every file that counts, sorted.

@@ -39,7 +39,7 @@ pub(crate) struct FakeHub {
 pub(crate) const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 pub(crate) fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    flmm::hex(Sha256::digest(bytes))
 }
 
 impl FakeHub {
