@@ -117,8 +117,12 @@ fn run<T: CudaDType + WithDType + DeviceRepr>(
     let scale = (1.0 / (dim as f64).sqrt()) as f32;
     let mut launch = function.builder();
     launch.arg(&q).arg(&k).arg(&v).arg(&out).arg(&lse);
-    sizes.iter().for_each(|size| drop(launch.arg(size)));
-    strides.iter().for_each(|stride| drop(launch.arg(stride)));
+    for size in &sizes {
+        launch.arg(size);
+    }
+    for stride in &strides {
+        launch.arg(stride);
+    }
     launch.arg(&scale);
     // SAFETY: the arguments are those of `attention.cu`'s kernels in type and order. The kernel reads `groups · rows · dim`
     // numbers of `q`, `key heads · keys · dim` of `k` and `v`, whose heads lie as their layouts say, and writes the two

@@ -8,6 +8,8 @@
 mod attention;
 #[cfg(feature = "cuda")]
 mod device;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 
 #[cfg(feature = "cuda")]
 pub use attention::causal_attention;
