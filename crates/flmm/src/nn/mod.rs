@@ -4,7 +4,6 @@
 //! max-pool backward is wrong, so trainable code uses only this module (a clippy lint forbids the others).
 
 mod activation;
-mod add_constant;
 mod affine;
 mod attention;
 mod channel_norm;
@@ -27,7 +26,6 @@ mod rotary;
 mod softmax;
 
 pub use activation::{gelu, gelu_tanh, quick_gelu, relu, sigmoid, silu};
-pub use add_constant::add_constant;
 pub use attention::attention;
 pub use channel_norm::{GroupNorm1, LayerNorm2d};
 pub use conv::{Conv2d, ConvTranspose2d};

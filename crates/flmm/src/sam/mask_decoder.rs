@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use super::config::SamConfig;
 use crate::error::Result;
-use crate::nn::{LayerNorm, Linear, add_constant, attention, gelu, relu};
+use crate::nn::{LayerNorm, Linear, attention, gelu, relu};
 use crate::weights::Params;
 
 const EPS: f64 = 1e-5;
@@ -101,7 +101,7 @@ impl MaskDecoder {
             (tokens, image) = layer.forward(&tokens, &token_pe, &image, image_pe)?;
             after_layers.push(tokens.clone());
         }
-        let keys = add_constant(&image, image_pe)?;
+        let keys = image.broadcast_add(image_pe)?;
         let attended = self.final_attn.forward(&(&tokens + &token_pe)?, &keys, &image)?;
         let tokens = self.norm_final.forward(&(tokens + attended)?)?;
         Ok(Transformed { after_layers, tokens, image })
@@ -186,7 +186,7 @@ impl TwoWayLayer {
             (tokens + self.self_attn.forward(&q, &q, tokens)?)?
         };
         let tokens = norm1.forward(&tokens)?;
-        let placed_image = add_constant(image, image_pe)?;
+        let placed_image = image.broadcast_add(image_pe)?;
         let attended = self.token_to_image.forward(&(&tokens + token_pe)?, &placed_image, image)?;
         let tokens = norm2.forward(&(tokens + attended)?)?;
         let hidden = relu(&self.lin1.forward(&tokens)?)?;
