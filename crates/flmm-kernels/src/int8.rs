@@ -273,7 +273,14 @@ impl Panel {
 
 /// Many rows, in 8-bit integers.
 #[cfg(target_arch = "x86_64")]
-fn many(vnni: Vnni, weight: &Int8Weight, x: &[bf16], bias: Option<&[bf16]>, sizes: Sizes, y: &mut [bf16]) {
+pub(crate) fn many(
+    vnni: Vnni,
+    weight: &Int8Weight,
+    x: &[bf16],
+    bias: Option<&[bf16]>,
+    sizes: Sizes,
+    y: &mut [bf16],
+) {
     let Sizes { inputs, .. } = sizes;
     let panels: Vec<Panel> = x.par_chunks(PANEL * LANES * inputs).map(|x| Panel::new(x, inputs)).collect();
     let scratch = || (vec![0u32; OUTPUTS * GROUPS * GROUP_UNITS], vec![0f32; OUTPUTS * GROUPS]);

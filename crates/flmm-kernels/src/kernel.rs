@@ -49,8 +49,7 @@ pub(crate) trait Kernel: Copy + Send + Sync {
     /// `c[n][row] (+)= Σ_k a[k][row] · b[n][k]` over `depth` units.
     ///
     /// `a [depth, lines]` holds rows side by side; `lines` is at most [`Kernel::panel`]. There are [`Kernel::outputs`]
-    /// outputs. Output `n` has its sums, in f32,
-    /// at `c[n · stride..][..lines]`, to which they are added if `add`.
+    /// outputs. Output `n` has its sums, in f32, at `c[n · stride..][..lines]`, to which they are added if `add`.
     fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool);
 }
 

@@ -19,7 +19,8 @@ pub fn multiply_add_f32(turns: usize) -> f64 {
     on_every_thread(|| Arch::new().dispatch(Spin { turns }))
 }
 
-/// As [`multiply_add_f32`], with bf16 factors and f32 sums, in tiles where there are any; `None` on a processor that cannot multiply bf16.
+/// As [`multiply_add_f32`], with bf16 factors and f32 sums, in tiles where there are any; `None` on a processor that
+/// cannot multiply bf16.
 pub fn multiply_add_bf16(turns: usize) -> Option<f64> {
     #[cfg(target_arch = "x86_64")]
     if let Some(amx) = crate::amx::Amx::detect() {

@@ -93,11 +93,7 @@ fn download(wheels: &Path) -> Result<()> {
             .into_iter()
             .find(|file| file.file_name().is_some_and(|file| file.to_string_lossy().starts_with(&prefix)))
             .with_context(|| format!("pip has downloaded no {prefix}*.whl"))?;
-        let found = Sha256::digest(fs::read(&wheel)?);
-        let found = found.iter().fold(String::new(), |mut hex, byte| {
-            let _ = write!(hex, "{byte:02x}");
-            hex
-        });
+        let found = flmm::hex(Sha256::digest(fs::read(&wheel)?));
         ensure!(found == sum, "{}: SHA-256 {found}, expected {sum}", wheel.display());
     }
     Ok(())

@@ -141,9 +141,10 @@ impl Sizes {
         let (q, k) = (self.rows(q, self.queries, at), self.rows(k, self.keys, at));
         let many_queries = self.queries > self.keys;
         let (near, far) = if many_queries { (k, q.transposed()) } else { (q, k.transposed()) };
-        let mut scores = mix(&near, &far, 1.0 / (self.dim as f32).sqrt());
+        let scale = 1.0 / (self.dim as f32).sqrt();
+        let mut scores = mix(&near, &far, scale);
         Arch::new().dispatch(Softmax { scores: &mut scores, across: many_queries });
-        Head { near, far, probabilities: scores, many_queries, scale: 1.0 / (self.dim as f32).sqrt() }
+        Head { near, far, probabilities: scores, many_queries, scale }
     }
 }
 
