@@ -1,8 +1,11 @@
 //! How long the first epoch takes with a feature cache, and how long the others: on scenes of the synthetic world with
-//! flmm-tiny's frozen models.
+//! the frozen models of a bundle.
 //!
 //! ```text
-//! cargo run --release -p flmm-train --example feature_cache -- models/flmm-tiny [SCENES] [EPOCHS]
+//! cargo run --release -p flmm-train --example feature_cache -- models/flmm-tiny [SCENES] [EPOCHS] [f32|bf16]
+//!
+//! cargo run --release -p xtask -- random-model deepseek-vl-1.3b --out target/deepseek
+//! cargo run --release -p flmm-train --example feature_cache -- target/deepseek 8 3 bf16
 //! ```
 
 use std::error::Error;
@@ -14,7 +17,6 @@ use candle_core::{DType, Device, Tensor};
 use cpu_time::ProcessTime;
 use flmm::Grounder;
 use flmm::grounder::{Caption, HeadSizes, ModelPaths};
-use flmm::sam::read_checkpoint;
 use flmm::weights::fingerprint;
 use flmm_data::world::{Level, Scene, SegmentRef, Split, WorldConfig, generate};
 use flmm_train::cache::{CacheKey, CacheOptions, CachedSamples, FeatureCache, MapValues, Rows, Values};
@@ -24,15 +26,18 @@ use flmm_train::selection::{best_channels, channel_scores};
 use flmm_train::{HeadConfig, HeadSample, HeadTask, RunOptions, Samples, TrainConfig, Trainer};
 use serde_json::json;
 
-/// Width of flmm-tiny's own mask head.
-const BASE_CHANNELS: usize = 16;
-
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let bundle = PathBuf::from(args.next().ok_or("give the folder of flmm-tiny")?);
     let scenes: usize = args.next().map_or(Ok(64), |text| text.parse())?;
     let epochs: u64 = args.next().map_or(Ok(4), |text| text.parse())?;
-    let grounder = Grounder::open(&ModelPaths::bundle(&bundle), &Device::Cpu, DType::F32)?;
+    let dtype = match args.next().as_deref() {
+        None | Some("f32") => DType::F32,
+        Some("bf16") => DType::BF16,
+        Some(other) => return Err(format!("`{other}` instead of f32 or bf16").into()),
+    };
+    let grounder = Grounder::open(&ModelPaths::bundle(&bundle), &Device::Cpu, dtype)?;
+    let sam = grounder.sam().ok_or("a bundle without SAM")?;
     let world = WorldConfig::new(Level::from_number(1).ok_or("no level 1")?);
     let plain = from_fn(scenes, |index, _| {
         let scene = generate(&world, Split::Train, 1, index as u64);
@@ -41,9 +46,9 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let folder = tempfile::tempdir()?;
     let key = CacheKey {
-        lmm: "flmm-tiny".into(),
+        lmm: bundle.display().to_string(),
         lmm_revision: fingerprint(&bundle.join("lmm"))?,
-        lmm_dtype: "f32".into(),
+        lmm_dtype: dtype.as_str().into(),
         sam_revision: fingerprint(&bundle.join("sam"))?,
         preprocessing: flmm::vision::preprocess::VERSION,
         capture: flmm::capture::VERSION,
@@ -59,8 +64,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let samples = CachedSamples::new(&cache, &named);
 
     let lmm = grounder.lmm();
-    let sizes = HeadSizes::of(lmm, read_checkpoint(&bundle.join("sam"), &Device::Cpu)?.0);
-    let tensors = init(&sizes, BASE_CHANNELS, None, None, 1)?;
+    let sizes = HeadSizes::of(lmm, sam.config().clone());
+    let base_channels = grounder.head().mask_head.config().base_channels;
+    let tensors = init(&sizes, base_channels, None, None, 1)?;
     let (head, vars) = trainable(&sizes, &tensors)?;
     let task = HeadTask::new(head, HeadConfig::default())?;
     let config = TrainConfig { epochs, batch_size: 4, ..TrainConfig::default() };

@@ -40,6 +40,11 @@ impl Capture {
         self.first..self.first + self.hidden.first().map_or(0, rows)
     }
 
+    /// The first row that is kept of those read from position `start` on, counted from there.
+    pub(crate) fn first_from(&self, start: usize) -> usize {
+        self.first.saturating_sub(start)
+    }
+
     /// Forgets the rows at position `end` and later.
     pub fn truncate(&mut self, end: usize) -> Result<()> {
         let keep = end.saturating_sub(self.first);
@@ -83,7 +88,7 @@ impl Capture {
 
     /// How many of `rows` rows from `start` on lie before the first wanted one; `None` if all do.
     fn skip(&self, start: usize, rows: usize) -> Option<usize> {
-        let skip = self.first.saturating_sub(start);
+        let skip = self.first_from(start);
         (skip < rows).then_some(skip)
     }
 

@@ -102,6 +102,52 @@ fn capture_changes_neither_ids_nor_logits() -> TestResult {
     Ok(())
 }
 
+/// Rows that nobody asks for are left out of the last layer; what is asked for is the same.
+#[test]
+fn reading_gives_what_a_whole_pass_gives() -> TestResult {
+    let Some(paths) = paths() else { return Ok(()) };
+    // Products of few rows sum in another order.
+    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 1.0 / 64.0)] {
+        let lmm = lmm::open(&paths.model, dtype, CPU)?;
+        let prepared = lmm.prepare(&picture()?, &[Turn::user("What is shown in this image?")])?;
+        let (embeds, tokens) = (lmm.embed(&prepared)?, prepared.token_ids.len());
+        let layers = lmm.decoder().config().num_layers;
+        let image = &prepared.images[0].layout;
+        for first in [0, tokens - 5, tokens - 1, tokens] {
+            let new = || (KvCache::new(lmm.decoder().config(), 1), Capture::from_position(first));
+            let (mut cache, mut capture) = new();
+            let whole = lmm.decoder().forward(&embeds, &mut cache, Some(&mut capture))?;
+            let (mut read_cache, mut read_capture) = new();
+            let last = lmm.decoder().read(&embeds, &mut read_cache, Some(&mut read_capture))?;
+            close(&last, &whole.narrow(0, tokens - 1, 1)?, tolerance)?;
+            assert_eq!(read_capture.positions(), first..tokens);
+            assert_eq!(read_cache.len(), tokens);
+            let positions: Vec<usize> = (first..tokens).collect();
+            if positions.is_empty() {
+                continue;
+            }
+            close(&read_capture.hidden_rows(&positions)?, &capture.hidden_rows(&positions)?, tolerance)?;
+            for layer in [0, layers - 1] {
+                let maps = |cache: &KvCache, capture: &Capture| {
+                    capture.image_attention(cache, layer, image, &positions)
+                };
+                close(&maps(&read_cache, &read_capture)?, &maps(&cache, &capture)?, tolerance)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn close(found: &Tensor, expected: &Tensor, tolerance: f32) -> TestResult {
+    assert_eq!(found.dims(), expected.dims());
+    let [found, expected] = [found, expected].map(|tensor| tensor.to_dtype(DType::F32));
+    let (found, expected) = (found?, expected?);
+    let scale = expected.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+    let difference = (found - expected)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+    assert!(difference <= tolerance * scale, "{difference} off, of {scale}");
+    Ok(())
+}
+
 #[test]
 fn the_answer_does_not_depend_on_grounding() -> TestResult {
     let Some(grounder) = with_selector(DType::F32, 5.0)? else { return Ok(()) };

@@ -228,9 +228,9 @@ impl Session {
         self.cache.truncate(shared);
         self.read.truncate(shared);
         let embeds = self.embed(lmm, ids, shared)?;
-        let hidden = lmm.decoder().forward(&embeds, &mut self.cache, capture)?;
+        let last = lmm.decoder().read(&embeds, &mut self.cache, capture)?;
         self.read.extend_from_slice(&tokens[shared..]);
-        Ok(hidden.narrow(0, hidden.dim(0)? - 1, 1)?)
+        Ok(last)
     }
 
     /// Counts generated tokens that were fed to the decoder behind what was read.

@@ -8,10 +8,10 @@ use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 
 use crate::error::{Error, Result};
-use crate::nn::{Conv2d, bilinear_scaled};
+use crate::nn::{Conv2d, Enlarged};
 use crate::weights::Params;
 
-use unet::Body;
+use unet::{Body, Visitor};
 
 /// Sides are padded to a multiple of this: three poolings halve them three times.
 const MULTIPLE: usize = 8;
@@ -97,26 +97,30 @@ impl UNet {
     /// # Errors
     /// [`Error::Request`] if the maps have another number of channels, are empty, or leave `0..=1`.
     pub fn forward(&self, maps: &Tensor) -> Result<Tensor> {
-        self.forward_with(maps, &mut |_, _| {})
+        self.run(maps, None)
     }
 
     /// [`UNet::forward`] that shows every stage's output to `visit`: `prepared_input`, `encoder.0` … `decoder.0`.
     pub fn forward_with(&self, maps: &Tensor, visit: &mut dyn FnMut(&str, &Tensor)) -> Result<Tensor> {
+        self.run(maps, Some(visit))
+    }
+
+    fn run(&self, maps: &Tensor, mut visit: Visitor) -> Result<Tensor> {
         let (n, _, h, w) = self.check(maps)?;
         let factor = (self.config.input_size as f64 / h.max(w) as f64).max(1.0);
+        let (height, width) = ((h as f64 * factor) as usize, (w as f64 * factor) as usize);
         if n == 0 {
-            let size = |side: usize| (side as f64 * factor) as usize;
-            return Ok(Tensor::zeros((0, size(h), size(w)), self.dtype, maps.device())?);
+            return Ok(Tensor::zeros((0, height, width), self.dtype, maps.device())?);
         }
         let maps = maps.to_dtype(self.dtype)?;
         let mass = maps.sum_keepdim((2, 3))?.maximum(1e-12)?;
-        let x = bilinear_scaled(&maps.broadcast_div(&mass)?, factor)?;
-        let (_, _, h, w) = x.dims4()?;
-        let padding = |side: usize| side.next_multiple_of(MULTIPLE) - side;
-        let x = x.pad_with_zeros(2, 0, padding(h))?.pad_with_zeros(3, 0, padding(w))?;
-        visit("prepared_input", &x);
+        let size = (height.next_multiple_of(MULTIPLE), width.next_multiple_of(MULTIPLE));
+        let x = Enlarged { maps: maps.broadcast_div(&mass)?, factor, size };
+        if let Some(visit) = &mut visit {
+            visit("prepared_input", &x.written_out()?);
+        }
         let features = self.body.forward(&x, visit)?;
-        let features = features.narrow(2, 0, h)?.narrow(3, 0, w)?.contiguous()?;
+        let features = features.narrow(2, 0, height)?.narrow(3, 0, width)?.contiguous()?;
         Ok(self.conv_seg.forward(&features)?.squeeze(1)?)
     }
 

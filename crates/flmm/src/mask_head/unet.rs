@@ -3,11 +3,14 @@
 use candle_core::Tensor;
 
 use crate::error::Result;
-use crate::nn::{Conv2d, GroupNorm1, bilinear_scaled, max_pool2x2};
+use crate::nn::{Conv2d, Enlarged, GroupNorm1, bilinear_scaled, max_pool2x2};
 use crate::weights::Params;
 
 const STAGES: usize = 4;
 const EPS: f64 = 1e-5;
+
+/// Is shown every stage's name and output.
+pub(super) type Visitor<'a> = Option<&'a mut dyn FnMut(&str, &Tensor)>;
 
 /// Everything between the prepared maps and the last 1×1 convolution.
 #[derive(Debug, Clone)]
@@ -54,12 +57,17 @@ impl Body {
         shapes
     }
 
-    /// `x [N, C, h, w]`, sides multiples of 8 → `[N, base, h, w]`.
-    pub(super) fn forward(&self, x: &Tensor, visit: &mut dyn FnMut(&str, &Tensor)) -> Result<Tensor> {
+    /// `x [N, C, h, w]`, sides multiples of 8 once enlarged → `[N, base, h, w]`.
+    pub(super) fn forward(&self, x: &Enlarged, mut visit: Visitor) -> Result<Tensor> {
+        let mut visit = |name: &str, y: &Tensor| {
+            if let Some(visit) = &mut visit {
+                visit(name, y);
+            }
+        };
         let mut outputs: Vec<Tensor> = Vec::new();
         for (i, block) in self.encoder.iter().enumerate() {
             let y = match outputs.last() {
-                None => block.forward(x)?,
+                None => block.forward_enlarged(x)?,
                 Some(previous) => block.forward(&max_pool2x2(previous)?)?,
             };
             visit(&format!("encoder.{i}"), &y);
@@ -67,7 +75,7 @@ impl Body {
         }
         let mut y = outputs[STAGES - 1].clone();
         for (i, decoder) in self.decoder.iter().enumerate().rev() {
-            let up = decoder.upsample.forward(&bilinear_scaled(&y, 2.0)?)?;
+            let up = decoder.upsample.forward_before_enlarging(&y)?;
             visit(&format!("decoder.{i}.upsampled"), &up);
             y = decoder.conv_block.forward(&Tensor::cat(&[&outputs[i], &up], 1)?)?;
             visit(&format!("decoder.{i}"), &y);
@@ -112,6 +120,10 @@ impl Block {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.convs[1].forward(&self.convs[0].forward(x)?)
     }
+
+    fn forward_enlarged(&self, x: &Enlarged) -> Result<Tensor> {
+        self.convs[1].forward(&self.convs[0].forward_enlarged(x)?)
+    }
 }
 
 /// Convolution without bias, group norm with one group, ReLU.
@@ -131,5 +143,14 @@ impl ConvUnit {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.gn.forward_relu(&self.conv.forward(x)?)
+    }
+    fn forward_enlarged(&self, x: &Enlarged) -> Result<Tensor> {
+        self.gn.forward_relu(&self.conv.forward_enlarged(x)?)
+    }
+
+    /// The unit of `x` enlarged twofold. A 1×1 convolution without bias and enlarging can change places: first the
+    /// convolution is a quarter of the work.
+    fn forward_before_enlarging(&self, x: &Tensor) -> Result<Tensor> {
+        self.gn.forward_relu(&bilinear_scaled(&self.conv.forward(x)?, 2.0)?)
     }
 }

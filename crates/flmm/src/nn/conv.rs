@@ -7,6 +7,7 @@
 use candle_core::Tensor;
 
 use super::conv3x3::conv3x3;
+use super::enlarged::Enlarged;
 use crate::error::{Error, Result};
 use crate::weights::Params;
 
@@ -63,6 +64,14 @@ impl Conv2d {
             Kind::Patchify(k) => patchify(x, &self.weight, k)?,
         };
         add_bias(y, self.bias.as_ref())
+    }
+
+    /// [`Conv2d::forward`] of the enlarged maps, which 3×3 with stride 1 does without writing them out.
+    pub(crate) fn forward_enlarged(&self, x: &Enlarged) -> Result<Tensor> {
+        match self.kind {
+            Kind::Same3x3 => add_bias(x.conv3x3(&self.weight)?, self.bias.as_ref()),
+            _ => self.forward(&x.written_out()?),
+        }
     }
 }
 

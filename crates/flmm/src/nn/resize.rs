@@ -46,9 +46,7 @@ pub fn bilinear_part(
 /// Bilinear resize of `x [.., h, w]` by the scale-factor rule: size `int(in · factor)`, scale = 1 / factor.
 pub fn bilinear_scaled(x: &Tensor, factor: f64) -> Result<Tensor> {
     let (h, w) = (x.dim(D::Minus2)?, x.dim(D::Minus1)?);
-    let size = |input: usize| (input as f64 * factor) as usize;
-    let scale = (1.0 / factor) as f32;
-    resize(x, Taps::new(h, size(h), scale), Taps::new(w, size(w), scale))
+    resize(x, Taps::by_factor(h, factor), Taps::by_factor(w, factor))
 }
 
 /// Nearest resize of `x [.., h, w]` (any type): source index `min(floor(i · (in / out)), in − 1)`.
@@ -71,7 +69,7 @@ pub fn nearest(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
 }
 
 /// For every output position: the two source positions and the weight of the second.
-struct Taps {
+pub(super) struct Taps {
     input: usize,
     first: Vec<usize>,
     second: Vec<usize>,
@@ -81,6 +79,10 @@ struct Taps {
 impl Taps {
     fn by_ratio(input: usize, output: usize) -> Self {
         Self::new(input, output, input as f32 / output as f32)
+    }
+
+    pub(super) fn by_factor(input: usize, factor: f64) -> Self {
+        Self::new(input, (input as f64 * factor) as usize, (1.0 / factor) as f32)
     }
 
     fn new(input: usize, output: usize, scale: f32) -> Self {
@@ -96,7 +98,7 @@ impl Taps {
         taps
     }
 
-    fn output(&self) -> usize {
+    pub(super) fn output(&self) -> usize {
         self.first.len()
     }
 
@@ -121,12 +123,17 @@ impl Taps {
             && self.first.iter().enumerate().all(|(i, &f)| i == f)
     }
 
+    /// Adds the weights of the output position `i` to `row [input]`.
+    pub(super) fn add_weights(&self, i: usize, row: &mut [f32]) {
+        row[self.first[i]] += 1.0 - self.lambda[i];
+        row[self.second[i]] += self.lambda[i];
+    }
+
     /// The `[output, input]` matrix.
     fn matrix(&self, device: &Device) -> CandleResult<Tensor> {
         let mut matrix = vec![0f32; self.output() * self.input];
-        for i in 0..self.output() {
-            matrix[i * self.input + self.first[i]] += 1.0 - self.lambda[i];
-            matrix[i * self.input + self.second[i]] += self.lambda[i];
+        for (i, row) in matrix.chunks_exact_mut(self.input).enumerate() {
+            self.add_weights(i, row);
         }
         Tensor::from_vec(matrix, (self.output(), self.input), device)
     }

@@ -76,7 +76,33 @@ impl Decoder {
         &self,
         embeds: &Tensor,
         cache: &mut KvCache,
+        capture: Option<&mut Capture>,
+    ) -> Result<Tensor> {
+        self.run(embeds, cache, capture, 0)
+    }
+
+    /// As [`Decoder::forward`], but returns the state of the last token alone, `[1, hidden]`.
+    ///
+    /// Of all other rows that `capture` does not want the last layer computes only keys and values.
+    pub fn read(
+        &self,
+        embeds: &Tensor,
+        cache: &mut KvCache,
+        capture: Option<&mut Capture>,
+    ) -> Result<Tensor> {
+        let last = embeds.dim(0)?.saturating_sub(1);
+        let wanted = capture.as_ref().map_or(last, |capture| capture.first_from(cache.len()));
+        let states = self.run(embeds, cache, capture, wanted.min(last))?;
+        Ok(states.narrow(0, states.dim(0)? - 1, 1)?)
+    }
+
+    /// The states of the rows from `wanted` on: the last layer leaves out what only the others need.
+    fn run(
+        &self,
+        embeds: &Tensor,
+        cache: &mut KvCache,
         mut capture: Option<&mut Capture>,
+        wanted: usize,
     ) -> Result<Tensor> {
         let (tokens, _) = embeds.dims2()?;
         let start = cache.len();
@@ -94,18 +120,21 @@ impl Decoder {
             capture.keep_hidden(0, start, &hidden)?;
         }
         for (index, layer) in self.layers.iter().enumerate() {
+            let is_last = index + 1 == self.layers.len();
+            let from = if is_last { wanted } else { 0 };
             let attended = layer.attention.forward(
                 &layer.input_layernorm.forward(&hidden)?,
                 &rotation,
                 (index, &mut *cache),
+                from,
                 capture.as_deref_mut(),
             )?;
-            hidden = (hidden + attended)?;
+            hidden = (hidden.narrow(0, from, tokens - from)? + attended)?;
             let fed = layer.mlp.forward(&layer.post_attention_layernorm.forward(&hidden)?)?;
             hidden = (hidden + fed)?;
             // The last state is kept after the final norm instead (spec/pipeline.md §2.4).
             if let Some(capture) = capture.as_deref_mut()
-                && index + 1 < self.layers.len()
+                && !is_last
             {
                 capture.keep_hidden(index + 1, start, &hidden)?;
             }
@@ -113,7 +142,7 @@ impl Decoder {
         cache.advance(tokens);
         let hidden = self.norm.forward(&hidden)?;
         if let Some(capture) = capture {
-            capture.keep_hidden(self.layers.len(), start, &hidden)?;
+            capture.keep_hidden(self.layers.len(), start + wanted, &hidden)?;
         }
         Ok(hidden)
     }
@@ -177,16 +206,20 @@ impl Attention {
         })
     }
 
-    /// `x [T, hidden]` → `[T, hidden]`; `layer` is this layer's index and the cache it appends to.
+    /// `x [T, hidden]` → `[T − from, hidden]`: the rows `from..`; `layer` is this layer's index and the cache it
+    /// appends to.
     fn forward(
         &self,
         x: &Tensor,
         rotation: &Rotation,
         (index, cache): (usize, &mut KvCache),
+        from: usize,
         capture: Option<&mut Capture>,
     ) -> Result<Tensor> {
-        let start = cache.len();
-        let q = rotation.apply(&self.split(&self.q_proj.forward(x)?, self.heads)?)?;
+        let start = cache.len() + from;
+        let asking = x.narrow(0, from, x.dim(0)? - from)?;
+        let q = self.split(&self.q_proj.forward(&asking)?, self.heads)?;
+        let q = rotation.from(from)?.apply(&q)?;
         let k = rotation.apply(&self.split(&self.k_proj.forward(x)?, self.kv_heads)?)?;
         let v = self.split(&self.v_proj.forward(x)?, self.kv_heads)?;
         let (keys, values) = cache.append(index, &k, &v)?;

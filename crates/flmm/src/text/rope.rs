@@ -46,6 +46,12 @@ impl Rope {
 }
 
 impl Rotation {
+    /// The rotation without its first `rows` positions.
+    pub(crate) fn from(&self, rows: usize) -> Result<Self> {
+        let rest = |table: &Tensor| table.narrow(0, rows, table.dim(0)? - rows);
+        Ok(Self { cos: rest(&self.cos)?, sin: rest(&self.sin)? })
+    }
+
     /// `x [heads, T, head_dim]` → same shape.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         if frozen_bf16(&[x, &self.cos]) && x.dims().ends_with(self.cos.dims()) {
