@@ -167,7 +167,7 @@ fn largest(numbers: &[bf16]) -> f32 {
 }
 
 /// A group as integers up to `limit`: hands each to `write`, and returns scale and sum.
-fn integers(numbers: &[bf16], limit: f32, mut write: impl FnMut(usize, i32)) -> (f32, i32) {
+pub(crate) fn integers(numbers: &[bf16], limit: f32, mut write: impl FnMut(usize, i32)) -> (f32, i32) {
     let largest = largest(numbers);
     // Without a finite quotient all numbers are zero, or as good as zero.
     let inverse = limit / largest;
