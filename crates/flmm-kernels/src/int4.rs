@@ -140,7 +140,10 @@ impl Int4Weight {
     /// Bytes and scales of output `n`.
     fn row(&self, n: usize) -> (&[u8], &[bf16]) {
         let groups = self.groups();
-        (&self.nibbles[n * groups * GROUP_BYTES..][..groups * GROUP_BYTES], &self.scales[n * groups..][..groups])
+        (
+            &self.nibbles[n * groups * GROUP_BYTES..][..groups * GROUP_BYTES],
+            &self.scales[n * groups..][..groups],
+        )
     }
 }
 
@@ -250,8 +253,7 @@ impl Block {
     /// Up to [`BLOCK`] activations; what is missing is zero.
     fn new(numbers: &[bf16]) -> Self {
         let half = [0; BLOCK / 2];
-        let mut block =
-            Self { high: [half; 2], low: [half; 2], corrections: [0; 4 * GROUPS], scale: 0.0 };
+        let mut block = Self { high: [half; 2], low: [half; 2], corrections: [0; 4 * GROUPS], scale: 0.0 };
         // The largest number whose two bytes both have a sign.
         let (scale, _) = integers(numbers, f32::from(0x7f7f_i16), |at, integer| {
             let (group, within) = (at / GROUP, at % GROUP);

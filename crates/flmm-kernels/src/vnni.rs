@@ -183,8 +183,22 @@ unsafe fn dot4<const R: usize>(x: &[Block], nibbles: &[u8], scales: &[bf16]) -> 
     let halves = _mm512_set1_epi8(15);
     // Scale of group i becomes the upper half of lanes 4i to 4i + 3.
     let spread = _mm512_set_epi32(
-        3 << 16, 3 << 16, 3 << 16, 3 << 16, 2 << 16, 2 << 16, 2 << 16, 2 << 16, 1 << 16, 1 << 16, 1 << 16, 1 << 16, 0,
-        0, 0, 0,
+        3 << 16,
+        3 << 16,
+        3 << 16,
+        3 << 16,
+        2 << 16,
+        2 << 16,
+        2 << 16,
+        2 << 16,
+        1 << 16,
+        1 << 16,
+        1 << 16,
+        1 << 16,
+        0,
+        0,
+        0,
+        0,
     );
     let mut totals = [_mm512_setzero_ps(); R];
     for block in 0..blocks {
