@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
-use flmm::convert::{Converted, convert_head, convert_sam, head_target};
+use candle_core::{DType, Device};
+use flmm::convert::{Converted, ConvertedLmm, convert_head, convert_lmm, convert_sam, head_target};
+use flmm::lmm::OpenOptions;
 
-use crate::args::Convert;
+use crate::args::{Convert, ConvertLmm};
 use crate::failure::{Failure, Result};
 use crate::talk::Talk;
 
@@ -12,6 +14,7 @@ pub(crate) fn run(what: &Convert, talk: &Talk) -> Result<()> {
     let done = {
         let _spinner = talk.during("converting");
         match what {
+            Convert::Lmm(args) => return convert_an_lmm(args, talk),
             Convert::Head { file, lmm, out, force } => {
                 exists(file)?;
                 let target = head_target(lmm).map_err(usage)?;
@@ -42,6 +45,23 @@ fn usage(error: flmm::Error) -> Failure {
         flmm::Error::Request { what, hint } => Failure::usage(what, hint),
         other => other.into(),
     }
+}
+
+fn convert_an_lmm(args: &ConvertLmm, talk: &Talk) -> Result<()> {
+    let ConvertLmm { dir, dtype, out, force, vision_tower, vision_tower_aux } = args;
+    exists(dir)?;
+    let options = OpenOptions {
+        weights: dtype.weights(),
+        vision_tower: vision_tower.clone(),
+        vision_tower_aux: vision_tower_aux.clone(),
+        ..OpenOptions::new(DType::BF16, &Device::Cpu)
+    };
+    let ConvertedLmm { name, matrices, bytes } = convert_lmm(dir, &options, out, *force).map_err(usage)?;
+    let [before, after] = bytes.map(|bytes| bytes as f64 / 1e6);
+    let numbers = options.numbers();
+    talk.note(format_args!("{}: {name} in {numbers}, {matrices} matrices packed", out.display()));
+    talk.note(format_args!("{after:.1} MB of weights instead of {before:.1} MB"));
+    Ok(())
 }
 
 fn tell(done: &Converted, talk: &Talk) {

@@ -8,7 +8,7 @@ use flmm::grounder::{HeadSettings, ModelPaths, RefinerKind, Revision};
 use flmm::hub::Hub;
 use flmm::lmm::{LoadProgress, OpenOptions};
 
-use crate::args::ModelArgs;
+use crate::args::{ModelArgs, Precision};
 use crate::embedded;
 use crate::failure::{Failure, Result};
 use crate::fetch::{self, Named, Part, named};
@@ -32,7 +32,7 @@ impl Model {
 /// Opens the model the user chose, or the embedded one.
 pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
     let (name, paths) = choose(args, talk)?;
-    let (dtype, weights) = args.dtype.parts();
+    let (dtype, weights) = Precision::of(args.dtype, &paths.model)?.parts();
     let device = args.device.open()?;
     let clock = std::time::Instant::now();
     let spinner = talk.during("loading the model");

@@ -12,7 +12,6 @@ use crate::product::{Sizes, WeightRows};
 /// The most rows that are worked on in this way.
 pub(crate) const FEW: usize = 8;
 /// Rows of `x` that share one reading of a row of weights.
-#[cfg(target_arch = "x86_64")]
 pub(crate) const TOGETHER: usize = 4;
 /// Weights that a thread takes at once.
 const CHUNK: usize = 1 << 18;

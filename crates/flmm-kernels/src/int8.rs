@@ -33,13 +33,14 @@ pub(crate) const OFFSET: i32 = 128;
 pub struct Int8Weight {
     /// `[outputs, inputs]`
     bytes: Vec<u8>,
-    /// `[outputs, groups]`
+    /// `[outputs, groups]`, all of which a bf16 holds
     scales: Vec<f32>,
     inputs: usize,
 }
 
 impl Int8Weight {
-    /// The nearest such weight: of every 128 inputs of an output the largest becomes ±127.
+    /// The nearest such weight: of every 128 inputs of an output the largest becomes ±127, or ±126 where the scale had to be
+    /// rounded up to a bf16.
     ///
     /// # Panics
     /// If `weight` is not whole rows of `inputs` numbers.
@@ -55,10 +56,38 @@ impl Int8Weight {
             bytes.par_chunks_mut(inputs).zip(scales.par_chunks_mut(groups)).zip(weight.par_chunks(inputs));
         rows.for_each(|((bytes, scales), weight)| {
             for ((bytes, scale), weight) in bytes.chunks_mut(GROUP).zip(scales).zip(weight.chunks(GROUP)) {
-                (*scale, _) = integers(weight, 127.0, |at, integer| bytes[at] = (integer + OFFSET) as u8);
+                *scale = rounded_up(largest(weight) / 127.0);
+                let inverse = scale.recip();
+                let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+                for (byte, x) in bytes.iter_mut().zip(weight) {
+                    let integer = (x.to_f32() * inverse).round_ties_even() as i32;
+                    *byte = (integer + OFFSET) as u8;
+                }
             }
         });
         Self { bytes, scales, inputs }
+    }
+
+    /// A weight of `[outputs, inputs]` from its bytes, `[outputs, inputs]`, and scales, `[outputs, groups]`, as
+    /// [`Int8Weight::parts`] gave them; `None` if the lengths do not fit.
+    pub fn from_parts(bytes: Vec<u8>, scales: &[bf16], [outputs, inputs]: [usize; 2]) -> Option<Self> {
+        let [width, groups] = Self::part_sizes(inputs);
+        let fits = inputs > 0
+            && Some(bytes.len()) == outputs.checked_mul(width)
+            && Some(scales.len()) == outputs.checked_mul(groups);
+        let scales = scales.iter().map(|scale| scale.to_f32()).collect();
+        fits.then_some(Self { bytes, scales, inputs })
+    }
+
+    /// Bytes `[outputs, inputs]` and scales `[outputs, groups]`.
+    pub fn parts(&self) -> (&[u8], Vec<bf16>) {
+        // They were rounded when they were made.
+        (&self.bytes, self.scales.iter().map(|&scale| bf16::from_f32(scale)).collect())
+    }
+
+    /// Bytes and scales that an output of `inputs` has.
+    pub fn part_sizes(inputs: usize) -> [usize; 2] {
+        [inputs, inputs.div_ceil(GROUP)]
     }
 
     /// Rows.
@@ -161,13 +190,18 @@ impl WithSimd for Widen<'_> {
     }
 }
 
+/// The smallest bf16 that is not less than `x`, a number without sign.
+fn rounded_up(x: f32) -> f32 {
+    f32::from_bits(x.to_bits().saturating_add(0xffff) & 0xffff_0000)
+}
+
 /// Largest of the numbers, without sign.
 fn largest(numbers: &[bf16]) -> f32 {
     numbers.iter().fold(0f32, |largest, x| largest.max(x.to_f32().abs()))
 }
 
 /// A group as integers up to `limit`: hands each to `write`, and returns scale and sum.
-fn integers(numbers: &[bf16], limit: f32, mut write: impl FnMut(usize, i32)) -> (f32, i32) {
+pub(crate) fn integers(numbers: &[bf16], limit: f32, mut write: impl FnMut(usize, i32)) -> (f32, i32) {
     let largest = largest(numbers);
     // Without a finite quotient all numbers are zero, or as good as zero.
     let inverse = limit / largest;

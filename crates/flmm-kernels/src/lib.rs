@@ -13,9 +13,12 @@
 mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 mod element;
 mod few;
+mod int4;
 mod int8;
 mod kernel;
 mod line;
@@ -31,6 +34,7 @@ mod vnni;
 use half::bf16;
 
 pub use attention::{AttentionSizes, Heads, Scores};
+pub use int4::Int4Weight;
 pub use int8::Int8Weight;
 pub use product::Sizes;
 pub use rows::{layer_norm_bf16, map_bf16, map_f32, rms_norm_bf16, rotate_bf16, silu_mul_bf16, zip_map_f32};

@@ -3,7 +3,10 @@
 
 use std::arch::x86_64::*;
 
+use half::bf16;
+
 use crate::avx512::Avx512;
+use crate::int4::{Block, Dot, GROUP_BYTES, GROUPS};
 use crate::int8::GROUP;
 use crate::kernel::OUTPUTS;
 use crate::line::{LANES, Line};
@@ -158,6 +161,75 @@ unsafe fn dot<const R: usize>(
         for (r, (total, &sum)) in totals.iter_mut().zip(&sums).enumerate() {
             let scale = _mm512_set1_ps(scale * row_scales[r * groups + group]);
             *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, *total);
+        }
+    }
+    totals.map(|total| _mm512_reduce_add_ps(total))
+}
+
+impl Dot for Vnni {
+    #[inline]
+    fn dot<const R: usize>(self, x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R] {
+        assert!(nibbles.len() == scales.len() * GROUP_BYTES);
+        assert!(x.len() >= R * scales.len().div_ceil(GROUPS));
+        // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
+        unsafe { dot4::<R>(x, nibbles, scales) }
+    }
+}
+
+/// As [`Dot::dot`]. A lane sums the four bytes at its place, of both halves: all of one group.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn dot4<const R: usize>(x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R] {
+    let blocks = scales.len().div_ceil(GROUPS);
+    let halves = _mm512_set1_epi8(15);
+    // Scale of group i becomes the upper half of lanes 4i to 4i + 3.
+    let spread = _mm512_set_epi32(
+        3 << 16,
+        3 << 16,
+        3 << 16,
+        3 << 16,
+        2 << 16,
+        2 << 16,
+        2 << 16,
+        2 << 16,
+        1 << 16,
+        1 << 16,
+        1 << 16,
+        1 << 16,
+        0,
+        0,
+        0,
+        0,
+    );
+    let mut totals = [_mm512_setzero_ps(); R];
+    for block in 0..blocks {
+        let groups = (scales.len() - block * GROUPS).min(GROUPS);
+        // SAFETY: the masks keep reads within the groups that are left; the caller checked `x` for `R` rows of blocks.
+        unsafe {
+            let bytes = nibbles.as_ptr().add(block * GROUPS * GROUP_BYTES);
+            let bytes = match groups {
+                GROUPS => _mm512_loadu_si512(bytes.cast()),
+                _ => _mm512_maskz_loadu_epi32((1 << (4 * groups)) - 1, bytes.cast()),
+            };
+            let scales = scales.as_ptr().add(block * GROUPS);
+            let scales = match groups {
+                GROUPS => _mm_loadu_si64(scales.cast()),
+                _ => _mm_maskz_loadu_epi16((1 << groups) - 1, scales.cast()),
+            };
+            let scales = _mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, spread, _mm512_castsi128_si512(scales));
+            let low = _mm512_and_si512(bytes, halves);
+            let high = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), halves);
+            for (r, total) in totals.iter_mut().enumerate() {
+                let x = &x[r * blocks + block];
+                let load = |numbers: &[i8; 64]| _mm512_loadu_si512(numbers.as_ptr().cast());
+                let lower = _mm512_loadu_si512(x.corrections.as_ptr().cast());
+                let lower = _mm512_dpbusd_epi32(lower, low, load(&x.low[0]));
+                let lower = _mm512_dpbusd_epi32(lower, high, load(&x.low[1]));
+                let upper = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, load(&x.high[0]));
+                let upper = _mm512_dpbusd_epi32(upper, high, load(&x.high[1]));
+                let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower);
+                let scale = _mm512_mul_ps(_mm512_castsi512_ps(scales), _mm512_set1_ps(x.scale));
+                *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, *total);
+            }
         }
     }
     totals.map(|total| _mm512_reduce_add_ps(total))

@@ -36,7 +36,7 @@ type Count = (usize, usize);
 
 /// Intersection and union pixels, and the sum of single IoUs.
 #[derive(Debug, Default)]
-struct Overlap {
+pub(crate) struct Overlap {
     intersection: usize,
     union: usize,
     ious: f64,
@@ -54,7 +54,7 @@ impl Overlap {
         Ok(())
     }
 
-    fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         json!({
             "cIoU": percent(self.intersection, self.union),
             "mIoU": round(100.0 * self.ious / self.masks.max(1) as f64),
@@ -64,14 +64,14 @@ impl Overlap {
 }
 
 #[derive(Default)]
-struct Report {
+pub(crate) struct Report {
     questions: BTreeMap<QuestionKind, Count>,
-    closed: Count,
+    pub(crate) closed: Count,
     /// Per head: phrases whose strongest point lies on the named object.
     pointing: Vec<usize>,
     phrases: usize,
-    coarse: Overlap,
-    refined: Overlap,
+    pub(crate) coarse: Overlap,
+    pub(crate) refined: Overlap,
     narrated_coarse: Overlap,
     narrated_refined: Overlap,
     clusters: Overlap,
@@ -135,8 +135,9 @@ pub(crate) fn run(
 }
 
 impl Report {
-    /// Asks every question of the scene, each in a conversation of its own.
-    fn answers(&mut self, grounder: &Grounder, scene: &Scene) -> Result<()> {
+    /// Asks every question of the scene, each in a conversation of its own, and gives the answers.
+    pub(crate) fn answers(&mut self, grounder: &Grounder, scene: &Scene) -> Result<Vec<String>> {
+        let mut answers = Vec::new();
         let mut session = grounder.start(&scene.image)?;
         let options = AnswerOptions { phrases: None, max_new_tokens: 48, ..AnswerOptions::default() };
         for question in scene.texts.questions.iter().chain(&scene.texts.reasoning) {
@@ -148,12 +149,13 @@ impl Report {
             if question.closed {
                 self.closed = (self.closed.0 + right, self.closed.1 + 1);
             }
+            answers.push(answer.answer);
         }
-        Ok(())
+        Ok(answers)
     }
 
     /// Referring segmentation: one expression per object, concatenated as in RefCOCO evaluation.
-    fn expressions(&mut self, grounder: &Grounder, scene: &Scene, index: u64) -> Result<()> {
+    pub(crate) fn expressions(&mut self, grounder: &Grounder, scene: &Scene, index: u64) -> Result<()> {
         let chosen = expressions(scene, usize::MAX, &mut rng_for(11, index as usize, 0));
         if chosen.is_empty() {
             return Ok(());
@@ -234,7 +236,7 @@ fn truth(scene: &Scene, segments: &[SegmentRef]) -> Result<Mask> {
     Ok(Mask::new(width, height, union(scene, segments).iter().map(|v| *v > 0).collect())?)
 }
 
-fn percent(part: usize, whole: usize) -> f64 {
+pub(crate) fn percent(part: usize, whole: usize) -> f64 {
     round(100.0 * part as f64 / whole.max(1) as f64)
 }
 

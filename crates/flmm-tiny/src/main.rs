@@ -10,6 +10,7 @@ mod pack;
 mod parallel;
 #[cfg(test)]
 mod parity;
+mod precision;
 mod progress;
 mod stage_head;
 mod stage_lmm;
@@ -74,6 +75,8 @@ enum Stage {
     Head(stage_head::HeadArgs),
     /// Measure the bundle on unseen scenes.
     Evaluate(evaluate::EvaluateArgs),
+    /// Measure what fewer bits cost the bundle, on unseen scenes.
+    Precision(precision::PrecisionArgs),
 }
 
 /// Seed of everything that is fixed before training: code book and initial tensors.
@@ -92,6 +95,10 @@ fn main() -> Result<()> {
         (Stage::Evaluate(_), Some(bundle)) => bundle.join("lmm/tokenizer.json"),
         _ => cli.out.join("tokenizer.json"),
     };
+    if let Stage::Precision(args) = &cli.stage {
+        println!("{}", serde_json::to_string_pretty(&precision::run(args, &bundle_folder, &world)?)?);
+        return Ok(());
+    }
     if let Stage::Tokenizer = cli.stage {
         let tokenizer = text::train(world::vocabulary_texts(level))?;
         let temporary = tokenizer_file.with_extension("partial");
@@ -112,7 +119,7 @@ fn main() -> Result<()> {
         sizes,
     };
     match &cli.stage {
-        Stage::Tokenizer => Ok(()),
+        Stage::Tokenizer | Stage::Precision(_) => Ok(()),
         Stage::Tower(args) => {
             let mut store = Store::new(tower::init(&setting.sizes, &mut rng)?)?;
             let folder = cli.out.join("tower");

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
+use flmm::weights::WeightFormat;
 use flmm::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -68,13 +69,20 @@ pub enum LmmType {
     Bf16,
     /// Twice the memory.
     F32,
+    /// bf16 with matrices of linear layers in eight bits.
+    Int8,
+    /// As `Int8`, those of the decoder's layers in four bits.
+    Int4,
 }
 
-impl From<LmmType> for DType {
-    fn from(lmm: LmmType) -> Self {
-        match lmm {
-            LmmType::Bf16 => Self::BF16,
-            LmmType::F32 => Self::F32,
+impl LmmType {
+    /// What the LMM computes with, and how its matrices are kept.
+    pub fn parts(self) -> (DType, WeightFormat) {
+        match self {
+            Self::Bf16 => (DType::BF16, WeightFormat::AsLoaded),
+            Self::F32 => (DType::F32, WeightFormat::AsLoaded),
+            Self::Int8 => (DType::BF16, WeightFormat::Int8),
+            Self::Int4 => (DType::BF16, WeightFormat::Int4),
         }
     }
 }

@@ -180,7 +180,7 @@ impl Frozen {
         Ok(CacheKey {
             lmm: self.spec.name.to_owned(),
             lmm_revision: self.revision()?,
-            lmm_dtype: options.dtype.as_str().to_owned(),
+            lmm_dtype: options.numbers().to_owned(),
             sam_revision,
             preprocessing: vision::preprocess::VERSION,
             capture: capture::VERSION,

@@ -133,7 +133,7 @@ impl Start {
             },
             "lmm": {
                 "name": frozen.spec.name,
-                "dtype": models.options.dtype.as_str(),
+                "dtype": models.options.numbers(),
                 "channels": frozen.sizes.channels,
                 "channels_used": self.settings.channels_used,
                 "hidden_size": frozen.sizes.hidden_size,

@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use clap::Args;
 use cpu_time::ProcessTime;
-use flmm_kernels::{AttentionSizes, Heads, Int8Weight, Scores, Sizes, attention_bf16, linear_bf16, peak};
+use flmm_kernels::{
+    AttentionSizes, Heads, Int4Weight, Int8Weight, Scores, Sizes, attention_bf16, linear_bf16, peak,
+};
 use half::bf16;
 use serde::Serialize;
 use serde_json::json;
@@ -53,14 +55,18 @@ pub(crate) fn run(args: &KernelsArgs, talk: &Talk) -> Result<()> {
         let sizes = json!({ "tokens": tokens, "inputs": inputs, "outputs": outputs, "rounds": rounds });
         return talk.print(&json!({ "threads": threads, "sizes": sizes, "cases": results }).to_string());
     }
-    let mut table =
-        format!("{:<22}{:>10}{:>10}{:>12}{:>10}\n", "", "median", "best", "cpu-second", "of peak");
+    let mut table = format!(
+        "{:<22}{:>10}{:>10}{:>12}{:>10}{:>11}\n",
+        "", "median", "best", "cpu-second", "of peak", "bf16 / own"
+    );
     for result in &results {
-        let Summary { name, unit, median, best, per_cpu_second, of_peak, .. } = result;
+        let Summary { name, unit, median, best, per_cpu_second, of_peak, faster, .. } = result;
         let share = of_peak.map_or(String::new(), |share| format!("{:.0} %", share * 100.0));
-        table += &format!("{name:<22}{median:>10.1}{best:>10.1}{per_cpu_second:>12.1}{share:>10}  {unit}\n");
+        let faster = faster.map_or(String::new(), |faster| format!("{faster:.2}"));
+        let figures = format!("{median:>10.1}{best:>10.1}{per_cpu_second:>12.1}{share:>10}{faster:>11}");
+        table += &format!("{name:<22}{figures}  {unit}\n");
     }
-    talk.print(&format!("{table}{threads} threads; of peak: by processor time"))
+    talk.print(&format!("{table}{threads} threads; of peak, and time in bf16 / own time: by processor time"))
 }
 
 /// Something that is measured.
@@ -80,7 +86,7 @@ struct Case {
 fn measure(args: &KernelsArgs) -> Vec<Case> {
     let (tokens, inputs, outputs) = (args.tokens as usize, args.inputs as usize, args.outputs as usize);
     let (x, weight) = (numbers(tokens * inputs), numbers(outputs * inputs));
-    let int8 = Int8Weight::quantise(&weight, inputs);
+    let (int8, int4) = (Int8Weight::quantise(&weight, inputs), Int4Weight::quantise(&weight, inputs));
     let mut y = vec![bf16::ZERO; tokens * outputs];
     let sizes = AttentionSizes {
         batch: 1,
@@ -119,6 +125,10 @@ fn measure(args: &KernelsArgs) -> Vec<Case> {
             int8.multiply(&x, None, &mut y);
             Some(flops)
         });
+        time("prompt int4", "GOP/s", Some("peak int8"), &mut || {
+            int4.multiply(&x, None, &mut y);
+            Some(flops)
+        });
         time("decode bf16", "GB/s", Some("peak read"), &mut || {
             linear_bf16(&x[..inputs], &weight, None, Sizes { rows: 1, ..all }, &mut y[..outputs]);
             Some(size_of_val(&weight[..]) as f64)
@@ -126,6 +136,10 @@ fn measure(args: &KernelsArgs) -> Vec<Case> {
         time("decode int8", "GB/s", Some("peak read"), &mut || {
             int8.multiply(&x[..inputs], None, &mut y[..outputs]);
             Some(int8.bytes() as f64)
+        });
+        time("decode int4", "GB/s", Some("peak read"), &mut || {
+            int4.multiply(&x[..inputs], None, &mut y[..outputs]);
+            Some(int4.bytes() as f64)
         });
         time("causal attention bf16", "GFLOP/s", Some("peak bf16"), &mut || {
             let heads = [&k, &v].map(|data| Heads { data, stride: tokens * HEAD_DIM });
@@ -158,6 +172,8 @@ struct Summary {
     per_cpu_second: f64,
     /// The part of what the machine can do, by processor time, in the median of the rounds.
     of_peak: Option<f64>,
+    /// How many times the processor time of the same product in bf16 it needs less, in the median of the rounds.
+    faster: Option<f64>,
 }
 
 impl Summary {
@@ -172,7 +188,13 @@ impl Summary {
             values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
         };
         let walls = sorted(case.rounds.iter().map(|round| round.0).collect());
-        let peak = case.peak.and_then(|name| cases.iter().find(|case| case.name == name));
+        let named = |name: &str| cases.iter().find(|case| case.name == name);
+        let peak = case.peak.and_then(named);
+        let narrow = ["int8", "int4"].into_iter().find_map(|narrow| case.name.strip_suffix(narrow));
+        let plain = narrow.filter(|_| peak.is_some()).and_then(|kind| named(&format!("{kind}bf16")));
+        let faster = plain.map(|plain| {
+            middle(case.rounds.iter().zip(&plain.rounds).map(|(own, plain)| plain.1 / own.1).collect())
+        });
         let of_peak = peak.map(|peak| {
             let rounds = case.rounds.iter().zip(&peak.rounds);
             middle(rounds.map(|(own, peak_round)| (case.work / own.1) / (peak.work / peak_round.1)).collect())
@@ -186,6 +208,7 @@ impl Summary {
             worst: case.work / walls.last().copied().unwrap_or(f64::NAN),
             per_cpu_second: case.work / middle(case.rounds.iter().map(|round| round.1).collect()),
             of_peak,
+            faster,
         }
     }
 }
@@ -206,5 +229,7 @@ mod tests {
             decode.of_peak.unwrap() > 0.0 && decode.best >= decode.median && decode.median >= decode.worst
         );
         assert_eq!(summary("peak read").unwrap().of_peak, None);
+        assert!(summary("decode int4").unwrap().faster.is_some_and(|faster| faster > 0.0));
+        assert!(decode.faster.is_none() && summary("peak int8").is_none_or(|peak| peak.faster.is_none()));
     }
 }

@@ -8,7 +8,9 @@ use flmm::convert::examine_head;
 use flmm::hub::Hub;
 use flmm::lmm::{self, REGISTRY};
 use flmm::sam::{SamConfig, read_checkpoint};
-use flmm::weights::{Findings, Params, Problem, TensorInfo, checkpoint_files, outline, rehearse};
+use flmm::weights::{
+    Findings, Params, Problem, TensorInfo, WeightFormat, checkpoint_files, outline, rehearse,
+};
 use serde_json::{Value, json};
 
 use super::sizes::flatten;
@@ -90,6 +92,14 @@ impl Part {
         let Findings { problems, unused, .. } = findings;
         let known = json!({ "kind": "LMM", "name": entry.spec.name, "repository": entry.spec.repo });
         let mut facts = known;
+        match lmm::converted_to(path) {
+            Ok(found) => {
+                if let Some(name) = found.and_then(WeightFormat::name) {
+                    facts["converted_to"] = name.into();
+                }
+            }
+            Err(error) => facts["cannot_be_opened"] = error.to_string().into(),
+        }
         match opened {
             Ok(model) => {
                 let (spec, decoder) = (model.spec(), model.decoder().config());
@@ -169,7 +179,7 @@ impl Part {
     }
 
     fn parameters(&self) -> usize {
-        self.tensors.iter().map(TensorInfo::elements).fold(0, usize::saturating_add)
+        self.tensors.iter().map(values).fold(0, usize::saturating_add)
     }
 
     /// Number of tensors of every type.
@@ -213,6 +223,15 @@ impl Part {
             text.push_str(&format!("\n\n{}", super::table(&rows)));
         }
         text
+    }
+}
+
+/// Values of a model that a tensor has: in four bits two to a byte, where rows are filled up to whole groups; scales are none.
+fn values(info: &TensorInfo) -> usize {
+    match info.name.rsplit_once('.') {
+        Some((_, "int4")) => info.elements().saturating_mul(2),
+        Some((matrix, "scales")) if matrix.ends_with("weight") => 0,
+        _ => info.elements(),
     }
 }
 

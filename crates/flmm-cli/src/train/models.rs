@@ -2,15 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device};
-use clap::Args;
+use candle_core::Device;
+use clap::{Args, ValueEnum};
 use flmm::grounder::{ModelPaths, RefinerKind};
 use flmm::hub::Hub;
 use flmm::lmm::OpenOptions;
 use flmm_train::Models;
 use flmm_train::config::Config;
 
-use crate::args::{DeviceArgs, FloatType};
+use crate::args::{DeviceArgs, Precision};
 use crate::embedded;
 use crate::failure::{Failure, Result};
 use crate::fetch::{self, Named, Part, named};
@@ -43,7 +43,7 @@ pub(crate) struct ModelsArgs {
     image_size: Option<usize>,
     /// Numbers the LMM computes with [default: the configuration's].
     #[arg(long, value_name = "TYPE", value_enum)]
-    dtype: Option<FloatType>,
+    dtype: Option<Precision>,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -51,7 +51,7 @@ pub(crate) struct ModelsArgs {
 impl ModelsArgs {
     /// The setting of the configuration that `--dtype` stands for.
     pub(crate) fn setting(&self) -> Option<String> {
-        Some(format!("model.dtype={}", DType::from(self.dtype?).as_str()))
+        Some(format!("model.dtype={}", self.dtype?.to_possible_value()?.get_name()))
     }
 
     /// Where to compute. Every call opens the device anew: what is to work together needs one call.
@@ -93,12 +93,16 @@ impl ModelsArgs {
                 }
             },
         };
+        let (dtype, weights) = config.model.dtype.parts();
         let options = OpenOptions {
+            weights,
             vision_tower: self.vision_tower.clone(),
             vision_tower_aux: self.vision_tower_aux.clone(),
             image_size: self.image_size,
-            ..OpenOptions::new(config.model.dtype.into(), device)
+            ..OpenOptions::new(dtype, device)
         };
+        // Not only when the first sample needs the weights.
+        options.check_folder(&lmm)?;
         Ok(Models { name, lmm, sam, head, options })
     }
 }

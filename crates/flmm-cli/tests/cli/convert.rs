@@ -5,7 +5,7 @@ use std::path::Path;
 use insta::assert_snapshot;
 
 use crate::pickles::{self, Ops};
-use crate::support::{Place, Ran, fixture};
+use crate::support::{Place, Ran, fixture, model, model_with};
 
 fn text(path: &Path) -> String {
     path.display().to_string()
@@ -43,6 +43,40 @@ fn a_converted_head_gives_the_same_masks() {
     assert_eq!(again.status, 2);
     assert_snapshot!("head_exists", again.err);
     assert_eq!(convert(&place, &heads, &["--force", "-q"]).all(), "exit status 0\n-- stdout\n-- stderr\n");
+}
+
+#[test]
+fn a_converted_lmm_answers_as_the_one_that_is_converted_while_it_is_opened() {
+    let place = Place::new();
+    let ran = place.run(&["convert", "lmm", &lmm(), "--dtype", "int4", "--out", "small"]);
+    assert_eq!(ran.ok(), "");
+    assert_snapshot!("lmm", ran.err);
+    let mut small = model_with(&place.path("small"));
+    let chat = ["chat", "a.png", "What is this?", "--json", "--no-overlay", "--max-new-tokens", "8"];
+    let run = |model: &[String], more: &[&str]| {
+        place.ran(place.command(&chat).args(more).args(model).output().unwrap())
+    };
+    let answer = |ran: &Ran| serde_json::from_str::<serde_json::Value>(ran.ok()).unwrap();
+    // --dtype need not be said again, but may be.
+    let expected = answer(&run(&model(), &["--dtype", "int4"]));
+    assert_eq!(answer(&run(&small, &[]))["phrases"], expected["phrases"]);
+    assert_eq!(answer(&run(&small, &["--dtype", "int4"]))["answer"], expected["answer"]);
+    let other = run(&small, &["--dtype", "bf16"]);
+    assert_eq!(other.status, 1);
+    assert_snapshot!("lmm_in_another_format", other.err);
+    assert_snapshot!("lmm_inspected", place.run(&["inspect", "model", "small"]).ok());
+    assert_snapshot!(
+        "lmm_twice",
+        place.run(&["convert", "lmm", "small", "--dtype", "int8", "--out", "b"]).err
+    );
+    assert_eq!(place.files(), ["a.png", "small"]);
+    // A head that goes with it is checked as ever.
+    let heads = text(&fixture("lmm/llava15/heads.pth"));
+    place.run(&["convert", "head", &heads, "--lmm", "small", "--out", "head"]).ok();
+    // What was not converted takes every format; what is not there has none.
+    small[1] = "none".to_owned();
+    assert_eq!(run(&small, &[]).status, 2);
+    assert_eq!(place.run(&["convert", "lmm", "none", "--dtype", "int8", "--out", "b"]).status, 2);
 }
 
 #[test]

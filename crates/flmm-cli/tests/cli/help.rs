@@ -21,7 +21,7 @@ fn help_texts() {
     for what in ["score", "samples", "merge", "tasks", "identity"] {
         assert_snapshot!(format!("help_eval_{what}"), place.run(&["eval", what, "--help"]).ok());
     }
-    for what in ["head", "sam"] {
+    for what in ["head", "lmm", "sam"] {
         assert_snapshot!(format!("help_convert_{what}"), place.run(&["convert", what, "--help"]).ok());
     }
 }

@@ -49,7 +49,7 @@ pub struct CacheKey {
     pub lmm: String,
     /// [`flmm::weights::fingerprint`] of the LMM's folder.
     pub lmm_revision: String,
-    /// Type the LMM computes in.
+    /// Numbers the LMM is kept in, as [`flmm::lmm::OpenOptions::numbers`] has them.
     pub lmm_dtype: String,
     /// [`flmm::weights::fingerprint`] of SAM's checkpoint.
     pub sam_revision: String,

@@ -1,11 +1,13 @@
 //! Released checkpoints as the folders this program works with, checked against what they are for.
 
 mod head;
+mod lmm;
 mod sam;
 
 use std::path::{Path, PathBuf};
 
 pub use head::{HeadSizesFound, HeadTarget, convert_head, examine_head, head_target};
+pub use lmm::{ConvertedLmm, convert_lmm};
 pub use sam::convert_sam;
 
 use crate::error::{Error, Result};

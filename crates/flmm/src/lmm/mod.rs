@@ -22,7 +22,9 @@ use crate::layout::ImageLayout;
 use crate::text::Decoder;
 use crate::text::chat::ChatFormat;
 use crate::text::tokenizer::Tokenizer;
-use crate::weights::{WeightFormat, checkpoint_bytes, files, load_checkpoint_with};
+use crate::weights::{
+    WeightFormat, checkpoint_bytes, files, is_rehearsed, load_checkpoint_with, stored_format,
+};
 
 pub use crate::text::chat::{Role, Shown, Turn, order_shown};
 
@@ -99,8 +101,39 @@ impl OpenOptions {
         }
     }
 
+    /// The numbers that the LMM is kept in: `f32`, `bf16`, `int8`, `int4`.
+    pub fn numbers(&self) -> &'static str {
+        self.weights.name().unwrap_or(self.dtype.as_str())
+    }
+
+    /// Refuses the model in `dir` if it was converted to other numbers than these.
+    ///
+    /// # Errors
+    /// [`Error::Weights`] that says what was converted, and to what; as [`stored_format`].
+    pub fn check_folder(&self, dir: &Path) -> Result<()> {
+        self.check(dir, converted_to(dir)?)
+    }
+
+    /// Refuses what lies at `path` if it was converted and these options are not for what it was `converted` to.
+    fn check(&self, path: &Path, converted: Option<WeightFormat>) -> Result<()> {
+        match converted {
+            Some(format) if format != self.weights || self.dtype != DType::BF16 => {
+                let name = format.name().unwrap_or_default();
+                Err(Error::weights(
+                    path,
+                    format!("these weights were converted to {name}, and {} is asked for", self.numbers()),
+                    format!("choose --dtype {name}, or the folder that this one was converted from"),
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The tensors of the checkpoint at `path` in the model's type and on its device.
     pub(crate) fn load(&self, path: &Path) -> Result<HashMap<String, Tensor>> {
+        if !is_rehearsed() {
+            self.check(path, stored_format(path)?)?;
+        }
         let (total, mut done) = (checkpoint_bytes(path), 0);
         load_checkpoint_with(path, Some(self.dtype), &self.device, &mut |bytes| {
             done += bytes;
@@ -374,6 +407,16 @@ pub(crate) fn config_of_type(dir: &Path, model_type: &str) -> Result<Option<Conf
     Ok(found.then_some(config))
 }
 
+/// The numbers that the model in `dir` was converted to; none if it was not. As [`stored_format`], which looks at one
+/// checkpoint; the parts of an HPT have a folder each.
+pub fn converted_to(dir: &Path) -> Result<Option<WeightFormat>> {
+    if let Some(found) = stored_format(dir)? {
+        return Ok(Some(found));
+    }
+    let inner = if files::is_dir(dir) { files::list_folders(dir)? } else { Vec::new() };
+    inner.iter().find_map(|folder| stored_format(folder).transpose()).transpose()
+}
+
 /// Opens the model in `dir`, whatever its family. See [`open_with`].
 pub fn open(dir: &Path, dtype: DType, device: &Device) -> Result<Box<dyn Lmm>> {
     open_with(dir, &OpenOptions::new(dtype, device))
@@ -383,9 +426,9 @@ pub fn open(dir: &Path, dtype: DType, device: &Device) -> Result<Box<dyn Lmm>> {
 ///
 /// Fails as [`recognise`], and with every missing or misshapen tensor in one error.
 pub fn open_with(dir: &Path, options: &OpenOptions) -> Result<Box<dyn Lmm>> {
-    if options.weights == WeightFormat::Int8 && !options.device.is_cpu() {
+    if options.weights != WeightFormat::AsLoaded && !options.device.is_cpu() {
         return Err(Error::request(
-            "eight-bit weights are for the processor only",
+            "int8 and int4 weights are for the processor only",
             "compute in bf16 there (--dtype bf16), or on the processor (--device cpu)",
         ));
     }

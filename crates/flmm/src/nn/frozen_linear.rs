@@ -1,11 +1,12 @@
 //! Products with frozen weights on the processor, by `flmm_kernels`: bf16 without widening the weights, and
-//! weights of eight bits.
+//! weights of eight and four bits.
 
 use candle_core::{DType, Result, Tensor, bail};
-use flmm_kernels::{Int8Weight, Sizes, linear_bf16};
+use flmm_kernels::{Sizes, linear_bf16};
 use half::bf16;
 
 use super::host::{Elements, frozen_bf16};
+use crate::weights::Packed;
 
 /// `x [rows, in] · weightᵀ + bias` in one step, where there is one: bf16 on the CPU, without a gradient.
 ///
@@ -29,11 +30,11 @@ pub(crate) fn frozen_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) 
     Tensor::from_vec(y, (rows, outputs), x.device()).map(Some)
 }
 
-/// As [`frozen_linear`], with a weight of eight bits; `x` may have any floating type, in which the result is given, but
+/// As [`frozen_linear`], with a weight of few bits; `x` may have any floating type, in which the result is given, but
 /// no gradient: there is none to give it.
-pub(crate) fn int8_linear(x: &Tensor, weight: &Int8Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+pub(crate) fn packed_linear(x: &Tensor, weight: &Packed, bias: Option<&Tensor>) -> Result<Tensor> {
     if x.track_op() || bias.is_some_and(Tensor::track_op) {
-        bail!("a product with an eight-bit weight has no gradient");
+        bail!("a product with a packed weight has no gradient");
     }
     let rows = x.dim(0)?;
     let bias = bias.map(|bias| bias.to_dtype(DType::BF16)).transpose()?;
@@ -41,7 +42,7 @@ pub(crate) fn int8_linear(x: &Tensor, weight: &Int8Weight, bias: Option<&Tensor>
     let (numbers, bias) = (Elements::of(&narrow), bias.as_ref().map(Elements::of));
     let bias = bias.as_ref().map(|bias| bias.get_as()).transpose()?;
     if x.dim(1)? != weight.inputs() || bias.is_some_and(|bias: &[bf16]| bias.len() != weight.outputs()) {
-        bail!("a product of {:?} and eight-bit [{}, {}]", x.dims(), weight.outputs(), weight.inputs());
+        bail!("a product of {:?} and packed [{}, {}]", x.dims(), weight.outputs(), weight.inputs());
     }
     let mut y = vec![bf16::ZERO; rows * weight.outputs()];
     weight.multiply(numbers.get_as()?, bias, &mut y);

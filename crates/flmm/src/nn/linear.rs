@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use super::affine::affine;
-use super::frozen_linear::{frozen_linear, int8_linear};
+use super::frozen_linear::{frozen_linear, packed_linear};
 use crate::error::Result;
 use crate::weights::{Matrix, Params};
 
@@ -30,12 +30,12 @@ impl Linear {
         Self { weight: Matrix::AsLoaded(weight), bias }
     }
 
-    /// The same map with its weight, unless that has eight bits, and its bias in `dtype`.
+    /// The same map with its weight, unless that has few bits, and its bias in `dtype`.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
         let bias = self.bias.as_ref().map(|bias| bias.to_dtype(dtype)).transpose()?;
         let weight = match &self.weight {
             Matrix::AsLoaded(weight) => Matrix::AsLoaded(weight.to_dtype(dtype)?),
-            int8 => int8.clone(),
+            packed => packed.clone(),
         };
         Ok(Self { weight, bias })
     }
@@ -44,7 +44,7 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (outputs, inputs) = match &self.weight {
             Matrix::AsLoaded(weight) => weight.dims2()?,
-            Matrix::Int8(weight) => (weight.outputs(), weight.inputs()),
+            Matrix::Packed(weight) => (weight.outputs(), weight.inputs()),
         };
         let bias = self.bias.as_ref();
         if let Matrix::AsLoaded(weight) = &self.weight
@@ -56,7 +56,7 @@ impl Linear {
         let rows = x.elem_count() / inputs;
         let x = x.reshape((rows, inputs))?;
         let y = match &self.weight {
-            Matrix::Int8(weight) => int8_linear(&x, weight, bias)?,
+            Matrix::Packed(weight) => packed_linear(&x, weight, bias)?,
             Matrix::AsLoaded(weight) => match frozen_linear(&x, weight, bias)? {
                 Some(y) => y,
                 None => composed(&x, weight, bias)?,
@@ -89,7 +89,7 @@ mod tests {
     use candle_core::{Device, Var};
 
     use super::*;
-    use crate::weights::WeightFormat;
+    use crate::weights::{Packed, WeightFormat};
 
     fn bf16_ramp(shape: &[usize], seed: f64) -> Result<Tensor> {
         let values: Vec<f32> =
@@ -119,23 +119,66 @@ mod tests {
     }
 
     #[test]
-    fn eight_bit_weights_are_near_and_give_up_their_tensor() -> Result<()> {
-        let tensors =
-            [("weight".to_owned(), bf16_ramp(&[50, 300], 0.4)?), ("bias".to_owned(), bf16_ramp(&[50], 0.2)?)];
-        let params = Params::new("x", tensors.into_iter().collect());
-        let exact = Linear::load(300, 50, true, &params)?;
-        let int8 = Linear::load(300, 50, true, &params.in_format(WeightFormat::Int8))?;
-        assert!(matches!(int8.weight, Matrix::Int8(_)));
-        for rows in [2, 40] {
-            let x = bf16_ramp(&[rows, 300], 0.7)?;
-            let [y, expected] = [int8.forward(&x)?, exact.forward(&x)?].map(|y| y.to_dtype(DType::F32));
-            let (y, expected) = (y?, expected?);
-            let relative = ((y - &expected)?.sqr()?.sum_all()? / expected.sqr()?.sum_all()?)?;
-            assert!(relative.to_scalar::<f32>()?.sqrt() < 0.02);
+    fn weights_of_few_bits_are_near_and_give_up_their_tensor() -> Result<()> {
+        let tensors = || -> Result<_> {
+            let bias = ("bias".to_owned(), bf16_ramp(&[50], 0.2)?);
+            Ok([("weight".to_owned(), bf16_ramp(&[50, 300], 0.4)?), bias].into_iter().collect())
+        };
+        let mut written = Vec::new();
+        // Four bits are for a decoder's layers alone.
+        for (format, in_layers, bits) in
+            [(WeightFormat::Int8, true, 8), (WeightFormat::Int4, true, 4), (WeightFormat::Int4, false, 8)]
+        {
+            let params = Params::new("x", tensors()?);
+            let exact = Linear::load(300, 50, true, &params)?;
+            let place = params.in_format(format);
+            let linear = Linear::load(300, 50, true, &if in_layers { place.in_layers() } else { place })?;
+            let Matrix::Packed(packed) = &linear.weight else { panic!("not packed") };
+            assert_eq!(if matches!(packed, Packed::Int4(_)) { 4 } else { 8 }, bits);
+            for rows in [2, 40] {
+                let x = bf16_ramp(&[rows, 300], 0.7)?;
+                let [y, expected] = [linear.forward(&x)?, exact.forward(&x)?].map(|y| y.to_dtype(DType::F32));
+                let (y, expected) = (y?, expected?);
+                let relative = ((y - &expected)?.sqr()?.sum_all()? / expected.sqr()?.sum_all()?)?;
+                let relative = relative.to_scalar::<f32>()?.sqrt();
+                assert!(relative < if bits == 8 { 0.02 } else { 0.2 }, "{bits} bits: {relative}");
+            }
+            let learning = Var::from_tensor(&bf16_ramp(&[2, 300], 0.7)?)?;
+            assert!(linear.forward(learning.as_tensor()).is_err(), "its gradient would be lost");
+            params.finish("")?;
+            written.push(packed.tensors("weight")?);
         }
-        let learning = Var::from_tensor(&bf16_ramp(&[2, 300], 0.7)?)?;
-        assert!(int8.forward(learning.as_tensor()).is_err(), "its gradient would be lost");
-        params.finish("")?;
+        // As a file has them, the same numbers come out, whatever format is asked for.
+        for (parts, bits) in written.into_iter().zip([8, 4, 8]) {
+            let all = tensors()?;
+            let made = Params::new("x", all).in_format(if bits == 8 {
+                WeightFormat::Int8
+            } else {
+                WeightFormat::Int4
+            });
+            let made = Linear::load(300, 50, true, &made.in_layers())?;
+            let mut all: std::collections::HashMap<_, _> = tensors()?;
+            all.remove("weight");
+            all.extend(parts);
+            let params = Params::new("x", all.clone());
+            let read = Linear::load(300, 50, true, &params)?;
+            params.finish("")?;
+            let x = bf16_ramp(&[3, 300], 0.7)?;
+            let [a, b] =
+                [made.forward(&x)?, read.forward(&x)?].map(|y| y.flatten_all()?.to_vec1::<half::bf16>());
+            assert_eq!(a?, b?);
+            // Too few scales, another type.
+            let scales = all["weight.scales"].clone();
+            all.insert("weight.scales".to_owned(), scales.narrow(1, 0, 1)?.contiguous()?);
+            let params = Params::new("x", all.clone());
+            Linear::load(300, 50, true, &params)?;
+            assert!(params.finish("").unwrap_err().to_string().contains("weight.scales"));
+            all.insert("weight.scales".to_owned(), scales.to_dtype(DType::F32)?);
+            assert!(
+                Linear::load(300, 50, true, &Params::new("x", all)).unwrap_err().to_string().contains("U8")
+            );
+        }
+        let params = Params::new("x", tensors()?);
         // What is missing or has another type stays as it is, and is reported as ever.
         let missing = Linear::load(7, 5, false, &params.pp("other").in_format(WeightFormat::Int8))?;
         assert!(matches!(missing.weight, Matrix::AsLoaded(_)) && params.finish("").is_err());

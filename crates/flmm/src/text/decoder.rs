@@ -27,9 +27,10 @@ impl Decoder {
         let model = params.pp("model");
         let embed_tokens =
             model.pp("embed_tokens").get(&[config.vocab_size, config.hidden_size], "weight")?;
-        let layers = (0..config.num_layers).map(|index| Layer::load(&config, &model.pp("layers").pp(index)));
+        let below = model.pp("layers").in_layers();
+        let layers = (0..config.num_layers).map(|index| Layer::load(&config, &below.pp(index)));
         let layers = layers.collect::<Result<_>>()?;
-        model.pp("layers").claim(&["rotary_emb."]);
+        below.claim(&["rotary_emb."]);
         let norm = RmsNorm::load(&config, &model.pp("norm"))?;
         let lm_head = if config.tie_word_embeddings {
             Linear::new(embed_tokens.clone(), None)

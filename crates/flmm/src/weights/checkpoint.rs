@@ -74,7 +74,9 @@ fn load(
     if super::rehearsal::is_running() {
         // Where there are no weights, all that is asked for is missing: that is a finding, not a failure.
         let tensors = if find(path).is_ok() { outline(path)? } else { Vec::new() };
-        return super::rehearsal::stand_ins(path, &tensors, dtype, watch.keep);
+        let tensors = super::rehearsal::stand_ins(path, &tensors, dtype, watch.keep)?;
+        super::rehearsal::note_checkpoint(path, &tensors);
+        return Ok(tensors);
     }
     let file = find(path)?;
     if file.to_string_lossy().ends_with(".index.json") {
@@ -149,6 +151,11 @@ fn load_file(
 /// Whether the file's extension is one of those that weights are read from.
 pub(crate) fn is_weight_file(path: &Path) -> bool {
     matches!(path.extension().and_then(|e| e.to_str()), Some("safetensors" | "bin" | "pth" | "pt"))
+}
+
+/// Whether it is safetensors by its extension.
+pub(super) fn is_safetensors(file: &Path) -> bool {
+    matches!(kind(file), Ok(Kind::Safetensors))
 }
 
 /// The two kinds of weight files.

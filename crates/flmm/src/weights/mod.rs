@@ -6,6 +6,7 @@ pub mod files;
 mod fingerprint;
 mod mmap;
 mod outline;
+mod packed;
 mod params;
 mod pickle;
 mod pth;
@@ -19,10 +20,12 @@ pub use checkpoint::{
 };
 pub use fingerprint::fingerprint;
 pub use outline::TensorInfo;
+pub(crate) use packed::{Packed, metadata as packed_metadata};
+pub use packed::{WeightFormat, stored_format};
 pub(crate) use params::Matrix;
-pub use params::{Params, Problem, WeightFormat};
+pub use params::{Params, Problem};
 pub use pth::{load_pth, load_pth_bytes};
-pub(crate) use rehearsal::stand_ins;
+pub(crate) use rehearsal::{CheckpointRead, is_running as is_rehearsed, stand_ins};
 pub use rehearsal::{Findings, rehearse};
 pub use safetensors::{
     MAX_HEADER, load_safetensors, load_safetensors_bytes, safetensors_metadata, save_safetensors,

@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 
 use candle_core::{DType, Device, Tensor};
-use flmm_kernels::Int8Weight;
 use half::bf16;
-use serde::{Deserialize, Serialize};
 
+use super::packed::{Packed, Stored, WeightFormat, scales_of};
 use super::rehearsal;
 use crate::error::{Error, Result};
 use crate::nn::host::{Elements, frozen_bf16};
@@ -22,18 +21,8 @@ use crate::nn::host::{Elements, frozen_bf16};
 pub struct Params {
     prefix: String,
     format: WeightFormat,
+    in_layers: bool,
     shared: Arc<Shared>,
-}
-
-/// How the matrices of frozen linear layers are kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum WeightFormat {
-    /// In the type in which they are loaded.
-    #[default]
-    AsLoaded,
-    /// bf16 on the CPU as eight-bit integers, 128 neighbouring inputs of an output sharing a scale; others as loaded.
-    Int8,
 }
 
 struct Shared {
@@ -55,8 +44,8 @@ struct State {
 pub(crate) enum Matrix {
     /// `[outputs, inputs]`
     AsLoaded(Tensor),
-    /// See [`WeightFormat::Int8`].
-    Int8(Arc<Int8Weight>),
+    /// In few bits.
+    Packed(Packed),
 }
 
 /// A view of one zero: a wrong folder must not cost the memory of a whole model.
@@ -90,8 +79,8 @@ impl Params {
     pub fn new(file: impl AsRef<Path>, tensors: HashMap<String, Tensor>) -> Self {
         let shared =
             Shared { file: file.as_ref().to_owned(), tensors: RwLock::new(tensors), state: Mutex::default() };
-        let params =
-            Self { prefix: String::new(), format: WeightFormat::default(), shared: Arc::new(shared) };
+        let (prefix, format) = (String::new(), WeightFormat::default());
+        let params = Self { prefix, format, in_layers: false, shared: Arc::new(shared) };
         rehearsal::note(&params);
         params
     }
@@ -99,6 +88,11 @@ impl Params {
     /// The same tensors, of which linear layers keep their matrices in `format`.
     pub fn in_format(&self, format: WeightFormat) -> Self {
         Self { format, ..self.clone() }
+    }
+
+    /// The same tensors as those of a decoder's layers, which alone [`WeightFormat::Int4`] keeps in four bits.
+    pub(crate) fn in_layers(&self) -> Self {
+        Self { in_layers: true, ..self.clone() }
     }
 
     /// The same tensors seen below `name.`.
@@ -139,19 +133,66 @@ impl Params {
         stand_in(shape)
     }
 
-    /// As [`Params::get`], for the weight `[outputs, inputs]` of a frozen linear layer in eight bits, if that is its
-    /// format. The tensor it is made of is given up: whoever asks for it again gets zeros.
+    /// As [`Params::get`], for the weight `[outputs, inputs]` of a frozen linear layer: in few bits, if that is its format
+    /// or the file has it so. The tensors it is made of are given up: whoever asks for them again gets zeros.
     pub(crate) fn matrix(&self, shape: [usize; 2], name: &str) -> Result<Matrix> {
+        if let Some(stored) = Stored::ALL.into_iter().find(|stored| self.has(&stored.bytes_of(name))) {
+            return self.stored(stored, shape, name);
+        }
         let weight = self.get(&shape, name)?;
-        // A stand-in for a tensor that is missing has no numbers of its own.
-        let fits = frozen_bf16(&[&weight]) && weight.is_contiguous() && weight.elem_count() > 0;
-        if self.format == WeightFormat::AsLoaded || !fits || rehearsal::is_running() {
+        let format = if self.in_layers { self.format } else { self.format.outside_layers() };
+        if !frozen_bf16(&[&weight]) || weight.elem_count() == 0 {
             return Ok(Matrix::AsLoaded(weight));
         }
-        let int8 = Int8Weight::quantise(Elements::of(&weight).get_as::<bf16>()?, shape[1]);
+        rehearsal::note_matrix(&weight, format);
+        // A stand-in for a tensor that is missing has no numbers of its own.
+        if !weight.is_contiguous() || rehearsal::is_running() {
+            return Ok(Matrix::AsLoaded(weight));
+        }
+        let packed = {
+            let elements = Elements::of(&weight);
+            Packed::quantise(format, elements.get_as::<bf16>()?, shape[1])
+        };
+        Ok(match packed {
+            None => Matrix::AsLoaded(weight),
+            Some(packed) => {
+                self.give_up(name, &shape)?;
+                Matrix::Packed(packed)
+            }
+        })
+    }
+
+    /// The matrix `name` as [`Packed::tensors`] has it.
+    fn stored(&self, stored: Stored, shape: [usize; 2], name: &str) -> Result<Matrix> {
+        let [outputs, inputs] = shape;
+        let names = [stored.bytes_of(name), scales_of(name)];
+        let shapes = stored.part_sizes(inputs).map(|width| [outputs, width]);
+        let [bytes, scales] = [0, 1].map(|part| self.get(&shapes[part], &names[part]));
+        let (bytes, scales) = (bytes?, scales?);
+        if rehearsal::is_running() || !bytes.is_contiguous() || !scales.is_contiguous() {
+            return Ok(Matrix::AsLoaded(stand_in(&shape)?));
+        }
+        let packed = match (bytes.dtype(), scales.dtype()) {
+            (DType::U8, DType::BF16) => Packed::from_parts(stored, &bytes, &scales, shape)?,
+            _ => None,
+        };
+        let packed = packed.ok_or_else(|| {
+            let types = format!("{:?} and {:?}", bytes.dtype(), scales.dtype());
+            let what = format!(
+                "tensors `{}` and its scales: expected U8 and BF16, found {types}",
+                self.full(&names[0])
+            );
+            Error::weights(&self.shared.file, what, "convert the model again, with `flmm convert lmm`")
+        })?;
+        names.iter().zip(&shapes).try_for_each(|(name, shape)| self.give_up(name, shape))?;
+        Ok(Matrix::Packed(packed))
+    }
+
+    /// Frees the tensor `name` as far as these parameters hold it.
+    fn give_up(&self, name: &str, shape: &[usize]) -> Result<()> {
         let mut tensors = self.shared.tensors.write().unwrap_or_else(|poisoned| poisoned.into_inner());
-        tensors.insert(self.full(name), stand_in(&shape)?);
-        Ok(Matrix::Int8(Arc::new(int8)))
+        tensors.insert(self.full(name), stand_in(shape)?);
+        Ok(())
     }
 
     fn tensors(&self) -> RwLockReadGuard<'_, HashMap<String, Tensor>> {

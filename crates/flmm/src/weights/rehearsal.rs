@@ -8,16 +8,27 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, TensorId};
 
 use super::element::elem_count;
 use super::outline::TensorInfo;
+use super::packed::WeightFormat;
 use super::params::{Params, Problem};
 use crate::error::{Error, Result};
 
 thread_local! {
-    /// What was built since the rehearsal on this thread began; `None` without one.
-    static RUNNING: RefCell<Option<Vec<Params>>> = const { RefCell::new(None) };
+    /// What was built and read since the rehearsal on this thread began; `None` without one.
+    static RUNNING: RefCell<Option<Noted>> = const { RefCell::new(None) };
+}
+
+/// What a rehearsal is told.
+#[derive(Default)]
+struct Noted {
+    built: Vec<Params>,
+    /// Checkpoints that were read: where they are, and the names in them by the stand-ins that were handed out.
+    checkpoints: Vec<(PathBuf, HashMap<TensorId, String>)>,
+    /// Stand-ins that became matrices of linear layers.
+    matrices: Vec<(TensorId, WeightFormat)>,
 }
 
 /// What a rehearsal found.
@@ -29,10 +40,21 @@ pub struct Findings {
     pub unused: Vec<String>,
     /// Elements of all tensors that were asked for and are there.
     pub used_elements: usize,
+    /// Checkpoints that were read, in the order of reading.
+    pub(crate) checkpoints: Vec<CheckpointRead>,
+}
+
+/// A checkpoint that was read.
+#[derive(Debug, Clone)]
+pub(crate) struct CheckpointRead {
+    /// The file or folder.
+    pub(crate) path: PathBuf,
+    /// Of its tensors, by their names in it, those that are matrices of frozen linear layers, and how those are to be kept.
+    pub(crate) matrices: HashMap<String, WeightFormat>,
 }
 
 /// Ends the rehearsal even if `open` panics.
-struct Guard(Option<Vec<Params>>);
+struct Guard(Option<Noted>);
 
 impl Drop for Guard {
     fn drop(&mut self) {
@@ -44,9 +66,9 @@ impl Drop for Guard {
 ///
 /// The tensors of whatever `open` returns are zeros of the right shapes and must not be computed with.
 pub fn rehearse<T>(open: impl FnOnce() -> T) -> (T, Findings) {
-    let guard = Guard(RUNNING.replace(Some(Vec::new())));
+    let guard = Guard(RUNNING.replace(Some(Noted::default())));
     let result = open();
-    let built = RUNNING.take().unwrap_or_default();
+    let Noted { built, checkpoints, matrices } = RUNNING.take().unwrap_or_default();
     drop(guard);
     // A file may have been looked at more than once, say for its sizes first: a tensor is unused if nobody asked.
     let mut asked: BTreeMap<(PathBuf, String), (bool, usize)> = BTreeMap::new();
@@ -61,18 +83,42 @@ pub fn rehearse<T>(open: impl FnOnce() -> T) -> (T, Findings) {
     let used_elements = asked.values().filter(|(used, _)| *used).map(|(_, elements)| elements);
     let used_elements = used_elements.fold(0, |sum: usize, &elements| sum.saturating_add(elements));
     let unused = asked.into_iter().filter(|(_, (used, _))| !used).map(|((_, name), _)| name).collect();
-    (result, Findings { problems, unused, used_elements })
+    let checkpoints = checkpoints.into_iter().map(|(path, mut names)| {
+        let named = matrices.iter().filter_map(|(id, format)| Some((names.remove(id)?, *format)));
+        CheckpointRead { matrices: named.collect(), path }
+    });
+    let checkpoints = checkpoints.collect();
+    (result, Findings { problems, unused, used_elements, checkpoints })
 }
 
-pub(super) fn is_running() -> bool {
+pub(crate) fn is_running() -> bool {
     RUNNING.with_borrow(Option::is_some)
 }
 
 /// Notes that a model is built from `params`.
 pub(super) fn note(params: &Params) {
     RUNNING.with_borrow_mut(|running| {
-        if let Some(built) = running {
-            built.push(params.clone());
+        if let Some(noted) = running {
+            noted.built.push(params.clone());
+        }
+    });
+}
+
+/// Notes that `weight` is the matrix of a frozen linear layer, to be kept in `format`.
+pub(super) fn note_matrix(weight: &Tensor, format: WeightFormat) {
+    RUNNING.with_borrow_mut(|running| {
+        if let Some(noted) = running {
+            noted.matrices.push((weight.id(), format));
+        }
+    });
+}
+
+/// Notes that the checkpoint at `path` was read as the stand-ins `tensors`.
+pub(super) fn note_checkpoint(path: &Path, tensors: &HashMap<String, Tensor>) {
+    RUNNING.with_borrow_mut(|running| {
+        if let Some(noted) = running {
+            let names = tensors.iter().map(|(name, tensor)| (tensor.id(), name.clone()));
+            noted.checkpoints.push((path.to_owned(), names.collect()));
         }
     });
 }

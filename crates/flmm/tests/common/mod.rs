@@ -1,6 +1,8 @@
 //! Where the golden numbers lie and how tensors are compared with them.
 #![allow(dead_code, unreachable_pub, reason = "every test file uses its own part")]
 
+pub mod models;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 

@@ -8,6 +8,7 @@ use flmm::grounder::{Caption, ModelPaths};
 use flmm::lmm::{self, Lmm, OpenOptions, Prepared, recognise};
 use serde_json::Value;
 
+use crate::common::models::tiny_options;
 use crate::common::{Golden, TestResult, golden_dir, json, rel_l2, tiny_sam};
 
 /// A recorded run: one picture and text of one family in one arithmetic.
@@ -99,21 +100,9 @@ fn device() -> TestResult<Device> {
     Ok(named.parse::<flmm::device::DeviceChoice>()?.open()?)
 }
 
-/// What the files of a case do not tell: towers that lie beside the model, the size of the picture.
+/// How the model of a case is opened, on the device that the tests are run on.
 pub(crate) fn options(dir: &Path, dtype: DType) -> TestResult<OpenOptions> {
-    let mut options = OpenOptions::new(dtype, &device()?);
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.starts_with("openai-clip") {
-            options.vision_tower = Some(path);
-        } else if name.starts_with("openclip") {
-            options.vision_tower_aux = Some(path);
-        }
-    }
-    let geometry = &json(&dir.join("expected/a.f32.json"))?["geometry"];
-    options.image_size = geometry["padded_shape"]["height"].as_u64().map(|side| side as usize);
-    Ok(options)
+    Ok(OpenOptions { device: device()?, ..tiny_options(dir, dtype)? })
 }
 
 /// Cases `expected/<picture>.<dtype>.safetensors` of a family.

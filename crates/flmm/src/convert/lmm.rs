@@ -1,0 +1,166 @@
+//! LMMs with their matrices in fewer bits.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
+
+use super::{Staging, listed};
+use crate::error::{Error, Result};
+use crate::lmm::{self, OpenOptions};
+use crate::nn::host::Elements;
+use crate::weights::{
+    CheckpointRead, Packed, Problem, WeightFormat, checkpoint_files, is_weight_file, load_checkpoint,
+    packed_metadata, rehearse, save_safetensors,
+};
+
+/// What the conversion of an LMM did.
+#[derive(Debug, Clone)]
+pub struct ConvertedLmm {
+    /// Its name in the list of known models.
+    pub name: &'static str,
+    /// Matrices that were packed.
+    pub matrices: usize,
+    /// Bytes of all weight files, before and after.
+    pub bytes: [u64; 2],
+}
+
+/// Writes the folder `out` with the model of the folder `dir` as [`lmm::open_with`] would keep it in memory with `options`:
+/// bf16, and matrices in [`OpenOptions::weights`]. Opened with the same options, it computes the same numbers, bit for bit.
+///
+/// One weight file is in memory at a time. Configuration and tokenizer are copied; weight files that the model does not
+/// need are not. Nothing is written on an error.
+///
+/// # Errors
+/// What opening the model gives, all missing tensors in one error; [`Error::Weights`] for values that are not finite;
+/// [`Error::Request`] if the model was converted before, and if `out` holds something and `force` is not given;
+/// [`Error::Io`].
+pub fn convert_lmm(dir: &Path, options: &OpenOptions, out: &Path, force: bool) -> Result<ConvertedLmm> {
+    if let Some(found) = lmm::converted_to(dir)? {
+        let what =
+            format!("`{}` was converted to {} before", dir.display(), found.name().unwrap_or_default());
+        return Err(Error::request(what, "give the folder of the model as published"));
+    }
+    if options.dtype != DType::BF16 || !options.device.is_cpu() {
+        return Err(Error::request("models are converted from bf16, on the processor", "choose these"));
+    }
+    let (opened, findings) = rehearse(|| lmm::open_with(dir, options));
+    let name = opened?.spec().name;
+    if !findings.problems.is_empty() {
+        let lines = findings.problems.iter().map(Problem::to_string).collect();
+        return Err(Error::weights(dir, listed(lines), "download the model again"));
+    }
+    let mut checkpoints = findings.checkpoints;
+    // Towers of other folders are read from there as ever.
+    checkpoints.retain(|checkpoint| checkpoint.path.starts_with(dir));
+    let others = other_files(dir)?;
+    let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
+    if same(dir, out) {
+        return Err(Error::request(
+            "a model cannot be converted into its own folder",
+            "choose another place",
+        ));
+    }
+    let staging = Staging::new(out, force)?;
+    for file in &others {
+        copy(&dir.join(file), &staging.folder.join(file))?;
+    }
+    let (mut matrices, mut bytes) = (0, [0, 0]);
+    for checkpoint in &checkpoints {
+        let below = checkpoint.path.strip_prefix(dir).unwrap_or(Path::new(""));
+        let [packed, before, after] =
+            convert_checkpoint(checkpoint, &staging.folder.join(below), options.weights)?;
+        matrices += packed as usize;
+        bytes = [bytes[0] + before, bytes[1] + after];
+    }
+    staging.finish(out)?;
+    Ok(ConvertedLmm { name, matrices, bytes })
+}
+
+/// Files below `dir`, relative to it, that hold no weights.
+fn other_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let (mut found, mut folders) = (Vec::new(), vec![PathBuf::new()]);
+    while let Some(folder) = folders.pop() {
+        let place = dir.join(&folder);
+        for entry in std::fs::read_dir(&place).map_err(|e| Error::io(&place, e))? {
+            let entry = entry.map_err(|e| Error::io(&place, e))?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let path = folder.join(&name);
+            // What a download left is hidden.
+            if name.starts_with('.') || is_weight_file(&path) || name.ends_with(".index.json") {
+                continue;
+            }
+            // In the hub's cache, files are links.
+            if entry.path().is_dir() { folders.push(path) } else { found.push(path) }
+        }
+    }
+    Ok(found)
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let folder = to.parent().unwrap_or(to);
+    std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+    std::fs::copy(from, to).map(drop).map_err(|e| Error::io(from, e))
+}
+
+/// Writes a checkpoint into the folder `to`; gives the number of packed matrices, and bytes before and after.
+fn convert_checkpoint(from: &CheckpointRead, to: &Path, format: WeightFormat) -> Result<[u64; 3]> {
+    let files = checkpoint_files(&from.path)?;
+    std::fs::create_dir_all(to).map_err(|e| Error::io(to, e))?;
+    let size = |path: &Path| std::fs::metadata(path).map(|data| data.len()).map_err(|e| Error::io(path, e));
+    let (mut counts, mut map) = ([0, 0, 0], BTreeMap::new());
+    for (number, file) in files.iter().enumerate() {
+        let name = match files.len() {
+            1 => "model.safetensors".to_owned(),
+            all => format!("model-{:05}-of-{all:05}.safetensors", number + 1),
+        };
+        let read = load_checkpoint(file, Some(DType::BF16), &Device::Cpu)?;
+        let (tensors, packed) = pack(read, &from.matrices, file)?;
+        let target = to.join(&name);
+        save_safetensors(&target, &tensors, &packed_metadata(format))?;
+        map.extend(tensors.into_keys().map(|tensor| (tensor, name.clone())));
+        counts = [counts[0] + packed, counts[1] + size(file)?, counts[2] + size(&target)?];
+    }
+    if files.len() > 1 {
+        let index = serde_json::json!({ "metadata": { "total_size": counts[2] }, "weight_map": map });
+        let text = format!("{index:#}\n");
+        crate::atomic::write(to.join("model.safetensors.index.json"), |to| to.write_all(text.as_bytes()))?;
+    }
+    Ok(counts)
+}
+
+/// `tensors` of `file` with the matrices of linear layers packed, and the number of those.
+fn pack(
+    tensors: HashMap<String, Tensor>,
+    matrices: &HashMap<String, WeightFormat>,
+    file: &Path,
+) -> Result<(BTreeMap<String, Tensor>, u64)> {
+    let (mut all, mut packed) = (BTreeMap::new(), 0);
+    for (name, tensor) in tensors {
+        let format = matrices.get(&name).copied().unwrap_or_default();
+        if format == WeightFormat::AsLoaded {
+            all.insert(name, tensor);
+            continue;
+        }
+        let (_, inputs) = tensor.dims2()?;
+        let matrix = {
+            let elements = Elements::of(&tensor);
+            let numbers = elements.get_as::<bf16>()?;
+            if !numbers.iter().all(|number| number.is_finite()) {
+                let what = format!("tensor `{name}` has values that are not finite in bf16");
+                return Err(Error::weights(
+                    file,
+                    what,
+                    "its training failed, or the file is damaged: use another",
+                ));
+            }
+            Packed::quantise(format, numbers, inputs)
+        };
+        if let Some(matrix) = matrix {
+            all.extend(matrix.tensors(&name)?);
+            packed += 1;
+        }
+    }
+    Ok((all, packed))
+}
