@@ -223,13 +223,13 @@ impl WithSimd for Widen<'_> {
         let groups = self.nibbles.as_chunks::<GROUP_BYTES>().0.iter().zip(self.scales);
         for (to, (nibbles, scale)) in self.to.chunks_mut(GROUP).zip(groups) {
             let scale = scale.widen();
-            let wide = |nibble: u8| <bf16 as Float>::round((i32::from(nibble) - OFFSET) as f32 * scale);
-            let (low, high) = (nibbles.map(|byte| wide(byte & 15)), nibbles.map(|byte| wide(byte >> 4)));
-            if let Ok(to) = <&mut [bf16; GROUP]>::try_from(&mut *to) {
-                to[..GROUP_BYTES].copy_from_slice(&low);
-                to[GROUP_BYTES..].copy_from_slice(&high);
-            } else {
-                to.iter_mut().zip(low.iter().chain(&high)).for_each(|(to, from)| *to = *from);
+            let mut numbers = [0u8; GROUP];
+            let (low, high) = numbers.split_at_mut(GROUP_BYTES);
+            for (byte, (low, high)) in nibbles.iter().zip(low.iter_mut().zip(high)) {
+                (*low, *high) = (byte & 15, byte >> 4);
+            }
+            for (to, &number) in to.iter_mut().zip(&numbers) {
+                *to = <bf16 as Float>::round((i32::from(number) - OFFSET) as f32 * scale);
             }
         }
     }

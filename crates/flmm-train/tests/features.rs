@@ -85,6 +85,29 @@ fn a_run_on_cached_features_is_the_same_run() {
 }
 
 #[test]
+fn features_of_models_in_other_formats_are_not_mixed() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("w");
+    world::write(&data, Split::Train, 1, 3, Level::One, &|_| {}).unwrap();
+    let build = |format: &str| {
+        let config = config(&[&format!("model.dtype={format}"), "data.limit=1", "data.datasets=['png']"]);
+        let (dtype, weights) = config.model.dtype.parts();
+        let options = OpenOptions { weights, ..OpenOptions::new(dtype, &Device::Cpu) };
+        let models = Models { options, ..models() };
+        let cache = FeatureOptions { dir: dir.path().join("c"), values: Values::F32, maps: MapValues::Same };
+        let on_sample = |_, _| ControlFlow::Continue(());
+        build_features(&config, &models, &data, &cache, Part::default(), &mut Notes::default(), on_sample)
+            .map(|built| built.added)
+    };
+    assert_eq!(build("int4").unwrap(), 1);
+    assert_eq!(build("int4").unwrap(), 0);
+    for other in ["int8", "bf16"] {
+        let error = build(other).unwrap_err().to_string();
+        assert!(error.contains(&format!(r#"lmm_dtype: "int4" in the cache, "{other}" wanted"#)), "{error}");
+    }
+}
+
+#[test]
 fn few_maps_and_no_refiner_make_a_head_that_answers() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("w");

@@ -189,7 +189,7 @@ fn what_does_not_fit_is_refused_with_a_hint() -> TestResult {
     // Written by a later program, or damaged.
     let file = out.join("model.safetensors");
     let tensors: BTreeMap<_, _> =
-        load_safetensors(&[file.clone()], None, &Device::Cpu)?.into_iter().collect();
+        load_safetensors(std::slice::from_ref(&file), None, &Device::Cpu)?.into_iter().collect();
     let mut metadata = safetensors_metadata(&file)?;
     metadata.insert("flmm_weights_version".to_owned(), "2".to_owned());
     save_safetensors(&file, &tensors, &metadata)?;
