@@ -20,18 +20,21 @@ struct Line {
 pub(super) fn of(args: &GroundBenchArgs, model: &Model, rounds: &Rounds, pass: &Pass) -> Result<String> {
     let machine = Machine::median(&rounds.machine);
     let (works, token) = work::of(model, &args.model, pass)?;
+    // What was measured of the machine is its processor.
+    let on_processor = model.grounder.lmm().decoder().device().is_cpu();
+    let floor = |work: &Work| on_processor.then(|| machine.floor(work));
     let mut lines: Vec<Line> = STAGES
         .into_iter()
         .zip(works)
         .enumerate()
         .map(|(stage, (name, work))| {
             let times: Vec<_> = rounds.stages.iter().map(|stages| stages[stage]).collect();
-            let floor = work.as_ref().map(|work| machine.floor(work));
+            let floor = work.as_ref().and_then(floor);
             Line { name, spread: Spread::of(&times), work, floor }
         })
         .collect();
-    let floor = lines.iter().filter_map(|line| line.floor).sum();
-    lines.push(Line { name: "whole", spread: Spread::of(&rounds.whole), work: None, floor: Some(floor) });
+    let least = on_processor.then(|| lines.iter().filter_map(|line| line.floor).sum());
+    lines.push(Line { name: "whole", spread: Spread::of(&rounds.whole), work: None, floor: least });
     if !rounds.decode.is_empty() {
         let all = Spread::of(&rounds.decode);
         let each = |seconds: f64| seconds / f64::from(args.decode);
@@ -41,7 +44,7 @@ pub(super) fn of(args: &GroundBenchArgs, model: &Model, rounds: &Rounds, pass: &
             worst: each(all.worst),
             cpu: each(all.cpu),
         };
-        let floor = Some(machine.floor(&token));
+        let floor = floor(&token);
         lines.push(Line { name: "one more token", spread, work: Some(token), floor });
     }
     match args.json {
