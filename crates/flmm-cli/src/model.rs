@@ -7,6 +7,7 @@ use flmm::Grounder;
 use flmm::grounder::{HeadSettings, ModelPaths, RefinerKind, Revision};
 use flmm::hub::Hub;
 use flmm::lmm::{LoadProgress, OpenOptions};
+use flmm::weights::rehearse;
 
 use crate::args::{ModelArgs, Precision};
 use crate::embedded;
@@ -23,6 +24,13 @@ pub(crate) struct Model {
 }
 
 impl Model {
+    /// Numbers in the LMM's tensors: those of its parts that it was opened with.
+    pub(crate) fn lmm_elements(&self) -> Result<usize> {
+        let (opened, findings) = rehearse(|| flmm::lmm::open_with(&self.paths.model, &self.options));
+        opened?;
+        Ok(findings.used_elements)
+    }
+
     /// Which files it was made of.
     pub(crate) fn revision(&self) -> Result<Revision> {
         Ok(Revision::of(&self.paths, &self.options)?)

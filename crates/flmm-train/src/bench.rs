@@ -53,24 +53,11 @@ impl StepConfig {
     /// the method is written down, so that implementations can be compared; ours leaves out a third of them.
     pub fn flops(&self) -> f64 {
         let unet = UNetConfig { base_channels: self.base_channels, ..UNetConfig::new(self.channels) };
-        let side = unet.input_size.max(self.grid).next_multiple_of(8);
-        let mut total = 0.0;
-        for (name, shape) in unet.shapes() {
-            let [outputs, inputs, kernel, _] = shape[..] else { continue };
-            let stage = name.split('.').nth(1).and_then(|stage| stage.parse::<u32>().ok()).unwrap_or(0);
-            let pixels = (side >> stage).pow(2);
-            let forward = 2.0 * (outputs * inputs * kernel * kernel * pixels) as f64;
-            // The input of the first convolution is constant: its gradient is not needed.
-            total += forward * if name.starts_with("encoder.0.0.convs.0") { 2.0 } else { 3.0 };
-        }
+        // The input of the first convolution is constant: its gradient is not needed.
+        let passes = |name: &str| if name.starts_with("encoder.0.0.convs.0") { 2.0 } else { 3.0 };
+        let mut total: f64 = unet.flops(self.grid).iter().map(|(name, forward)| passes(name) * forward).sum();
         if self.refiner {
-            let sam = SamConfig::vit_l();
-            let (width, positions) = (sam.prompt_embed_dim, sam.grid().pow(2));
-            let inner = width / sam.attention_downsample_rate;
-            // Keys and values of each attention to the picture, queries and outputs of each one from it.
-            let projections = 4 * sam.decoder_depth + 2;
-            let upscaling = width * width + 4 * (width / 4) * (width / 2);
-            total += 3.0 * 2.0 * (positions * (projections * width * inner + upscaling)) as f64;
+            total += 3.0 * SamConfig::vit_l().decoder_flops();
         }
         total * self.phrases as f64
     }

@@ -1,5 +1,6 @@
 //! `flmm bench`: how fast parts of the program are on this machine.
 
+mod ground;
 mod kernels;
 
 use clap::{Args, Subcommand};
@@ -22,6 +23,8 @@ enum Bench {
     TrainStep(TrainStepArgs),
     /// Measure matrix products and attention of frozen models, and what this machine can do at most.
     Kernels(kernels::KernelsArgs),
+    /// Measure the grounding of a given text stage by stage, beside what this machine can do at most.
+    Ground(Box<ground::GroundBenchArgs>),
 }
 
 #[derive(Debug, Args)]
@@ -55,6 +58,7 @@ pub(crate) fn run(args: &BenchArgs, talk: &Talk) -> Result<()> {
     match &args.what {
         Bench::TrainStep(args) => step(args, talk),
         Bench::Kernels(args) => kernels::run(args, talk),
+        Bench::Ground(args) => ground::run(args, talk),
     }
 }
 

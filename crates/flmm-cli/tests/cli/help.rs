@@ -13,6 +13,7 @@ fn help_texts() {
     {
         assert_snapshot!(format!("help_{command}"), place.run(&[command, "--help"]).ok());
     }
+    assert_snapshot!("help_bench_ground", place.run(&["bench", "ground", "--help"]).ok());
     for what in ["lmms", "model", "attention"] {
         assert_snapshot!(format!("help_inspect_{what}"), place.run(&["inspect", what, "--help"]).ok());
     }

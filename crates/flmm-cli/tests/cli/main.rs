@@ -4,6 +4,7 @@ mod analyses;
 mod answers;
 mod bad_input;
 mod bad_model;
+mod bench;
 mod convert;
 mod eval_qa;
 mod evaluate;

@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use super::head::{self, load_head_tensors};
 use super::{Grounder, GroundingHead, HeadSettings, HeadSizes, RefinerKind, overlay};
 use crate::error::Result;
-use crate::lmm::{self, Lmm, OpenOptions};
+use crate::lmm::{self, OpenOptions};
 use crate::sam::{Sam, SamConfig, read_checkpoint};
 use crate::training_free::TrainingFree;
 use crate::weights::Params;
@@ -47,34 +47,39 @@ impl Grounder {
     /// As [`Grounder::open`], with what else the LMM's family may need.
     pub fn open_with(paths: &ModelPaths, options: &OpenOptions) -> Result<Self> {
         let device = &options.device;
-        let lmm = lmm::open_with(&paths.model, options)?;
         let Some(head) = &paths.head else {
-            return Self::open_without_head(lmm, &paths.sam, options);
+            return Self::open_without_head(paths, options);
         };
         let settings = HeadSettings::read(head)?;
-        let (sam, sam_tensors) = match settings.refiner {
+        let (config, sam_tensors) = match settings.refiner {
             RefinerKind::Sam => read_checkpoint(&paths.sam, device)?,
             RefinerKind::None => (SamConfig::vit_l(), HashMap::new()),
         };
-        let sizes = HeadSizes::of(lmm.as_ref(), sam);
         let tensors = overlay(head, &sam_tensors, load_head_tensors(head, device)?)?;
+        drop(sam_tensors);
         let params = Params::new(head, tensors);
-        let head = GroundingHead::from_params_as(&sizes, &settings, &params)?;
+        // SAM comes first: what it is read from is given up before the LMM takes its memory.
         let sam = match settings.refiner {
             RefinerKind::Sam => {
-                let sam = Sam::load(&sizes.sam, &params.pp("sam.model"))?;
-                Some(sam.with_image_encoder_in(options.sam_dtype)?)
+                let params = params.pp("sam.model");
+                let sam = Sam::load(&config, &params)?.with_image_encoder_in(options.sam_dtype)?;
+                params.pp("image_encoder").give_up()?;
+                Some(sam)
             }
             RefinerKind::None => None,
         };
+        let lmm = lmm::open_with(&paths.model, options)?;
+        let sizes = HeadSizes::of(lmm.as_ref(), config);
+        let head = GroundingHead::from_params_as(&sizes, &settings, &params)?;
         params.finish(head::WRONG_HEAD)?;
         Ok(Self { lmm, sam, head, training_free: None })
     }
 
-    /// Masks come from attention and the SAM at `sam` alone.
-    fn open_without_head(lmm: Box<dyn Lmm>, sam: &Path, options: &OpenOptions) -> Result<Self> {
+    /// Masks come from attention and SAM alone.
+    fn open_without_head(paths: &ModelPaths, options: &OpenOptions) -> Result<Self> {
         let device = &options.device;
-        let sam = Sam::open(sam, device)?.with_image_encoder_in(options.sam_dtype)?;
+        let sam = Sam::open(&paths.sam, device)?.with_image_encoder_in(options.sam_dtype)?;
+        let lmm = lmm::open_with(&paths.model, options)?;
         let head = GroundingHead::blank(&HeadSizes::of(lmm.as_ref(), sam.config().clone()), device)?;
         let training_free = TrainingFree::new(sam.refiner().clone());
         Ok(Self { lmm, sam: Some(sam), head, training_free: Some(training_free) })

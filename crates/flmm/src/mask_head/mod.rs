@@ -45,6 +45,20 @@ impl UNetConfig {
     pub fn parameter_count(&self) -> usize {
         self.shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }
+
+    /// Floating-point operations of every convolution, by its name, for the maps of one phrase, whose longer side is
+    /// `side`.
+    pub fn flops(&self, side: usize) -> Vec<(String, f64)> {
+        let side = self.input_size.max(side).next_multiple_of(MULTIPLE);
+        let convolution = |(name, shape): (String, Vec<usize>)| {
+            let [outputs, inputs, kernel, _] = shape[..] else { return None };
+            // A stage's number says how often its maps were halved.
+            let stage = name.split('.').nth(1).and_then(|stage| stage.parse::<u32>().ok()).unwrap_or(0);
+            let pixels = (side >> stage).pow(2);
+            Some((name, 2.0 * (outputs * inputs * kernel * kernel * pixels) as f64))
+        };
+        self.shapes().into_iter().filter_map(convolution).collect()
+    }
 }
 
 /// The mask head.

@@ -13,6 +13,7 @@ mod mask_decoder;
 mod names;
 mod prompt_encoder;
 mod refiner;
+mod work;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;

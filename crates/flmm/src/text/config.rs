@@ -145,6 +145,24 @@ impl DecoderConfig {
     pub fn maps(&self) -> usize {
         self.num_layers * self.num_heads
     }
+
+    /// Values of the layers' matrices: what is read for every token generated, `lm_head` apart.
+    pub fn layer_weights(&self) -> usize {
+        let projections = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim;
+        self.num_layers * self.hidden_size * (projections + 3 * self.intermediate_size)
+    }
+
+    /// Values of the embedding table, and of `lm_head` where it is another one.
+    pub fn table_weights(&self) -> usize {
+        (2 - usize::from(self.tie_word_embeddings)) * self.vocab_size * self.hidden_size
+    }
+
+    /// Floating-point operations of the products in reading `tokens` tokens at once, half of the attention masked;
+    /// without logits.
+    pub fn flops(&self, tokens: usize) -> f64 {
+        let attention = self.num_layers * self.num_heads * self.head_dim * tokens;
+        2.0 * (tokens * (self.layer_weights() + attention)) as f64
+    }
 }
 
 /// `rope_theta`, which newer uploads keep in `rope_parameters`; any rotary scaling is refused.
@@ -213,6 +231,10 @@ mod tests {
             "num_key_value_heads": 1, "num_hidden_layers": 18, "hidden_act": "gelu" }))?;
         assert_eq!((gemma.head_dim, gemma.norm, gemma.activation), (256, Norm::Gemma, Activation::GeluTanh));
         assert!(gemma.tie_word_embeddings);
+        // With both tables and the norms, Vicuna-7B of 32,064 words: 6,738,939,904 values.
+        let norms = 65 * vicuna.hidden_size;
+        assert_eq!(vicuna.layer_weights() + vicuna.table_weights() + norms, 6_738_939_904);
+        assert_eq!(vicuna.flops(1), 2.0 * (6_476_005_376.0 + 32.0 * 4096.0));
         Ok(())
     }
 

@@ -195,6 +195,16 @@ impl Params {
         Ok(())
     }
 
+    /// Gives up every tensor below the prefix: whoever asks for one again gets zeros.
+    pub(crate) fn give_up(&self) -> Result<()> {
+        let mut tensors = self.shared.tensors.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let below = tensors.iter_mut().filter(|(name, _)| name.starts_with(&self.prefix));
+        for (_, tensor) in below {
+            *tensor = stand_in(tensor.dims())?;
+        }
+        Ok(())
+    }
+
     fn tensors(&self) -> RwLockReadGuard<'_, HashMap<String, Tensor>> {
         self.shared.tensors.read().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -264,5 +274,24 @@ impl Params {
 
     fn full(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_up_keeps_its_shape_and_nothing_else_changes() -> Result<()> {
+        let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu);
+        let tensors =
+            HashMap::from([("a.b.weight".to_owned(), ones(&[2, 3])?), ("a.bias".to_owned(), ones(&[3])?)]);
+        let params = Params::new("test", tensors);
+        let kept = params.pp("a").pp("b").get(&[2, 3], "weight")?;
+        params.pp("a").pp("b").give_up()?;
+        let sum = |tensor: Tensor| Ok::<_, Error>(tensor.sum_all()?.to_scalar::<f32>()?);
+        assert_eq!(sum(params.get(&[2, 3], "a.b.weight")?)?, 0.0);
+        assert_eq!((sum(params.get(&[3], "a.bias")?)?, sum(kept)?), (3.0, 6.0));
+        params.finish("")
     }
 }
