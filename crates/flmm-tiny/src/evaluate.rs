@@ -12,13 +12,16 @@ use flmm::lmm::Turn;
 use flmm::masks::Mask;
 use flmm::phrases::{LAMBDA, select_keywords, token_texts, true_ranges};
 use flmm_data::world::{self, QuestionKind, Scene, SegmentRef, Split, WorldConfig};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::config;
 use crate::lmm::rng_for;
 use crate::stage_head::{Told, expressions, narration, union};
 
 /// What to evaluate on.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, clap::Args, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub(crate) struct EvaluateArgs {
     /// Scenes of the test split.
     #[arg(long, default_value_t = 500)]
@@ -29,6 +32,12 @@ pub(crate) struct EvaluateArgs {
     /// Scenes of the validation split on which the best head is chosen.
     #[arg(long, default_value_t = 100)]
     pub(crate) choose_head_on: u64,
+}
+
+impl Default for EvaluateArgs {
+    fn default() -> Self {
+        config::defaults()
+    }
 }
 
 /// Right and all.

@@ -10,14 +10,17 @@ use flmm::sam::{PromptOptions, Sam, SamConfig};
 use flmm_data::world::{self, Mask, Split, WorldConfig};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
+use serde::Deserialize;
 
+use crate::config;
 use crate::lmm::{Setting, rng_for};
 use crate::parallel;
 use crate::progress::{self, Run};
 use crate::store::{AdamW, Store};
 
 /// How long and how fast to train.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, clap::Args, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub(crate) struct SamArgs {
     /// Optimiser steps in all.
     #[arg(long, default_value_t = 1500)]
@@ -37,6 +40,12 @@ pub(crate) struct SamArgs {
     /// Steps between evaluations.
     #[arg(long, default_value_t = 100)]
     pub(crate) evaluate_every: usize,
+}
+
+impl Default for SamArgs {
+    fn default() -> Self {
+        config::defaults()
+    }
 }
 
 /// Sizes of flmm-tiny's SAM.
