@@ -25,7 +25,9 @@ impl Trained {
         let tensors = load_checkpoint(file, Some(DType::F32), &Device::Cpu)?.into_iter().collect();
         let vocabulary = path.join("tokenizer.json");
         let tokenizer = match vocabulary.is_file() {
-            true => Tokenizer::from_file(&vocabulary).map_err(|e| anyhow!("{}: {e}", vocabulary.display()))?,
+            true => {
+                Tokenizer::from_file(&vocabulary).map_err(|e| anyhow!("{}: {e}", vocabulary.display()))?
+            }
             false => own.clone(),
         };
         Ok(Self { tensors, tokenizer })
@@ -80,7 +82,7 @@ mod tests {
         let row = |tokenizer: &Tokenizer, word: &str| tokenizer.encode(word, false).unwrap().get_ids()[0];
         let table = |tokenizer: &Tokenizer, sign: f32| {
             let rows = tokenizer.get_vocab_size(true);
-            Tensor::new((0..rows).map(|id| [sign * (id as f32 + 1.0)]).collect::<Vec<_>>(), &Device::Cpu)
+            Tensor::new((0..rows).map(|id| vec![sign * (id as f32 + 1.0)]).collect::<Vec<_>>(), &Device::Cpu)
         };
         let norm = "language_model.model.norm.weight".to_owned();
         let trained = Trained {

@@ -1,5 +1,6 @@
 //! Makes flmm-tiny, the model embedded in `flmm`: a recipe of phases, or single stages, resumable by running them again.
 
+mod ablations;
 mod alignment;
 mod bundle;
 mod config;
@@ -9,6 +10,7 @@ mod gates;
 mod grow;
 mod lmm;
 mod make;
+mod measure;
 mod objects;
 mod pack;
 mod parallel;

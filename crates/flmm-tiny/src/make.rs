@@ -41,7 +41,8 @@ pub(crate) fn make(
 /// A finished phase must be the one that the recipe asks for.
 fn check(done: &Path, phase: &Phase) -> Result<()> {
     let text = std::fs::read_to_string(done).with_context(|| format!("cannot read {}", done.display()))?;
-    let made: toml::Table = toml::from_str(&text).with_context(|| format!("{} is damaged", done.display()))?;
+    let made: toml::Table =
+        toml::from_str(&text).with_context(|| format!("{} is damaged", done.display()))?;
     let keys = made.keys().chain(phase.settings.keys());
     let changed: std::collections::BTreeSet<&String> =
         keys.filter(|key| made.get(*key) != phase.settings.get(*key)).collect();
@@ -88,7 +89,9 @@ mod tests {
         let out = tempfile::tempdir().unwrap();
         let (names, result) = made(&phases(""), out.path(), "a");
         assert_eq!(names, ["a"]);
-        assert!(format!("{:#}", result.unwrap_err()).starts_with("phase 1 of 2, `a` stopped; what it learnt"));
+        assert!(
+            format!("{:#}", result.unwrap_err()).starts_with("phase 1 of 2, `a` stopped; what it learnt")
+        );
         let (names, result) = made(&phases(""), out.path(), "b");
         assert_eq!(names, ["a", "b"]);
         assert!(format!("{:#}", result.unwrap_err()).ends_with("gate missed"));
@@ -106,6 +109,9 @@ mod tests {
         let (names, result) = made(&phases("steps = 10\ngrid = 6"), out.path(), "");
         assert!(names.is_empty());
         let message = format!("{:#}", result.unwrap_err());
-        assert!(message.contains("phase 2 of 2, `b`: it was finished with another grid, steps;"), "{message}");
+        assert!(
+            message.contains("phase 2 of 2, `b`: it was finished with another grid, steps;"),
+            "{message}"
+        );
     }
 }

@@ -16,7 +16,9 @@ impl FromStr for Objects {
         let number = |text: &str| text.trim().parse::<usize>().ok();
         let (fewest, most) = text.split_once('-').unwrap_or((text, text));
         match (number(fewest), number(most)) {
-            (Some(fewest), Some(most)) if (1..=most).contains(&fewest) && most <= 6 => Ok(Self([fewest, most])),
+            (Some(fewest), Some(most)) if (1..=most).contains(&fewest) && most <= 6 => {
+                Ok(Self([fewest, most]))
+            }
             _ => Err(format!("`{text}` is no number of objects: expected `1-2`, at most 6")),
         }
     }

@@ -57,7 +57,8 @@ impl Recipe {
     /// Names the file and the phase for an unknown key, a wrong value, a name that is used twice, an input that neither
     /// is there nor will be made.
     pub(crate) fn read(file: &Path, out: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let text =
+            std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
         Self::parse(&text, out).with_context(|| format!("{} is no recipe", file.display()))
     }
 
@@ -152,10 +153,16 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         let codes = "[[phase]]\nname = 'a'\nstage = 'codes'\n";
-        assert!(complaint(&format!("{codes}grids = 6")).starts_with("phase `a`: unknown field `grids`, expected"));
-        assert!(complaint(&format!("{codes}gate = ['Wher=3']")).contains("no kind of question is called `Wher`"));
+        assert!(
+            complaint(&format!("{codes}grids = 6")).starts_with("phase `a`: unknown field `grids`, expected")
+        );
+        assert!(
+            complaint(&format!("{codes}gate = ['Wher=3']")).contains("no kind of question is called `Wher`")
+        );
         assert!(complaint(&format!("{codes}objects = '0-2'")).contains("`0-2` is no number of objects"));
-        assert!(complaint(&format!("{codes}from = 'b'")).contains("`b` is neither an earlier phase nor there"));
+        assert!(
+            complaint(&format!("{codes}from = 'b'")).contains("`b` is neither an earlier phase nor there")
+        );
         assert!(complaint(&format!("{codes}{codes}")).contains("of this name already"));
         assert!(complaint("[[phase]]\nstage = 'codes'").starts_with("phase 1: `name` is missing"));
         assert!(complaint("[[phase]]\nname = '../a'\nstage = 'codes'").contains("small letters"));

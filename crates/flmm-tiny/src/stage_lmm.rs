@@ -107,7 +107,11 @@ const PROJECTOR_RATE: f64 = 0.3;
 impl LmmArgs {
     fn source(&self, pixels: bool, sizes: &LmmSizes, draw: f64) -> Source {
         let side = if pixels { sizes.grid() } else { self.grid.map_or(sizes.grid(), usize::from) };
-        if pixels && draw < PIXEL_SHARE { Source::Pixels } else { Source::Codes { grid: side, noise: CODE_NOISE } }
+        if pixels && draw < PIXEL_SHARE {
+            Source::Pixels
+        } else {
+            Source::Codes { grid: side, noise: CODE_NOISE }
+        }
     }
 }
 

@@ -261,9 +261,9 @@ pub(crate) fn add_noise(tokens: &mut [f32], width: usize, std: f32, rng: &mut Ch
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
     use flmm::vision::preprocess::{LlavaProcessor, Normalisation, SizeRule};
     use flmm_data::world::{Split, WorldConfig, generate};
+    use std::path::Path;
 
     #[test]
     fn a_larger_code_book_moves_no_code() {
@@ -307,9 +307,14 @@ mod tests {
             let things = things(&scene, &geometry, grid);
             assert_eq!(things.len(), grid * grid);
             for object in 0..scene.objects.len() {
-                assert!(things.contains(&Thing::Object(object)), "object {object} on {grid}x{grid}");
+                // The smallest object may win no patch of a sixth of the picture's side.
+                let found = things.contains(&Thing::Object(object));
+                assert!(found || grid < 8, "object {object} on {grid}x{grid}");
             }
-            assert_eq!(Codes::new(Level::Two, 32, 1).tokens(&scene, &things, &geometry).len(), 32 * grid * grid);
+            assert_eq!(
+                Codes::new(Level::Two, 32, 1).tokens(&scene, &things, &geometry).len(),
+                32 * grid * grid
+            );
         }
         Ok(())
     }

@@ -143,11 +143,7 @@ impl Workshop {
         })?;
         let setting = Setting {
             packer: Packer::new(tokenizer, sizes.image_tokens(), TEXT_BUDGET)?,
-            processor: LlavaProcessor::new(
-                sizes.image_size,
-                SizeRule::MultiplyFirst,
-                Normalisation::CLIP,
-            ),
+            processor: LlavaProcessor::new(sizes.image_size, SizeRule::MultiplyFirst, Normalisation::CLIP),
             codes,
             sizes,
         };
@@ -272,4 +268,97 @@ fn save(file: &Path, tensors: Tensors) -> Result<()> {
 fn load(file: &Path) -> Result<Tensors> {
     let tensors = candle_core::safetensors::load(file, &Device::Cpu);
     Ok(tensors.with_context(|| format!("cannot read {}", file.display()))?.into_iter().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Too small to learn anything, large enough to run.
+    fn small() -> LmmSizes {
+        LmmSizes {
+            image_size: 48,
+            tower_width: 8,
+            tower_layers: 1,
+            tower_heads: 2,
+            tower_ffn: 8,
+            width: 20,
+            layers: 1,
+            heads: 2,
+            ffn: 8,
+            ..LmmSizes::default()
+        }
+    }
+
+    fn workshop(out: &Path) -> Workshop {
+        Workshop::open(out, None, Level::One, small()).unwrap()
+    }
+
+    fn lines(folder: &Path) -> usize {
+        std::fs::read_to_string(folder.join("curves.jsonl")).unwrap().lines().count()
+    }
+
+    #[test]
+    fn a_finished_tower_is_judged_again_by_what_it_reached() {
+        let out = tempfile::tempdir().unwrap();
+        let (workshop, folder) = (workshop(out.path()), out.path().join("tower"));
+        let run = |steps, gate| {
+            let args = stage_tower::TowerArgs { steps, batch: 1, workers: 1, gate, ..Default::default() };
+            workshop.run(&Stage::Tower(args), &folder)
+        };
+        run(2, 0.0).unwrap();
+        run(2, 0.0).unwrap();
+        let missed = run(2, 1.1).unwrap_err().to_string();
+        assert!(missed.starts_with("gate missed at step 2: object accuracy 0."), "{missed}");
+        // All three have been evaluated, and the same way.
+        let curves = std::fs::read_to_string(folder.join("curves.jsonl")).unwrap();
+        let points: std::collections::BTreeSet<&str> = curves.lines().collect();
+        assert_eq!((curves.lines().count(), points.len()), (3, 1));
+    }
+
+    #[test]
+    fn gates_end_the_decoders_training_early_or_with_an_error() {
+        let out = tempfile::tempdir().unwrap();
+        let workshop = workshop(out.path());
+        let run = |name: &str, from: Option<&str>, gate: &[&str], until_gates| {
+            let args = stage_lmm::LmmArgs {
+                steps: 3,
+                batch: 1,
+                workers: 1,
+                evaluate_every: 1,
+                evaluation_scenes: 2,
+                grid: Some(6),
+                objects: Some("1-2".parse().unwrap()),
+                gate: gate.iter().map(|gate| gate.parse().unwrap()).collect(),
+                until_gates,
+                from: from.map(PathBuf::from),
+                ..Default::default()
+            };
+            let result = workshop.run(&Stage::Codes(args), &out.path().join(name));
+            (result.map_err(|error| error.to_string()), lines(&out.path().join(name)))
+        };
+        assert_eq!(run("all", None, &[], true), (Ok(()), 3));
+        assert_eq!(run("early", Some("all"), &["Closed=0"], true), (Ok(()), 1));
+        for evaluations in [2, 3] {
+            let (result, lines) = run("missed", None, &["Closed=0@1", "Closed=101@2"], true);
+            assert!(result.unwrap_err().starts_with("gate missed at step 2: Closed "));
+            // The first time steps 1 and 2; then what the checkpoint has not seen.
+            assert!(lines >= evaluations, "{lines}");
+        }
+    }
+
+    #[test]
+    fn a_code_stage_begins_where_another_ended() {
+        let out = tempfile::tempdir().unwrap();
+        let workshop = workshop(out.path());
+        let args = stage_lmm::LmmArgs { steps: 0, from: Some("first".into()), ..Default::default() };
+        let folder = out.path().join("first");
+        std::fs::create_dir_all(&folder).unwrap();
+        let norm = "language_model.model.norm.weight".to_owned();
+        let known = Tensor::new(vec![0.5f32; 20], &Device::Cpu).unwrap();
+        save(&folder.join(RESULT), Tensors::from([(norm.clone(), known)])).unwrap();
+        workshop.run(&Stage::Codes(args), &out.path().join("second")).unwrap();
+        let second = load(&out.path().join("second").join(RESULT)).unwrap();
+        assert_eq!(second[&norm].to_vec1::<f32>().unwrap(), [0.5; 20]);
+    }
 }

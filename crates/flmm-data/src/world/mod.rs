@@ -86,7 +86,13 @@ pub struct WorldConfig {
 impl WorldConfig {
     /// The usual settings of a level.
     pub fn new(level: Level) -> Self {
-        Self { level, sizes: vec![(240, 240), (240, 180), (180, 240)], narrations: 2, per_kind: 2, objects: None }
+        Self {
+            level,
+            sizes: vec![(240, 240), (240, 180), (180, 240)],
+            narrations: 2,
+            per_kind: 2,
+            objects: None,
+        }
     }
 }
 
