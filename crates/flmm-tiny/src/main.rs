@@ -70,7 +70,7 @@ enum Command {
         recipe: PathBuf,
     },
     #[command(flatten)]
-    Stage(Stage),
+    Stage(Box<Stage>),
 }
 
 fn main() -> Result<()> {
@@ -85,7 +85,7 @@ fn main() -> Result<()> {
         Command::Stage(stage) => {
             let level = if cli.level == 1 { Level::One } else { Level::Two };
             let sizes = LmmSizes::default();
-            let workshop = match (stage, &cli.bundle) {
+            let workshop = match (stage.as_ref(), &cli.bundle) {
                 (Stage::Evaluate(_), Some(bundle)) => Workshop::of_bundle(&cli.out, bundle, level, sizes)?,
                 _ => Workshop::open(&cli.out, cli.bundle, level, sizes)?,
             };
