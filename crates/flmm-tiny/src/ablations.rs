@@ -79,7 +79,9 @@ impl Ablations {
     /// For a model whose heads point right in this order.
     pub(crate) fn new(ranked: Vec<usize>) -> Self {
         let fewer = BEST.iter().filter(|count| **count < ranked.len());
-        let names: Vec<String> = fewer.map(|count| format!("best {count} heads")).collect();
+        let names: Vec<String> = fewer
+            .map(|count| if *count == 1 { "best head".into() } else { format!("best {count} heads") })
+            .collect();
         let ways = ["mean, all heads", "max, all heads"].into_iter().map(Way::named);
         let clusters = std::iter::once("all heads".to_owned()).chain(names.iter().cloned());
         Self {

@@ -59,7 +59,11 @@ impl Recipe {
     pub(crate) fn read(file: &Path, out: &Path) -> Result<Self> {
         let text =
             std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-        Self::parse(&text, out).with_context(|| format!("{} is no recipe", file.display()))
+        Self::parse(&text, out).with_context(|| {
+            let hint =
+                "hint: `flmm-tiny STAGE --help` lists a stage's options, docs/flmm-tiny.md has an example";
+            format!("{} is no recipe\n  {hint}", file.display())
+        })
     }
 
     fn parse(text: &str, out: &Path) -> Result<Self> {

@@ -152,7 +152,8 @@ fn sample(
 ) -> Result<HeadSample> {
     let draw: f64 = rng.random();
     let linked = |q: &&Question| !q.links.is_empty();
-    let questions: Vec<&Question> = scene.texts.questions.iter().filter(linked).collect();
+    let asked = scene.texts.questions.iter().chain(&scene.texts.reasoning);
+    let questions: Vec<&Question> = asked.filter(linked).collect();
     let chosen = expressions(scene, MOST_PHRASES, rng);
     let (told, labelled) = if draw < referring && !chosen.is_empty() {
         let caption =
