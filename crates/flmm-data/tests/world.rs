@@ -311,6 +311,18 @@ fn sizes_and_counts_follow_the_level() {
 }
 
 #[test]
+fn the_number_of_objects_can_be_chosen() {
+    let counts = |objects| -> BTreeSet<usize> {
+        let config = WorldConfig { objects: Some(objects), ..WorldConfig::new(Level::Two) };
+        (0..60).map(|index| generate(&config, Split::Train, 1, index).objects.len()).collect()
+    };
+    assert_eq!(counts([1, 1]), BTreeSet::from([1]));
+    assert_eq!(counts([2, 3]), BTreeSet::from([2, 3]));
+    assert_eq!(counts([0, 0]), BTreeSet::from([1]));
+    assert!(counts([5, 900]).iter().all(|count| (1..=6).contains(count)));
+}
+
+#[test]
 fn yes_and_no_are_balanced() {
     let (mut exist, mut relation) = ([0; 2], [0; 2]);
     for index in 0..400 {

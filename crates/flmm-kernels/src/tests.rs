@@ -65,7 +65,7 @@ fn plain_attention<T: Float>(
                 let dot: f64 = terms.map(|c| f64::from(q[at * head_dim + c].widen() * k[c].widen())).sum();
                 match scores {
                     Scores::Causal if key > keys - rows + row => f64::NEG_INFINITY,
-                    Scores::Causal => round(round(dot) / (head_dim as f64).sqrt()),
+                    Scores::Causal | Scores::Full => round(round(dot) / (head_dim as f64).sqrt()),
                     Scores::Relative { by_row, by_column, columns } => {
                         let height = keys / columns;
                         let down = key / columns + height - 1 - row / columns;
@@ -91,10 +91,19 @@ fn plain_attention<T: Float>(
     [y, lse]
 }
 
+/// [`Scores`], with made-up numbers where there are any.
+#[derive(Clone, Copy)]
+enum Rule {
+    Causal,
+    Full,
+    /// On a grid of so many columns.
+    Relative(usize),
+}
+
 fn check_attention<T: Float, U: Units<T>>(
     kernel: impl Kernel + Few<T>,
     sizes: AttentionSizes,
-    columns: Option<usize>,
+    rule: Rule,
     unit: f64,
 ) -> Result<(), TestCaseError> {
     let AttentionSizes { batch, heads, kv_heads, rows, keys, head_dim } = sizes;
@@ -104,11 +113,13 @@ fn check_attention<T: Float, U: Units<T>>(
     let [k, v] = [6, 7].map(|seed| quarters::<T>(batch * kv_heads * stride, seed));
     let [k, v] = [&k, &v].map(|data| Heads { data, stride });
     let offsets = |size: usize| 2 * size - 1;
-    let by_row = numbers::<f32>(batch * heads * rows * offsets(keys / columns.unwrap_or(1)), 8);
-    let by_column = numbers::<f32>(batch * heads * rows * offsets(columns.unwrap_or(1)), 9);
-    let scores = match columns {
-        None => Scores::Causal,
-        Some(columns) => Scores::Relative { by_row: &by_row, by_column: &by_column, columns },
+    let columns = if let Rule::Relative(columns) = rule { columns } else { 1 };
+    let by_row = numbers::<f32>(batch * heads * rows * offsets(keys / columns), 8);
+    let by_column = numbers::<f32>(batch * heads * rows * offsets(columns), 9);
+    let scores = match rule {
+        Rule::Causal => Scores::Causal,
+        Rule::Full => Scores::Full,
+        Rule::Relative(columns) => Scores::Relative { by_row: &by_row, by_column: &by_column, columns },
     };
     let [expected, expected_lse] = plain_attention(&q, k, v, sizes, scores);
     let (mut y, mut lse) = (vec![T::round(f32::NAN); q.len()], vec![f32::NAN; batch * heads * rows]);
@@ -132,18 +143,18 @@ fn check_attention<T: Float, U: Units<T>>(
 }
 
 /// Every kernel that this processor has.
-fn all_attentions(sizes: AttentionSizes, columns: Option<usize>) -> Result<(), TestCaseError> {
+fn all_attentions(sizes: AttentionSizes, rule: Rule) -> Result<(), TestCaseError> {
     for wide in wide_kernels() {
-        check_attention::<f32, Singles>(wide, sizes, columns, 0.0)?;
-        check_attention::<bf16, Singles>(wide, sizes, columns, 1.0 / 256.0)?;
+        check_attention::<f32, Singles>(wide, sizes, rule, 0.0)?;
+        check_attention::<bf16, Singles>(wide, sizes, rule, 1.0 / 256.0)?;
     }
     #[cfg(target_arch = "x86_64")]
     if let Some(native) = crate::avx512::Avx512Bf16::detect() {
-        check_attention::<bf16, Pairs>(native, sizes, columns, 1.0 / 256.0)?;
+        check_attention::<bf16, Pairs>(native, sizes, rule, 1.0 / 256.0)?;
     }
     #[cfg(target_arch = "x86_64")]
     if let Some(amx) = crate::amx::Amx::detect() {
-        check_attention::<bf16, Pairs>(amx, sizes, columns, 1.0 / 256.0)?;
+        check_attention::<bf16, Pairs>(amx, sizes, rule, 1.0 / 256.0)?;
     }
     Ok(())
 }
@@ -228,7 +239,15 @@ proptest! {
         head_dim in 1usize..40,
     ) {
         let sizes = AttentionSizes { batch, heads: kv_heads * group, kv_heads, rows, keys: past + rows, head_dim };
-        all_attentions(sizes, None)?;
+        all_attentions(sizes, Rule::Causal)?;
+    }
+
+    #[test]
+    fn full_attention(
+        batch in 1usize..3, kv_heads in 1usize..4, group in 1usize..4, rows in 1usize..90, keys in 1usize..90,
+        head_dim in 1usize..40,
+    ) {
+        all_attentions(AttentionSizes { batch, heads: kv_heads * group, kv_heads, rows, keys, head_dim }, Rule::Full)?;
     }
 
     #[test]
@@ -237,7 +256,7 @@ proptest! {
     ) {
         let rows = columns * grid_rows;
         let sizes = AttentionSizes { batch, heads, kv_heads: heads, rows, keys: rows, head_dim };
-        all_attentions(sizes, Some(columns))?;
+        all_attentions(sizes, Rule::Relative(columns))?;
     }
 }
 

@@ -2,23 +2,32 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use flmm::Grounder;
 use flmm::clusters::{at_logit_size, better_side};
-use flmm::grounder::{AnswerOptions, Caption, ModelPaths, Observation};
+use flmm::grounder::{AnswerOptions, Caption, GroundedAnswer, ModelPaths, Observation, Session};
 use flmm::lmm::Turn;
 use flmm::masks::Mask;
 use flmm::phrases::{LAMBDA, select_keywords, token_texts, true_ranges};
-use flmm_data::world::{self, QuestionKind, Scene, SegmentRef, Split, WorldConfig};
+use flmm_data::world::{self, Question, QuestionKind, Scene, SegmentRef, Split, WorldConfig};
+use flmm_eval::marks::observe_reply;
+use flmm_eval::reasonseg;
+use flmm_eval::runs::Runs;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::ablations::{Ablations, ranked};
+use crate::config;
 use crate::lmm::rng_for;
-use crate::stage_head::{Told, expressions, narration, union};
+use crate::measure::{Count, Narrated, Overlap, Phrases, median, percent, round, truth};
+use crate::stage_head::{Told, expressions, narration};
 
 /// What to evaluate on.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, clap::Args, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub(crate) struct EvaluateArgs {
     /// Scenes of the test split.
     #[arg(long, default_value_t = 500)]
@@ -29,37 +38,15 @@ pub(crate) struct EvaluateArgs {
     /// Scenes of the validation split on which the best head is chosen.
     #[arg(long, default_value_t = 100)]
     pub(crate) choose_head_on: u64,
+    /// Also what other ways of making masks and finding phrases reach: max merging, fewer heads, noun-phrase rules,
+    /// clusters of attention.
+    #[arg(long)]
+    pub(crate) ablations: bool,
 }
 
-/// Right and all.
-type Count = (usize, usize);
-
-/// Intersection and union pixels, and the sum of single IoUs.
-#[derive(Debug, Default)]
-pub(crate) struct Overlap {
-    intersection: usize,
-    union: usize,
-    ious: f64,
-    masks: usize,
-}
-
-impl Overlap {
-    fn add(&mut self, found: &Mask, truth: &Mask) -> Result<()> {
-        let intersection = found.intersection(truth)?.area();
-        let union = found.area() + truth.area() - intersection;
-        self.intersection += intersection;
-        self.union += union;
-        self.ious += if union == 0 { 1.0 } else { intersection as f64 / union as f64 };
-        self.masks += 1;
-        Ok(())
-    }
-
-    pub(crate) fn json(&self) -> Value {
-        json!({
-            "cIoU": percent(self.intersection, self.union),
-            "mIoU": round(100.0 * self.ious / self.masks.max(1) as f64),
-            "masks": self.masks,
-        })
+impl Default for EvaluateArgs {
+    fn default() -> Self {
+        config::defaults()
     }
 }
 
@@ -72,11 +59,16 @@ pub(crate) struct Report {
     phrases: usize,
     pub(crate) coarse: Overlap,
     pub(crate) refined: Overlap,
-    narrated_coarse: Overlap,
-    narrated_refined: Overlap,
+    narrated_coarse: Narrated,
+    narrated_refined: Narrated,
     clusters: Overlap,
-    /// Phrases found, predicted and true.
-    keywords: [usize; 3],
+    keywords: Phrases,
+    /// Answers to reasoning questions: all phrases that the selector finds in them.
+    reasoning: Vec<reasonseg::Score>,
+    /// The same with all tokens of the answer as one phrase, as the paper measures it.
+    reasoning_whole: Vec<reasonseg::Score>,
+    /// Seconds from a picture and its first question to the grounded answer.
+    seconds: Vec<f64>,
 }
 
 /// Evaluates the bundle and returns the figures of the model card.
@@ -92,70 +84,128 @@ pub(crate) fn run(
         let scene = world::generate(world, Split::Val, args.seed, index);
         chosen.narration(&grounder, raw, &scene)?;
     }
-    let best = (0..chosen.pointing.len()).max_by_key(|head| chosen.pointing[*head]).unwrap_or(0);
+    let ranked = ranked(&chosen.pointing);
+    let best = ranked.first().copied().unwrap_or(0);
+    let mut ablations = args.ablations.then(|| Ablations::new(ranked));
     let bar = indicatif::ProgressBar::new(args.scenes);
     let mut report = Report::default();
     for index in 0..args.scenes {
         let scene = world::generate(world, Split::Test, args.seed, index);
         report.answers(&grounder, &scene).with_context(|| format!("scene {index}"))?;
-        report.expressions(&grounder, &scene, index)?;
+        report.expressions(&grounder, &scene, index, ablations.as_mut())?;
         report.narration(&grounder, raw, &scene)?;
+        if let Some(ablations) = &mut ablations {
+            ablations.narration(&grounder, raw, &scene)?;
+        }
         bar.inc(1);
     }
     bar.finish_and_clear();
-    let all: usize = report.pointing.iter().sum();
-    let [found, predicted, truth] = report.keywords;
-    let kinds: serde_json::Map<String, Value> = report
-        .questions
-        .iter()
-        .map(|(kind, (right, all))| {
-            (format!("{kind:?}"), json!({ "right": percent(*right, *all), "asked": all }))
-        })
-        .collect();
-    Ok(json!({
-        "scenes": args.scenes,
-        "seed": args.seed,
-        "closed_questions": percent(report.closed.0, report.closed.1),
-        "questions": kinds,
-        "pointing": {
-            "best_head": best,
-            "best_head_right": percent(report.pointing.get(best).copied().unwrap_or(0), report.phrases),
-            "mean_over_heads": percent(all, report.phrases * report.pointing.len()),
-            "phrases": report.phrases,
-        },
-        "referring": { "coarse": report.coarse.json(), "refined": report.refined.json(),
-                       "kmeans_better_side": report.clusters.json() },
-        "narration": { "coarse": report.narrated_coarse.json(), "refined": report.narrated_refined.json() },
-        "keyword_phrases": {
-            "precision": percent(found, predicted),
-            "recall": percent(found, truth),
-            "f1": percent(2 * found, predicted + truth),
-        },
-    }))
+    let mut figures = report.json(best);
+    figures["level"] = world.level.number().into();
+    figures["scenes"] = args.scenes.into();
+    figures["seed"] = args.seed.into();
+    figures["bundle_megabytes"] = round(bytes(bundle)? as f64 / 1e6).into();
+    if let Some(ablations) = ablations {
+        figures["ablations"] = ablations.json();
+    }
+    Ok(figures)
+}
+
+/// Size of all files below `folder`.
+fn bytes(folder: &Path) -> Result<u64> {
+    let mut sum = 0;
+    for entry in std::fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
+        let entry = entry?;
+        let about = entry.metadata()?;
+        sum += if about.is_dir() { bytes(&entry.path())? } else { about.len() };
+    }
+    Ok(sum)
 }
 
 impl Report {
+    fn json(&self, best: usize) -> Value {
+        let all: usize = self.pointing.iter().sum();
+        let kinds: serde_json::Map<String, Value> = self
+            .questions
+            .iter()
+            .map(|(kind, (right, all))| {
+                (format!("{kind:?}"), json!({ "right": percent(*right, *all), "asked": all }))
+            })
+            .collect();
+        let giou = |scores: &[reasonseg::Score]| {
+            round(reasonseg::metrics(scores).metrics.get("gIoU").unwrap_or_default())
+        };
+        json!({
+            "closed_questions": percent(self.closed.0, self.closed.1),
+            "questions": kinds,
+            "pointing": {
+                "best_head": best,
+                "best_head_right": percent(self.pointing.get(best).copied().unwrap_or(0), self.phrases),
+                "mean_over_heads": percent(all, self.phrases * self.pointing.len()),
+                "phrases": self.phrases,
+            },
+            "referring": { "coarse": self.coarse.json(), "refined": self.refined.json(),
+                           "kmeans_better_side": self.clusters.json() },
+            "narration": { "coarse": self.narrated_coarse.json(), "refined": self.narrated_refined.json() },
+            "keyword_phrases": self.keywords.json(),
+            "reasoning": {
+                "gIoU": giou(&self.reasoning),
+                "gIoU_whole_answer": giou(&self.reasoning_whole),
+                "questions": self.reasoning.len(),
+            },
+            "answer_and_ground": {
+                "median_seconds": (1e3 * median(self.seconds.clone())).round() / 1e3,
+                "threads": rayon::current_num_threads(),
+            },
+        })
+    }
+
     /// Asks every question of the scene, each in a conversation of its own, and gives the answers.
     pub(crate) fn answers(&mut self, grounder: &Grounder, scene: &Scene) -> Result<Vec<String>> {
+        let clock = Instant::now();
         let mut answers = Vec::new();
         let mut session = grounder.start(&scene.image)?;
-        let options = AnswerOptions { phrases: None, max_new_tokens: 48, ..AnswerOptions::default() };
-        for question in scene.texts.questions.iter().chain(&scene.texts.reasoning) {
-            session.turns = vec![Turn::user(&question.question)];
-            let answer = grounder.reply(&mut session, &options, &mut |_| {})?;
-            let right = usize::from(answer.answer.trim() == question.answer);
-            let count = self.questions.entry(question.kind).or_default();
-            *count = (count.0 + right, count.1 + 1);
-            if question.closed {
-                self.closed = (self.closed.0 + right, self.closed.1 + 1);
+        for (at, question) in scene.texts.questions.iter().enumerate() {
+            // The first one is timed with all that a user waits for: reading the picture, answering, masks.
+            let answer = ask(grounder, &mut session, question, at == 0)?;
+            if at == 0 {
+                self.seconds.push(clock.elapsed().as_secs_f64());
             }
+            self.count(question, &answer);
+            answers.push(answer.answer);
+        }
+        for question in &scene.texts.reasoning {
+            let answer = ask(grounder, &mut session, question, true)?;
+            self.count(question, &answer);
+            let masks: Vec<&Mask> = answer.phrases.iter().map(|phrase| &phrase.mask).collect();
+            self.reasoning.push(reasoned(scene, question, &masks)?);
+            let turns = [Turn::user(&question.question)];
+            let (_, observation) = observe_reply(grounder, &mut session, &turns, &options(false))?;
+            let masks = observation.map_or(Ok(Vec::new()), |seen| grounder.segment(&seen))?;
+            let masks: Vec<&Mask> = masks.iter().map(|(refined, _)| refined).collect();
+            self.reasoning_whole.push(reasoned(scene, question, &masks)?);
             answers.push(answer.answer);
         }
         Ok(answers)
     }
 
+    fn count(&mut self, question: &Question, answer: &GroundedAnswer) {
+        let right = usize::from(answer.answer.trim() == question.answer);
+        let count = self.questions.entry(question.kind).or_default();
+        *count = (count.0 + right, count.1 + 1);
+        if question.closed {
+            self.closed = (self.closed.0 + right, self.closed.1 + 1);
+        }
+    }
+
     /// Referring segmentation: one expression per object, concatenated as in RefCOCO evaluation.
-    pub(crate) fn expressions(&mut self, grounder: &Grounder, scene: &Scene, index: u64) -> Result<()> {
+    pub(crate) fn expressions(
+        &mut self,
+        grounder: &Grounder,
+        scene: &Scene,
+        index: u64,
+        ablations: Option<&mut Ablations>,
+    ) -> Result<()> {
         let chosen = expressions(scene, usize::MAX, &mut rng_for(11, index as usize, 0));
         if chosen.is_empty() {
             return Ok(());
@@ -164,6 +214,7 @@ impl Report {
             Caption::from_expressions(grounder.lmm().tokenizer(), chosen.iter().map(|(text, _)| *text))?;
         let observation = grounder.observe(&scene.image, &caption)?;
         let masks = grounder.segment(&observation)?;
+        let mut truths = Vec::new();
         for (at, (_, object)) in chosen.iter().enumerate() {
             let truth = truth(scene, &[SegmentRef::Object(*object)])?;
             self.refined.add(&masks[at].0, &truth)?;
@@ -171,8 +222,12 @@ impl Report {
             // The training-free baseline, with the better of its two sides chosen by the ground truth.
             let stack = at_logit_size(&observation.maps.get(at)?, &observation.geometry)?;
             self.clusters.add(&better_side(&stack, &truth, 0)?.mask, &truth)?;
+            truths.push(truth);
         }
-        Ok(())
+        match ablations {
+            Some(ablations) => ablations.expressions(grounder, scene, &caption, &observation, &truths),
+            None => Ok(()),
+        }
     }
 
     /// A narration: pointing of every head, masks of every phrase, and whether the selector finds the phrases.
@@ -181,17 +236,12 @@ impl Report {
         let observation = grounder.observe(&scene.image, &caption)?;
         self.point(scene, &observation, &segments)?;
         for (segments, (refined, coarse)) in segments.iter().zip(grounder.segment(&observation)?) {
-            let truth = truth(scene, segments)?;
-            self.narrated_refined.add(&refined, &truth)?;
-            self.narrated_coarse.add(&coarse, &truth)?;
+            self.narrated_refined.add(&refined, scene, segments)?;
+            self.narrated_coarse.add(&coarse, scene, segments)?;
         }
         if let Some(probs) = grounder.head().keyword_probs(&observation.hidden)? {
             let texts = token_texts(grounder.lmm().tokenizer(), &caption.token_ids);
-            let found = select_keywords(&probs, &texts, LAMBDA);
-            let truth = true_ranges(&caption.mask_ids);
-            self.keywords[0] += found.iter().filter(|range| truth.contains(range)).count();
-            self.keywords[1] += found.len();
-            self.keywords[2] += truth.len();
+            self.keywords.add(&select_keywords(&probs, &texts, LAMBDA), &true_ranges(&caption.mask_ids));
         }
         Ok(())
     }
@@ -231,15 +281,28 @@ impl Report {
     }
 }
 
-fn truth(scene: &Scene, segments: &[SegmentRef]) -> Result<Mask> {
-    let (height, width) = (scene.image.height() as usize, scene.image.width() as usize);
-    Ok(Mask::new(width, height, union(scene, segments).iter().map(|v| *v > 0).collect())?)
+fn options(grounded: bool) -> AnswerOptions {
+    let all = AnswerOptions { max_new_tokens: 48, ..AnswerOptions::default() };
+    if grounded { all } else { AnswerOptions { phrases: None, ..all } }
 }
 
-pub(crate) fn percent(part: usize, whole: usize) -> f64 {
-    round(100.0 * part as f64 / whole.max(1) as f64)
+/// What the model says to a question in a conversation of its own.
+fn ask(
+    grounder: &Grounder,
+    session: &mut Session,
+    question: &Question,
+    grounded: bool,
+) -> Result<GroundedAnswer> {
+    session.turns = vec![Turn::user(&question.question)];
+    Ok(grounder.reply(session, &options(grounded), &mut |_| {})?)
 }
 
-fn round(value: f64) -> f64 {
-    (value * 10.0).round() / 10.0
+/// The union of `masks` against what the right answer to `question` means.
+fn reasoned(scene: &Scene, question: &Question, masks: &[&Mask]) -> Result<reasonseg::Score> {
+    let segments: Vec<SegmentRef> = question.links.iter().flat_map(|link| link.segments.clone()).collect();
+    let truth = Runs::from(&truth(scene, &segments)?);
+    let inside = |x: u32, y: u32| masks.iter().any(|mask| mask.get(x as usize, y as usize));
+    let [height, width] = truth.size();
+    let found = Runs::from_fn(height, width, inside);
+    Ok(reasonseg::Score::new(&found, &truth, &Runs::empty(height, width), true)?)
 }

@@ -11,7 +11,8 @@ use flmm::weights::WeightFormat;
 use flmm_data::world::{self, Split, WorldConfig};
 use serde_json::{Value, json};
 
-use crate::evaluate::{Report, percent};
+use crate::evaluate::Report;
+use crate::measure::percent;
 
 /// What to measure on.
 #[derive(Debug, Clone, clap::Args)]
@@ -45,7 +46,7 @@ pub(crate) fn run(args: &PrecisionArgs, bundle: &Path, world: &WorldConfig) -> R
             let scene = world::generate(world, Split::Test, args.seed, index);
             let told = report.answers(&grounder, &scene).with_context(|| format!("scene {index}"))?;
             answers.extend(told);
-            report.expressions(&grounder, &scene, index)?;
+            report.expressions(&grounder, &scene, index, None)?;
             bar.inc(1);
         }
         bar.finish_and_clear();

@@ -20,14 +20,17 @@ use flmm_train::{RunOptions, TrainConfig, Trainer};
 use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand_chacha::ChaCha8Rng;
+use serde::Deserialize;
 use tokenizers::Tokenizer;
 
+use crate::config;
 use crate::lmm::rng_for;
 use crate::progress;
 use crate::stage_sam;
 
 /// How long and how fast to train.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, clap::Args, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub(crate) struct HeadArgs {
     /// Scenes in all.
     #[arg(long, default_value_t = 4000)]
@@ -50,6 +53,12 @@ pub(crate) struct HeadArgs {
     /// Begin from this trained head folder instead of fresh tensors.
     #[arg(long)]
     pub(crate) from: Option<PathBuf>,
+}
+
+impl Default for HeadArgs {
+    fn default() -> Self {
+        config::defaults()
+    }
 }
 
 /// Base width of the mask head.
@@ -143,7 +152,8 @@ fn sample(
 ) -> Result<HeadSample> {
     let draw: f64 = rng.random();
     let linked = |q: &&Question| !q.links.is_empty();
-    let questions: Vec<&Question> = scene.texts.questions.iter().filter(linked).collect();
+    let asked = scene.texts.questions.iter().chain(&scene.texts.reasoning);
+    let questions: Vec<&Question> = asked.filter(linked).collect();
     let chosen = expressions(scene, MOST_PHRASES, rng);
     let (told, labelled) = if draw < referring && !chosen.is_empty() {
         let caption =

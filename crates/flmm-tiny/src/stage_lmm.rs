@@ -7,22 +7,31 @@ use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 use flmm_data::world::{self, QuestionKind, Split, WorldConfig};
 use rand::Rng;
+use serde::Deserialize;
 
+use crate::config::{self, LmmSizes};
+use crate::gates::{Gate, check_gates, question_kind};
 use crate::lmm::{Lmm, Report, Sample, Setting, Source, rng_for};
-use crate::pack::{Kind, REFERRING};
+use crate::objects::Objects;
+use crate::pack::REFERRING;
 use crate::parallel;
 use crate::progress::{self, Run};
 use crate::store::{AdamW, Grads, Store};
 
 /// How long and how fast to train.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, clap::Args, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub(crate) struct LmmArgs {
     /// Optimiser steps in all.
     #[arg(long, default_value_t = 6000)]
     pub(crate) steps: usize,
-    /// Of the stage `codes`: steps on an 8×8 grid before the full grid.
-    #[arg(long, default_value_t = 1500)]
-    pub(crate) coarse_steps: usize,
+    /// Of the stage `codes`: image tokens along one side; as many as the tower has patches unless given. Fewer are
+    /// cheaper, and circuits form on them sooner.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(2..=24))]
+    pub(crate) grid: Option<u8>,
+    /// Fewest and most objects of a scene, as `1-2`; as the level has it unless given.
+    #[arg(long)]
+    pub(crate) objects: Option<Objects>,
     /// Scenes per worker and step.
     #[arg(long, default_value_t = 8)]
     pub(crate) batch: usize,
@@ -38,12 +47,16 @@ pub(crate) struct LmmArgs {
     /// Steps between evaluations.
     #[arg(long, default_value_t = 250)]
     pub(crate) evaluate_every: usize,
+    /// Scenes of an evaluation.
+    #[arg(long, default_value_t = 96)]
+    pub(crate) evaluation_scenes: u64,
     /// Only questions of these kinds, in the log's names: an early part of the curriculum.
     #[arg(long, value_delimiter = ',', value_parser = question_kind)]
     pub(crate) kinds: Vec<QuestionKind>,
     /// Fail unless this share of a kind is answered right, in percent: at the end (`Where=80`), or at the first
-    /// evaluation from a step on (`Where=60@250`).
-    #[arg(long, value_parser = gate)]
+    /// evaluation from a step on (`Where=60@250`). Besides kinds of questions: `Closed`, all of them that have one
+    /// answer; `Seen`, their phrases that had to be seen; `Pointing`, phrases the best head points at.
+    #[arg(long)]
     pub(crate) gate: Vec<Gate>,
     /// End as soon as an evaluation passes all gates, before `--steps`.
     #[arg(long, requires = "gate")]
@@ -61,53 +74,27 @@ pub(crate) struct LmmArgs {
     /// Of the stage `lmm`: train the tower as well, at this share of the learning rate.
     #[arg(long, default_value_t = 0.0)]
     pub(crate) tower_rate: f64,
-    /// Of the stage `lmm`: begin from this trained LMM folder instead of the stages `tower` and `codes`.
+    /// Begin from this LMM folder or stage: the stage `codes` from its decoder instead of a fresh one, the stage `lmm`
+    /// from all of it instead of the stages `tower` and `codes`. Words keep their rows where the vocabulary has grown.
     #[arg(long)]
     pub(crate) from: Option<PathBuf>,
+    /// Of the stage `lmm`: the folder of the stage `tower`.
+    #[arg(long, default_value = "tower")]
+    pub(crate) tower: PathBuf,
+    /// Of the stage `lmm`: the folder of the stage `codes`.
+    #[arg(long, default_value = "codes")]
+    pub(crate) codes: PathBuf,
 }
 
-/// A kind of question by the name it has in the log.
-fn question_kind(name: &str) -> Result<QuestionKind, String> {
-    let kind = serde_json::from_value(serde_json::Value::from(name));
-    kind.map_err(|_| format!("no kind of question is called `{name}`"))
+impl Default for LmmArgs {
+    fn default() -> Self {
+        config::defaults()
+    }
 }
 
 fn share(text: &str) -> Result<f64, String> {
     let share = text.parse().map_err(|_| format!("`{text}` is not a number"))?;
     if (0.0..=1.0).contains(&share) { Ok(share) } else { Err("expected a number from 0 to 1".into()) }
-}
-
-/// What a kind of question has to reach.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Gate {
-    kind: QuestionKind,
-    /// Right answers, in percent.
-    percent: f64,
-    /// When it is checked; at the end if `None`.
-    step: Option<usize>,
-}
-
-impl Gate {
-    /// Whether the evaluation at `step` is the first at or behind the gate's own step, of `steps` in all.
-    /// It depends on nothing else, so a resumed run checks what an uninterrupted one checks.
-    fn is_due(&self, step: usize, steps: usize, every: usize) -> bool {
-        let at = self.step.unwrap_or(steps).min(steps);
-        let before = (step - 1) / every.max(1) * every;
-        before < at && at <= step
-    }
-}
-
-/// `KIND=PERCENT` or `KIND=PERCENT@STEP`
-fn gate(text: &str) -> Result<Gate, String> {
-    let (kind, rest) = text.split_once('=').ok_or("expected KIND=PERCENT, such as Where=80")?;
-    let (percent, step) = match rest.split_once('@') {
-        Some((percent, step)) => (percent, Some(step)),
-        None => (rest, None),
-    };
-    let percent = percent.parse().map_err(|_| format!("`{percent}` is not a number"))?;
-    let step =
-        step.map(|s| s.parse().ok().filter(|s| *s > 0).ok_or(format!("`{s}` is not a step"))).transpose()?;
-    Ok(Gate { kind: question_kind(kind)?, percent, step })
 }
 
 /// Share of picture batches in the stage `lmm`; the rest stays on codes as an anchor.
@@ -116,17 +103,14 @@ const PIXEL_SHARE: f64 = 0.85;
 const CODE_NOISE: f32 = 0.45;
 /// Share of the learning rate at which the projector, trained before, goes on.
 const PROJECTOR_RATE: f64 = 0.3;
-/// Scenes of the regular evaluation.
-const EVALUATION_SCENES: u64 = 96;
 
 impl LmmArgs {
-    fn source(&self, pixels: bool, step: usize, draw: f64) -> Source {
+    fn source(&self, pixels: bool, sizes: &LmmSizes, draw: f64) -> Source {
+        let side = if pixels { sizes.grid() } else { self.grid.map_or(sizes.grid(), usize::from) };
         if pixels && draw < PIXEL_SHARE {
             Source::Pixels
-        } else if pixels || step >= self.coarse_steps {
-            Source::Codes { grid: 12, noise: CODE_NOISE }
         } else {
-            Source::Codes { grid: 8, noise: CODE_NOISE }
+            Source::Codes { grid: side, noise: CODE_NOISE }
         }
     }
 }
@@ -142,6 +126,7 @@ pub(crate) fn run(
     frozen: &HashMap<String, Tensor>,
     folder: &Path,
 ) -> Result<()> {
+    let world = &WorldConfig { objects: args.objects.map(|Objects(range)| range), ..world.clone() };
     let mut run = Run::open(folder, args.steps, store)?;
     let adam = AdamW { betas: (0.9, 0.98), weight_decay: 0.02, max_norm: 1.0 };
     loop {
@@ -157,7 +142,7 @@ pub(crate) fn run(
         if step >= args.steps {
             break;
         }
-        let source = args.source(pixels, step, rng_for(args.seed, step, 99).random());
+        let source = args.source(pixels, &setting.sizes, rng_for(args.seed, step, 99).random());
         let lmm = Lmm::load(&setting.sizes, &store.params(frozen))?;
         let (loss, grads) = parallel::gradients(args.workers, |worker| {
             gradients(args, setting, world, &lmm, store, source, worker)
@@ -186,13 +171,13 @@ fn judge(
     run: &mut Run,
 ) -> Result<bool> {
     // What the decoder answers from codes bounds what it can answer from pictures: the tower loses the rest.
-    let mut sources = vec![args.source(pixels, step - 1, 0.0)];
+    let mut sources = vec![args.source(pixels, &setting.sizes, 0.0)];
     if pixels {
         sources.push(Source::Codes { grid: setting.sizes.grid(), noise: CODE_NOISE });
     }
-    let mut enough = args.until_gates;
+    let mut enough = args.until_gates && !args.gate.is_empty();
     for source in sources {
-        let report = evaluate(setting, world, lmm, source, EVALUATION_SCENES)?;
+        let report = evaluate(setting, world, lmm, source, args.evaluation_scenes)?;
         run.report(step, &format!("{source:?} {}", report.line()))?;
         run.curve(&report.point_of_curve(step, source))?;
         let due = |gate: &&Gate| gate.is_due(step, args.steps, args.evaluate_every);
@@ -200,19 +185,6 @@ fn judge(
         enough &= check_gates(args.gate.iter(), &report, step).is_ok();
     }
     Ok(enough)
-}
-
-/// Hours are not worth spending on a model that has not learnt what they build on.
-fn check_gates<'a>(gates: impl Iterator<Item = &'a Gate>, report: &Report, step: usize) -> Result<()> {
-    for Gate { kind, percent: wanted, .. } in gates {
-        let (right, all) = report.answers.get(&Kind::Question(*kind)).copied().unwrap_or_default();
-        let percent = 100.0 * right as f64 / all.max(1) as f64;
-        ensure!(
-            percent >= *wanted,
-            "gate missed at step {step}: {kind:?} {percent:.0} %, wanted {wanted} %; train longer"
-        );
-    }
-    Ok(())
 }
 
 fn gradients(
@@ -272,41 +244,4 @@ pub(crate) fn evaluate(
         }
     }
     Ok(report)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_gate_is_due_at_one_evaluation() {
-        let steps = |gate: &str| {
-            let gate = self::gate(gate).expect(gate);
-            let evaluations = [250, 500, 750, 900];
-            evaluations.into_iter().filter(|step| gate.is_due(*step, 900, 250)).collect::<Vec<_>>()
-        };
-        assert_eq!(steps("Where=80"), [900]);
-        assert_eq!(steps("Where=80@250"), [250]);
-        assert_eq!(steps("Where=80@251"), [500]);
-        assert_eq!(steps("Where=80@800"), [900]);
-        assert_eq!(steps("Where=80@5000"), [900]);
-    }
-
-    #[test]
-    fn wrong_gates_are_refused() {
-        for text in ["Where", "Where=x", "Wher=80", "Where=80@", "Where=80@0", "Where=80@x"] {
-            assert!(gate(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn a_missed_gate_names_its_kind_and_step() -> Result<()> {
-        let mut report = Report::default();
-        report.answers.insert(Kind::Question(QuestionKind::Where), (7, 10));
-        let gates = ["Where=70", "Where=71"].map(|text| gate(text).expect(text));
-        check_gates(gates[..1].iter(), &report, 500)?;
-        let missed = check_gates(gates.iter(), &report, 500).expect_err("70 % is less than 71 %").to_string();
-        assert_eq!(missed, "gate missed at step 500: Where 70 %, wanted 71 %; train longer");
-        Ok(())
-    }
 }

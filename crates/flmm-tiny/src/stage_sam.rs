@@ -10,14 +10,18 @@ use flmm::sam::{PromptOptions, Sam, SamConfig};
 use flmm_data::world::{self, Mask, Split, WorldConfig};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
+use serde::Deserialize;
+use serde_json::json;
 
+use crate::config;
 use crate::lmm::{Setting, rng_for};
 use crate::parallel;
 use crate::progress::{self, Run};
 use crate::store::{AdamW, Store};
 
 /// How long and how fast to train.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, clap::Args, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub(crate) struct SamArgs {
     /// Optimiser steps in all.
     #[arg(long, default_value_t = 1500)]
@@ -37,6 +41,15 @@ pub(crate) struct SamArgs {
     /// Steps between evaluations.
     #[arg(long, default_value_t = 100)]
     pub(crate) evaluate_every: usize,
+    /// cIoU of refined masks, in percent, that the last evaluation must reach.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) gate: f64,
+}
+
+impl Default for SamArgs {
+    fn default() -> Self {
+        config::defaults()
+    }
 }
 
 /// Sizes of flmm-tiny's SAM.
@@ -60,10 +73,12 @@ pub(crate) fn config() -> SamConfig {
     }
 }
 
+/// Scenes of an evaluation.
+const EVALUATION_SCENES: usize = 24;
 /// Side of the mask head's logit map.
 const LOGIT_SIDE: usize = 64;
 
-/// Trains; the store holds the whole SAM under its public names.
+/// Trains; the store holds the whole SAM under its public names. Fails if the last evaluation is below the gate.
 pub(crate) fn run(
     args: &SamArgs,
     setting: &Setting,
@@ -73,9 +88,23 @@ pub(crate) fn run(
 ) -> Result<()> {
     let mut run = Run::open(folder, args.steps, store)?;
     let adam = AdamW { betas: (0.9, 0.98), weight_decay: 0.02, max_norm: 1.0 };
-    while store.step < args.steps {
+    loop {
         let step = store.step;
         let sam = Sam::load(&config(), &store.params(&Default::default()))?;
+        // Also where a run is taken up again: one that has all its steps is judged by what it reached.
+        if step > 0 && (step.is_multiple_of(args.evaluate_every) || step >= args.steps) {
+            let [coarse, refined] = evaluate(&sam, setting, world)?;
+            run.report(step, &format!("cIoU coarse {coarse:.1} refined {refined:.1}"))?;
+            run.curve(&json!({ "step": step, "coarse": coarse, "refined": refined }))?;
+            ensure!(
+                step < args.steps || refined >= args.gate,
+                "gate missed at step {step}: cIoU of refined masks {refined:.1} %, wanted {} %; train longer",
+                args.gate
+            );
+        }
+        if step >= args.steps {
+            return Ok(());
+        }
         let (loss, grads) = parallel::gradients(args.workers, |worker| {
             let first = ((step * args.workers + worker) * args.batch) as u64;
             let mut rng = rng_for(args.seed, step, worker);
@@ -94,23 +123,19 @@ pub(crate) fn run(
         let norm = store.update(&grads, &adam, |_| progress::rate(args.lr, step, args.steps, 0.5))?;
         ensure!(store.step > step, "the gradient is not finite at step {step} (norm {norm}); lower --lr");
         run.stepped(store, loss, "")?;
-        if store.step.is_multiple_of(args.evaluate_every) || store.step == args.steps {
-            let sam = Sam::load(&config(), &store.params(&Default::default()))?;
-            let mut counts = [0u64; 4];
-            for index in 0..24 {
-                let mut rng = rng_for(7, index, 0);
-                let (_, scene) = refine(&sam, setting, world, Split::Val, 7, index as u64, &mut rng)?;
-                counts.iter_mut().zip(scene).for_each(|(sum, count)| *sum += count);
-            }
-            let percent = |a: u64, b: u64| 100.0 * a as f64 / b.max(1) as f64;
-            let coarse = percent(counts[0], counts[1]);
-            run.report(
-                store.step,
-                &format!("cIoU coarse {coarse:.1} refined {:.1}", percent(counts[2], counts[3])),
-            )?;
-        }
     }
-    Ok(())
+}
+
+/// Coarse and refined cIoU on scenes of the validation split, percent.
+fn evaluate(sam: &Sam, setting: &Setting, world: &WorldConfig) -> Result<[f64; 2]> {
+    let mut counts = [0u64; 4];
+    for index in 0..EVALUATION_SCENES {
+        let mut rng = rng_for(7, index, 0);
+        let (_, scene) = refine(sam, setting, world, Split::Val, 7, index as u64, &mut rng)?;
+        counts.iter_mut().zip(scene).for_each(|(sum, count)| *sum += count);
+    }
+    let percent = |a: u64, b: u64| 100.0 * a as f64 / b.max(1) as f64;
+    Ok([percent(counts[0], counts[1]), percent(counts[2], counts[3])])
 }
 
 /// The loss of one scene and its intersection and union pixels, coarse then refined.

@@ -54,25 +54,26 @@ fn words(level: Level) -> (Vec<[String; 2]>, Vec<String>, Vec<String>) {
 
 impl Codes {
     /// The code book of `level` for a decoder of `width`; always the same for the same seed.
+    ///
+    /// Codes of level 1, colours, stuff and places come from one stream, as in the models made before there was another
+    /// level. Every later class has a stream of its own, by its name: classes that are added move no code.
     pub(crate) fn new(level: Level, width: usize, seed: u64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let mut unit = || {
-            let mut v: Vec<f32> = (0..width).map(|_| gaussian_pair(&mut rng).0).collect();
-            let norm = v.iter().map(|v| v * v).sum::<f32>().sqrt();
-            v.iter_mut().for_each(|v| *v /= norm);
-            v
-        };
+        let mut shared = || unit(width, &mut rng);
         let (objects, stuff, colours) = words(level);
-        Self {
+        let first = objects.len().min(world::classes(Level::One).len());
+        let mut book = Self {
             width,
-            objects: objects.iter().map(|_| unit()).collect(),
-            stuff: stuff.iter().map(|_| unit()).collect(),
-            colours: colours.iter().map(|_| unit()).collect(),
-            padding: unit(),
-            places: (0..COORDINATES * BINS).map(|_| unit()).collect(),
-            text_mark: unit(),
-            image_mark: unit(),
-        }
+            objects: objects[..first].iter().map(|_| shared()).collect(),
+            stuff: stuff.iter().map(|_| shared()).collect(),
+            colours: colours.iter().map(|_| shared()).collect(),
+            padding: shared(),
+            places: (0..COORDINATES * BINS).map(|_| shared()).collect(),
+            text_mark: shared(),
+            image_mark: shared(),
+        };
+        book.objects.extend(objects[first..].iter().map(|[name, _]| unit(width, &mut rng_of(name, seed))));
+        book
     }
 
     /// What every word's embedding and every image token is marked with.
@@ -181,6 +182,22 @@ impl Codes {
     }
 }
 
+/// A random direction.
+fn unit(width: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
+    let mut v: Vec<f32> = (0..width).map(|_| gaussian_pair(rng).0).collect();
+    let norm = v.iter().map(|v| v * v).sum::<f32>().sqrt();
+    v.iter_mut().for_each(|v| *v /= norm);
+    v
+}
+
+/// The stream of a name, by its first 24 bytes.
+fn rng_of(name: &str, seed: u64) -> ChaCha8Rng {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    key[8..].iter_mut().zip(name.bytes()).for_each(|(to, byte)| *to = byte);
+    ChaCha8Rng::from_seed(key)
+}
+
 /// A box of the picture in the padded square, as fractions of its side: x, y, width, height.
 fn box_in_square(bbox: [u32; 4], geometry: &Geometry) -> [f32; 4] {
     let side = geometry.padded_shape.0 as f32;
@@ -246,6 +263,61 @@ mod tests {
     use super::*;
     use flmm::vision::preprocess::{LlavaProcessor, Normalisation, SizeRule};
     use flmm_data::world::{Split, WorldConfig, generate};
+    use std::path::Path;
+
+    #[test]
+    fn a_larger_code_book_moves_no_code() {
+        let (one, two) = (Codes::new(Level::One, 160, 20), Codes::new(Level::Two, 160, 20));
+        assert_eq!(one.objects[..], two.objects[..one.objects.len()]);
+        assert_eq!((&one.stuff, &one.colours, &one.padding), (&two.stuff, &two.colours, &two.padding));
+        assert_eq!((&one.places, one.marks()), (&two.places, two.marks()));
+        // Names, not their order, decide about later classes; and no two are the same.
+        let horse = world::classes(Level::Two).iter().position(|c| c.name == "horse").unwrap();
+        assert_eq!(two.objects[horse], unit(160, &mut rng_of("horse", 20)));
+        for (at, code) in two.objects.iter().enumerate() {
+            let close = |other: &Vec<f32>| code.iter().zip(other).map(|(a, b)| a * b).sum::<f32>() > 0.5;
+            assert!(!two.objects[..at].iter().any(close), "{}", world::classes(Level::Two)[at].name);
+        }
+    }
+
+    /// The shipped model reads these codes: its nouns are still near them.
+    #[test]
+    fn the_code_book_is_the_shipped_models() -> Result<()> {
+        let lmm = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/flmm-tiny/lmm");
+        let tokenizer = Tokenizer::from_file(lmm.join("tokenizer.json")).map_err(|e| anyhow!("{e}"))?;
+        let tensors = candle_core::safetensors::load(lmm.join("model.safetensors"), &Device::Cpu)?;
+        let words = tensors["language_model.model.embed_tokens.weight"].to_dtype(candle_core::DType::F32)?;
+        let codes = Codes::new(Level::Two, words.dim(1)?, crate::MODEL_SEED);
+        for (class, code) in world::classes(Level::One).iter().zip(&codes.objects) {
+            let id = tokenizer.encode(class.name, false).map_err(|e| anyhow!("{e}"))?.get_ids()[0];
+            let word = words.get(id as usize)?.to_vec1::<f32>()?;
+            let length = word.iter().map(|v| v * v).sum::<f32>().sqrt();
+            let cosine = word.iter().zip(code).map(|(a, b)| a * b).sum::<f32>() / length;
+            assert!(cosine > 0.4, "{}: {cosine}", class.name);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn things_are_found_on_any_grid() -> Result<()> {
+        let processor = LlavaProcessor::new(144, SizeRule::MultiplyFirst, Normalisation::CLIP);
+        let scene = generate(&WorldConfig::new(Level::Two), Split::Val, 7, 3);
+        let geometry = processor.geometry((scene.image.height() as usize, scene.image.width() as usize))?;
+        for grid in [6, 8, 12, 16] {
+            let things = things(&scene, &geometry, grid);
+            assert_eq!(things.len(), grid * grid);
+            for object in 0..scene.objects.len() {
+                // The smallest object may win no patch of a sixth of the picture's side.
+                let found = things.contains(&Thing::Object(object));
+                assert!(found || grid < 8, "object {object} on {grid}x{grid}");
+            }
+            assert_eq!(
+                Codes::new(Level::Two, 32, 1).tokens(&scene, &things, &geometry).len(),
+                32 * grid * grid
+            );
+        }
+        Ok(())
+    }
 
     /// The centre that the strongest bins of a code name is the centre of the object's box.
     #[test]

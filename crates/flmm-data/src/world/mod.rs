@@ -77,12 +77,22 @@ pub struct WorldConfig {
     pub narrations: usize,
     /// At most this many questions of one kind per scene (existence: this many with "yes" and as many with "no").
     pub per_kind: usize,
+    /// Fewest and most objects of a scene, drawn with equal chance; as the level has it unless given. A scene gets fewer
+    /// where so many do not fit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objects: Option<[usize; 2]>,
 }
 
 impl WorldConfig {
     /// The usual settings of a level.
     pub fn new(level: Level) -> Self {
-        Self { level, sizes: vec![(240, 240), (240, 180), (180, 240)], narrations: 2, per_kind: 2 }
+        Self {
+            level,
+            sizes: vec![(240, 240), (240, 180), (180, 240)],
+            narrations: 2,
+            per_kind: 2,
+            objects: None,
+        }
     }
 }
 
@@ -107,7 +117,8 @@ pub struct Scene {
 /// Makes scene number `index` of a split.
 ///
 /// The same arguments give the same bytes on every machine. The picture does not depend on the text settings.
-/// An empty `config.sizes` means 240 x 240; sides below 32 pixels are raised to 32.
+/// An empty `config.sizes` means 240 x 240; sides below 32 pixels are raised to 32. `config.objects` are
+/// brought into 1 to 6.
 pub fn generate(config: &WorldConfig, split: Split, seed: u64, index: u64) -> Scene {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
@@ -115,7 +126,7 @@ pub fn generate(config: &WorldConfig, split: Split, seed: u64, index: u64) -> Sc
     key[16..19].copy_from_slice(&[split as u8, config.level.number(), WORLD_VERSION]);
     let mut dice = Dice::new(key, 0);
     let (width, height) = if config.sizes.is_empty() { (240, 240) } else { *dice.pick(&config.sizes) };
-    let painted = paint::paint(&mut dice, config.level, (width.max(32), height.max(32)));
+    let painted = paint::paint(&mut dice, config.level, config.objects, (width.max(32), height.max(32)));
 
     let facts = Facts::new(&painted, config.level);
     let mut dice = Dice::new(key, 1);

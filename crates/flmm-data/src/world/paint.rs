@@ -55,6 +55,9 @@ pub(super) struct Painted {
     pub(super) covered: Vec<Vec<u32>>,
 }
 
+/// Most objects of a scene: the numbers that texts name end here.
+const MOST_OBJECTS: usize = 6;
+
 /// How a level composes scenes. Lengths are fractions of the picture's shorter side.
 struct Rules {
     /// Weights of 1, 2, 3 … objects.
@@ -105,11 +108,22 @@ struct Place {
     flipped: bool,
 }
 
-/// Composes and paints a scene of this size (width, height).
-pub(super) fn paint(dice: &mut Dice, level: Level, (width, height): (u32, u32)) -> Painted {
+/// Composes and paints a scene of this size (width, height), of so many objects at least and at most.
+pub(super) fn paint(
+    dice: &mut Dice,
+    level: Level,
+    objects: Option<[usize; 2]>,
+    (width, height): (u32, u32),
+) -> Painted {
     let rules = rules(level);
     let background = texture::background(dice, width as usize, height as usize);
-    let mut count = dice.weighted(rules.counts) + 1;
+    let mut count = match objects {
+        None => dice.weighted(rules.counts) + 1,
+        Some([fewest, most]) => {
+            let fewest = fewest.clamp(1, MOST_OBJECTS);
+            fewest + dice.below(most.clamp(fewest, MOST_OBJECTS) - fewest + 1)
+        }
+    };
     let mut attempts = 0;
     loop {
         let kinds = choose_kinds(dice, level, count, rules.copies);

@@ -1,12 +1,13 @@
 //! SigLIP's vision transformer under both published naming styles (`spec/models.md` §7, §9).
 
 use candle_core::Tensor;
+use flmm_kernels::Scores;
 
 use super::regrid::regrid;
 use super::tower;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::nn::{LayerNorm, Linear, gelu, gelu_tanh, softmax_last_dim};
+use crate::nn::{LayerNorm, Linear, fused_attention, gelu, gelu_tanh, softmax_last_dim};
 use crate::text::scaled_scores;
 use crate::weights::Params;
 
@@ -289,6 +290,9 @@ impl Attention {
         };
         let (q, k) = (split(self.q_proj.forward(x)?)?, split(self.k_proj.forward(x)?)?);
         let v = split(self.v_proj.forward(x)?)?;
+        if let Some((mixed, _)) = fused_attention([&q, &k, &v], batch, Scores::Full)? {
+            return self.out_proj.forward(&mixed);
+        }
         let probs = softmax_last_dim(&scaled_scores(&q, &k)?)?.to_dtype(x.dtype())?;
         let mixed = probs.matmul(&v)?.reshape((batch, self.heads, tokens, head_dim))?;
         self.out_proj.forward(&mixed.transpose(1, 2)?.reshape((batch, tokens, width))?)
