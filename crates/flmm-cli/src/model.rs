@@ -19,6 +19,8 @@ use crate::talk::Talk;
 pub(crate) struct Model {
     pub(crate) grounder: Grounder,
     pub(crate) name: String,
+    /// Numbers of the LMM.
+    pub(crate) precision: Precision,
     paths: ModelPaths,
     options: OpenOptions,
 }
@@ -40,7 +42,8 @@ impl Model {
 /// Opens the model the user chose, or the embedded one.
 pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
     let (name, paths) = choose(args, talk)?;
-    let (dtype, weights) = Precision::of(args.dtype, &paths.model)?.parts();
+    let precision = Precision::of(args.dtype, &paths.model)?;
+    let (dtype, weights) = precision.parts();
     let device = args.device.open()?;
     let clock = std::time::Instant::now();
     let spinner = talk.during("loading the model");
@@ -63,7 +66,7 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
     let grounder = Grounder::open_with(&paths, &options)?;
     drop(spinner);
     talk.detail(format_args!("loaded {name} in {:.1} s", clock.elapsed().as_secs_f64()));
-    Ok(Model { grounder, name, paths, options })
+    Ok(Model { grounder, name, precision, paths, options })
 }
 
 /// Where public SAM checkpoints come from; the method was made with this size.

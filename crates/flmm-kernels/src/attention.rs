@@ -57,7 +57,10 @@ pub enum Scores<'a> {
     /// keys, and no row sees a later key.
     Causal,
     /// As causal ones, but every row sees every key.
-    Full,
+    Full {
+        /// Whether there is a quotient; otherwise the queries have been divided before.
+        divided: bool,
+    },
     /// Divided by `√head_dim`, then two numbers are added that depend on where the key lies relative to the query:
     /// queries and keys are the same places of a grid of `height` rows, counted row by row.
     Relative {
@@ -103,7 +106,7 @@ pub(crate) fn attention<T, U, K>(
     }
     match scores {
         Scores::Causal => assert!(rows <= keys, "{rows} rows are not the last of {keys} keys"),
-        Scores::Full => (),
+        Scores::Full { .. } => (),
         Scores::Relative { by_row, by_column, columns } => assert!(
             rows == keys
                 && keys.is_multiple_of(columns)
@@ -265,7 +268,7 @@ impl Block {
         // Later keys are masked for every row of the block, so they need not be looked at.
         let seen = match job.scores {
             Scores::Causal => keys - rows + first + lse.len(),
-            Scores::Full | Scores::Relative { .. } => keys,
+            Scores::Full { .. } | Scores::Relative { .. } => keys,
         };
         job.kernel.within(|| {
             for key in (0..seen).step_by(job.kernel.outputs()) {
@@ -304,8 +307,8 @@ impl Block {
 pub(crate) enum BlockScores<'a> {
     /// The first row sees this many keys, every further row one more.
     Causal { seen: usize },
-    /// Every row sees every key.
-    Full,
+    /// As [`Scores::Full`].
+    Full { divided: bool },
     /// As [`Scores::Relative`], for the queries from number `first` on.
     Relative { by_row: &'a [f32], by_column: &'a [f32], height: usize, columns: usize, first: usize },
 }
@@ -314,7 +317,7 @@ impl<'a> Scores<'a> {
     fn of_block(&self, sizes: AttentionSizes, head: usize, first: usize) -> BlockScores<'a> {
         match *self {
             Self::Causal => BlockScores::Causal { seen: sizes.keys - sizes.rows + first + 1 },
-            Self::Full => BlockScores::Full,
+            Self::Full { divided } => BlockScores::Full { divided },
             Self::Relative { by_row, by_column, columns } => {
                 let (row, height) = (head * sizes.rows + first, sizes.keys / columns);
                 let by_row = &by_row[row * (2 * height - 1)..];

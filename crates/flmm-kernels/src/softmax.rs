@@ -65,7 +65,10 @@ impl<T: Float, U: Units<T>> WithSimd for Softmax<'_, T, U> {
                 BlockScores::Causal { seen } => {
                     causal::<T>(scores, self.lines, self.keys, seen + line * LANES, root)
                 }
-                BlockScores::Full => causal::<T>(scores, self.lines, self.keys, self.keys, root),
+                BlockScores::Full { divided } => {
+                    let root = if divided { root } else { 1.0 };
+                    causal::<T>(scores, self.lines, self.keys, self.keys, root)
+                }
                 BlockScores::Relative { by_row, by_column, height, columns, first } => {
                     let first = first + line * LANES;
                     let (by_row, by_column) = (

@@ -65,7 +65,8 @@ fn plain_attention<T: Float>(
                 let dot: f64 = terms.map(|c| f64::from(q[at * head_dim + c].widen() * k[c].widen())).sum();
                 match scores {
                     Scores::Causal if key > keys - rows + row => f64::NEG_INFINITY,
-                    Scores::Causal | Scores::Full => round(round(dot) / (head_dim as f64).sqrt()),
+                    Scores::Full { divided: false } => round(dot),
+                    Scores::Causal | Scores::Full { .. } => round(round(dot) / (head_dim as f64).sqrt()),
                     Scores::Relative { by_row, by_column, columns } => {
                         let height = keys / columns;
                         let down = key / columns + height - 1 - row / columns;
@@ -95,7 +96,9 @@ fn plain_attention<T: Float>(
 #[derive(Clone, Copy)]
 enum Rule {
     Causal,
-    Full,
+    Full {
+        divided: bool,
+    },
     /// On a grid of so many columns.
     Relative(usize),
 }
@@ -118,7 +121,7 @@ fn check_attention<T: Float, U: Units<T>>(
     let by_column = numbers::<f32>(batch * heads * rows * offsets(columns), 9);
     let scores = match rule {
         Rule::Causal => Scores::Causal,
-        Rule::Full => Scores::Full,
+        Rule::Full { divided } => Scores::Full { divided },
         Rule::Relative(columns) => Scores::Relative { by_row: &by_row, by_column: &by_column, columns },
     };
     let [expected, expected_lse] = plain_attention(&q, k, v, sizes, scores);
@@ -245,9 +248,10 @@ proptest! {
     #[test]
     fn full_attention(
         batch in 1usize..3, kv_heads in 1usize..4, group in 1usize..4, rows in 1usize..90, keys in 1usize..90,
-        head_dim in 1usize..40,
+        head_dim in 1usize..40, divided: bool,
     ) {
-        all_attentions(AttentionSizes { batch, heads: kv_heads * group, kv_heads, rows, keys, head_dim }, Rule::Full)?;
+        let sizes = AttentionSizes { batch, heads: kv_heads * group, kv_heads, rows, keys, head_dim };
+        all_attentions(sizes, Rule::Full { divided })?;
     }
 
     #[test]
@@ -497,8 +501,8 @@ fn weights_of_zeros_stay_zeros() {
 fn attention_to_many_keys() {
     // So many that a block has fewer lines than the kernel's panel.
     let sizes = AttentionSizes { batch: 1, heads: 2, kv_heads: 1, rows: 40, keys: 3001, head_dim: 8 };
-    all_attentions(sizes, None).unwrap();
-    all_attentions(AttentionSizes { keys: 9000, rows: 17, ..sizes }, None).unwrap();
+    all_attentions(sizes, Rule::Causal).unwrap();
+    all_attentions(AttentionSizes { keys: 9000, rows: 17, ..sizes }, Rule::Causal).unwrap();
 }
 
 #[test]

@@ -20,7 +20,7 @@ pub(crate) fn fused_attention(
     if q.device().is_cuda() {
         return match scores {
             Scores::Causal => Ok(flmm_cuda::causal_attention([q, k, v], batch)?),
-            Scores::Full | Scores::Relative { .. } => Ok(None),
+            Scores::Full { .. } | Scores::Relative { .. } => Ok(None),
         };
     }
     let dtype = q.dtype();
@@ -45,7 +45,7 @@ fn run<T: WithDType>(
     let ((queries, rows, head_dim), (groups, keys, _)) = (q.dims3()?, k.dims3()?);
     let (heads, kv_heads) = (queries / batch, groups / batch);
     let fitting = queries == batch * heads && groups == batch * kv_heads && heads % kv_heads.max(1) == 0;
-    let visible = rows <= keys || matches!(scores, Scores::Full);
+    let visible = rows <= keys || matches!(scores, Scores::Full { .. });
     if !fitting || kv_heads == 0 || !visible || v.dims() != k.dims() || k.dim(2)? != head_dim {
         let what = format!("attention of {:?}, {:?} and {:?} in {batch}", q.dims(), k.dims(), v.dims());
         return Err(candle_core::Error::Msg(what).into());

@@ -1,12 +1,13 @@
 //! CLIP's vision transformer, up to the hidden state an LMM asks for (`spec/models.md` §5).
 
 use candle_core::{DType, Tensor};
+use flmm_kernels::Scores;
 
 use super::regrid::regrid;
 use super::tower;
 use crate::config::Config;
 use crate::error::Result;
-use crate::nn::{self, LayerNorm, Linear, softmax_last_dim};
+use crate::nn::{self, LayerNorm, Linear, fused_attention, softmax_last_dim};
 use crate::text::round_to;
 use crate::weights::Params;
 
@@ -203,6 +204,9 @@ impl Attention {
         let q = self.q_proj.forward(x)?.to_dtype(DType::F32)?;
         let q = split((q / (head_dim as f64).sqrt())?.to_dtype(x.dtype())?)?;
         let (k, v) = (split(self.k_proj.forward(x)?)?, split(self.v_proj.forward(x)?)?);
+        if let Some((mixed, _)) = fused_attention([&q, &k, &v], batch, Scores::Full { divided: false })? {
+            return self.out_proj.forward(&mixed);
+        }
         let probs = softmax_last_dim(&q.matmul(&k.transpose(1, 2)?)?)?;
         let mixed = probs.matmul(&v)?.reshape((batch, self.heads, tokens, head_dim))?;
         self.out_proj.forward(&mixed.transpose(1, 2)?.reshape((batch, tokens, width))?)

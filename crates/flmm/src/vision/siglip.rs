@@ -290,7 +290,7 @@ impl Attention {
         };
         let (q, k) = (split(self.q_proj.forward(x)?)?, split(self.k_proj.forward(x)?)?);
         let v = split(self.v_proj.forward(x)?)?;
-        if let Some((mixed, _)) = fused_attention([&q, &k, &v], batch, Scores::Full)? {
+        if let Some((mixed, _)) = fused_attention([&q, &k, &v], batch, Scores::Full { divided: true })? {
             return self.out_proj.forward(&mixed);
         }
         let probs = softmax_last_dim(&scaled_scores(&q, &k)?)?.to_dtype(x.dtype())?;

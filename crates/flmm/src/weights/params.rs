@@ -156,7 +156,7 @@ impl Params {
         Ok(match packed {
             None => Matrix::AsLoaded(weight),
             Some(packed) => {
-                self.give_up(name, &shape)?;
+                self.give_up_one(name, &shape)?;
                 Matrix::Packed(packed)
             }
         })
@@ -184,12 +184,12 @@ impl Params {
             );
             Error::weights(&self.shared.file, what, "convert the model again, with `flmm convert lmm`")
         })?;
-        names.iter().zip(&shapes).try_for_each(|(name, shape)| self.give_up(name, shape))?;
+        names.iter().zip(&shapes).try_for_each(|(name, shape)| self.give_up_one(name, shape))?;
         Ok(Matrix::Packed(packed))
     }
 
     /// Frees the tensor `name` as far as these parameters hold it.
-    fn give_up(&self, name: &str, shape: &[usize]) -> Result<()> {
+    fn give_up_one(&self, name: &str, shape: &[usize]) -> Result<()> {
         let mut tensors = self.shared.tensors.write().unwrap_or_else(|poisoned| poisoned.into_inner());
         tensors.insert(self.full(name), stand_in(shape)?);
         Ok(())

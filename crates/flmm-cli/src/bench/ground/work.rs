@@ -90,11 +90,13 @@ impl Machine {
 /// The work of a pass in the order of [`super::pass::STAGES`]; `None` where it is not counted. Then that of one more token.
 pub(super) fn of(model: &Model, args: &ModelArgs, pass: &Pass) -> Result<([Option<Work>; 7], Work)> {
     let (lmm, decoder) = (model.grounder.lmm(), model.grounder.lmm().decoder().config());
-    let (unit, size) = match args.dtype {
+    let (unit, size) = match model.precision {
         Precision::F32 => (Unit::F32, 4.0),
         Precision::Bf16 => (Unit::Bf16, 2.0),
         // 128 weights share a scale of four bytes.
         Precision::Int8 => (Unit::Int8, 1.0 + 4.0 / 128.0),
+        // 32 weights share a scale of two bytes; for products of many rows they are widened.
+        Precision::Int4 => (Unit::Bf16, 0.5 + 2.0 / 32.0),
     };
     let layers = decoder.layer_weights();
     // What is not the decoder's is the tower's and the projector's: nearly all of it matrices that multiply every row.
