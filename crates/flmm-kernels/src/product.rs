@@ -238,13 +238,15 @@ impl<O: Float> WithSimd for Finish<'_, O> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        for first in (0..self.columns.len()).step_by(LANES) {
-            let count = LANES.min(self.columns.len() - first);
-            let mut bias = [0f32; LANES];
-            if let Some(numbers) = self.bias {
-                bias.iter_mut().zip(&numbers[first..]).for_each(|(to, from)| *to = from.widen());
-            }
-            for line in 0..self.lines {
+        // All columns of sixteen rows before the next rows: rows of `y` lie so far apart that their cache lines displace one
+        // another, and half a line would be fetched twice.
+        for line in 0..self.lines {
+            for first in (0..self.columns.len()).step_by(LANES) {
+                let count = LANES.min(self.columns.len() - first);
+                let mut bias = [0f32; LANES];
+                if let Some(numbers) = self.bias {
+                    bias.iter_mut().zip(&numbers[first..]).for_each(|(to, from)| *to = from.widen());
+                }
                 let mut block: [Line; LANES] =
                     std::array::from_fn(|n| self.sums[(first + n) * self.lines + line]);
                 transpose(&mut block);
@@ -291,8 +293,19 @@ impl<'a, O: Copy> Columns<'a, O> {
             if count == LANES {
                 to.cast::<[O; LANES]>().write_unaligned(*numbers);
             } else {
-                std::ptr::copy_nonoverlapping(numbers.as_ptr(), to, count);
+                copy_some(&numbers[..count], to);
             }
         }
     }
+}
+
+/// Apart, so that the compiler does not make one call of any length of it and of the whole vectors above.
+///
+/// # Safety
+/// As for copying to `to`, which must not overlap.
+#[cold]
+#[inline(never)]
+unsafe fn copy_some<O: Copy>(numbers: &[O], to: *mut O) {
+    // SAFETY: as the caller promises.
+    unsafe { std::ptr::copy_nonoverlapping(numbers.as_ptr(), to, numbers.len()) }
 }
