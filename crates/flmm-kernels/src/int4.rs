@@ -168,7 +168,7 @@ impl WithSimd for Quantise<'_> {
             let mut numbers = [0f32; GROUP];
             weight.convert_to_f32_slice(&mut numbers[..weight.len()]);
             let largest = numbers.iter().fold(0f32, |a, &x| if x.abs() > a.abs() { x } else { a });
-            let (mut best, mut least) = ([OFFSET as f32; GROUP], f32::INFINITY);
+            let (mut best, mut least) = ([0f32; GROUP], f32::INFINITY);
             *scale = bf16::ZERO;
             let unit = largest.recip();
             for as_this in LARGEST {
@@ -178,20 +178,25 @@ impl WithSimd for Quantise<'_> {
                 if !inverse.is_finite() || !unit.is_finite() {
                     continue;
                 }
-                let integers = numbers.map(|x| (x * inverse).round_ties_even().clamp(-8.0, 7.0));
-                let mut errors = [0f32; 8];
-                for (k, (x, integer)) in numbers.iter().zip(&integers).enumerate() {
-                    let error = (x - integer * tried.to_f32()) * unit;
-                    errors[k % 8] += error * error;
+                let (mut integers, mut errors) = ([0f32; GROUP], [0f32; GROUP]);
+                for ((integer, error), x) in integers.iter_mut().zip(&mut errors).zip(&numbers) {
+                    *integer = (x * inverse).round_ties_even().clamp(-8.0, 7.0);
+                    *error = (x - *integer * tried.to_f32()) * unit;
                 }
-                let error: f32 = errors.iter().sum();
+                let mut sums = [0f32; 8];
+                for errors in errors.as_chunks::<8>().0 {
+                    sums.iter_mut().zip(errors).for_each(|(sum, error)| *sum += error * error);
+                }
+                // A sum term by term would wait for every term before.
+                let [a, b, c, d, e, f, g, h] = sums;
+                let error = (a + b) + (c + d) + ((e + f) + (g + h));
                 if error < least {
-                    (best, least, *scale) = (integers.map(|x| x + OFFSET as f32), error, tried);
+                    (best, least, *scale) = (integers, error, tried);
                 }
             }
             let (low, high) = best.split_at(GROUP_BYTES);
             for ((byte, low), high) in nibbles.iter_mut().zip(low).zip(high) {
-                *byte = *low as u8 | (*high as u8) << 4;
+                *byte = (*low as i32 + OFFSET) as u8 | ((*high as i32 + OFFSET) as u8) << 4;
             }
         }
     }
