@@ -144,6 +144,7 @@ impl ConvUnit {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.gn.forward_relu(&self.conv.forward(x)?)
     }
+
     fn forward_enlarged(&self, x: &Enlarged) -> Result<Tensor> {
         self.gn.forward_relu(&self.conv.forward_enlarged(x)?)
     }
