@@ -36,7 +36,7 @@ struct Noted {
 pub struct Findings {
     /// Missing and misshapen tensors.
     pub problems: Vec<Problem>,
-    /// Tensors that nothing asked for, sorted within a file.
+    /// Tensors that nothing asked for, sorted whatever files they are in.
     pub unused: Vec<String>,
     /// Elements of all tensors that were asked for and are there.
     pub used_elements: usize,
@@ -82,7 +82,9 @@ pub fn rehearse<T>(open: impl FnOnce() -> T) -> (T, Findings) {
     }
     let used_elements = asked.values().filter(|(used, _)| *used).map(|(_, elements)| elements);
     let used_elements = used_elements.fold(0, |sum: usize, &elements| sum.saturating_add(elements));
-    let unused = asked.into_iter().filter(|(_, (used, _))| !used).map(|((_, name), _)| name).collect();
+    let mut unused: Vec<_> =
+        asked.into_iter().filter(|(_, (used, _))| !used).map(|((_, name), _)| name).collect();
+    unused.sort();
     let checkpoints = checkpoints.into_iter().map(|(path, mut names)| {
         let named = matrices.iter().filter_map(|(id, format)| Some((names.remove(id)?, *format)));
         CheckpointRead { matrices: named.collect(), path }
