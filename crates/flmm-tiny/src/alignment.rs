@@ -6,10 +6,11 @@
 //! not involved; it is trained later, on the frozen model.
 
 use anyhow::Result;
-use candle_core::{D, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use flmm_data::world::SegmentRef;
 
 use crate::lmm::Sample;
+use crate::pack::Phrase;
 use crate::symbolic::Thing;
 
 /// The heads (layer, head) that are aligned: one that sees a word alone, and late ones that know its sentence.
@@ -20,60 +21,82 @@ const EPS: f64 = 1e-4;
 /// Mean over phrases and aligned heads of `−log` of the share of image attention that lies on the phrase's target;
 /// `attention` is `[B, H, S, S]` per layer. `None` if no phrase has a visible target.
 pub(crate) fn loss(samples: &[Sample], attention: &[Tensor]) -> Result<Option<Tensor>> {
-    let (mut terms, mut count) = (Vec::new(), 0);
-    for (index, sample) in samples.iter().enumerate() {
-        let Some((rows, targets)) = (match attention.first() {
-            Some(probs) => selection(sample, probs.dim(3)?)?,
-            None => None,
-        }) else {
-            continue;
-        };
-        let (first, tokens) = (sample.packed.prefix.len(), sample.things.len());
-        for (layer, head) in HEADS {
-            let Some(probs) = attention.get(layer) else { continue };
-            let map = probs.get(index)?.get(head)?.narrow(1, first, tokens)?.contiguous()?;
-            let map = rows.matmul(&map)?;
-            count += rows.dim(0)?;
-            let share = ((&map * &targets)?.sum(D::Minus1)? / (map.sum(D::Minus1)? + 1e-6)?)?;
-            terms.push((share + EPS)?.log()?.neg()?.sum_all()?);
-        }
-    }
-    if terms.is_empty() {
+    let Some(rows) = attention.first().map(|probs| probs.dim(3)).transpose()? else { return Ok(None) };
+    let Some(Selection { means, targets, counted, count }) = Selection::new(samples, rows)? else {
         return Ok(None);
+    };
+    let (first, tokens) = (samples[0].packed.prefix.len(), samples[0].things.len());
+    let (mut sum, mut terms) = (Tensor::zeros((), DType::F32, &Device::Cpu)?, 0);
+    for (layer, head) in HEADS {
+        let Some(probs) = attention.get(layer) else { continue };
+        // All samples at once: the gradient of every further part would be another matrix of zeros of the size of `probs`.
+        let maps =
+            means.matmul(&probs.narrow(1, head, 1)?.squeeze(1)?.narrow(2, first, tokens)?.contiguous()?)?;
+        let share = ((&maps * &targets)?.sum(D::Minus1)? / (maps.sum(D::Minus1)? + 1e-6)?)?;
+        sum = (sum - ((share + EPS)?.log()? * &counted)?.sum_all()?)?;
+        terms += count;
     }
-    let sum = Tensor::stack(&terms, 0)?.sum_all()?;
-    Ok(Some((sum / count as f64)?))
+    Ok(if terms == 0 { None } else { Some((sum / terms as f64)?) })
 }
 
-/// `[phrases, S]` that averages a phrase's rows, and `[phrases, tokens]` that is 1 on its target's patches.
-fn selection(sample: &Sample, rows: usize) -> Result<Option<(Tensor, Tensor)>> {
-    let (mut means, mut targets, mut count) = (Vec::new(), Vec::new(), 0);
-    for phrase in &sample.packed.phrases {
+/// The phrases of a batch that have a visible target, filled up to the same number `P` in every sample.
+struct Selection {
+    /// Averages a phrase's rows, `[B, P, S]`.
+    means: Tensor,
+    /// 1 on the patches of a phrase's target, `[B, P, tokens]`.
+    targets: Tensor,
+    /// 1 for phrases, 0 for what fills up, `[B, P]`.
+    counted: Tensor,
+    /// Phrases.
+    count: usize,
+}
+
+impl Selection {
+    fn new(samples: &[Sample], rows: usize) -> Result<Option<Self>> {
+        let phrases: Vec<Vec<(&Phrase, Vec<f32>)>> = samples.iter().map(visible).collect();
+        let most = phrases.iter().map(Vec::len).max().unwrap_or(0);
+        if most == 0 {
+            return Ok(None);
+        }
+        let (batch, tokens) = (samples.len(), samples[0].things.len());
+        let mut means = vec![0f32; batch * most * rows];
+        let mut targets = vec![0f32; batch * most * tokens];
+        let mut counted = vec![0f32; batch * most];
+        for (sample, phrases) in phrases.iter().enumerate() {
+            for (at, (phrase, target)) in phrases.iter().enumerate() {
+                let at = sample * most + at;
+                means[at * rows..][phrase.rows.clone()].fill(1.0 / phrase.rows.len() as f32);
+                targets[at * tokens..][..tokens].copy_from_slice(target);
+                counted[at] = 1.0;
+            }
+        }
+        Ok(Some(Self {
+            means: Tensor::from_vec(means, (batch, most, rows), &Device::Cpu)?,
+            targets: Tensor::from_vec(targets, (batch, most, tokens), &Device::Cpu)?,
+            counted: Tensor::from_vec(counted, (batch, most), &Device::Cpu)?,
+            count: phrases.iter().map(Vec::len).sum(),
+        }))
+    }
+}
+
+/// Phrases of which something is visible, and 1 on the patches that show it.
+fn visible(sample: &Sample) -> Vec<(&Phrase, Vec<f32>)> {
+    let target = |phrase: &Phrase| -> Vec<f32> {
         let inside = |thing: &Thing| match thing {
             Thing::Object(i) => phrase.segments.contains(&SegmentRef::Object(*i)),
             Thing::Stuff(i) => phrase.segments.contains(&SegmentRef::Stuff(*i)),
             Thing::Padding => false,
         };
-        let target: Vec<f32> = sample.things.iter().map(|t| f32::from(u8::from(inside(t)))).collect();
-        if target.iter().all(|v| *v == 0.0) {
-            continue;
-        }
-        count += 1;
-        targets.extend(target);
-        let share = 1.0 / phrase.rows.len() as f32;
-        means.extend((0..rows).map(|row| if phrase.rows.contains(&row) { share } else { 0.0 }));
-    }
-    if count == 0 {
-        return Ok(None);
-    }
-    let means = Tensor::from_vec(means, (count, rows), &Device::Cpu)?;
-    Ok(Some((means, Tensor::from_vec(targets, (count, sample.things.len()), &Device::Cpu)?)))
+        sample.things.iter().map(|thing| f32::from(u8::from(inside(thing)))).collect()
+    };
+    let phrases = sample.packed.phrases.iter().map(|phrase| (phrase, target(phrase)));
+    phrases.filter(|(_, target)| target.contains(&1.0)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pack::{Packed, Phrase};
+    use crate::pack::Packed;
 
     /// Two prefix tokens, four patches of which two show object 0, a phrase of two tokens.
     fn sample() -> Sample {
@@ -108,6 +131,15 @@ mod tests {
         // What the text receives does not matter; over both rows half of the image's share is on the target.
         let half = [[0.5, 0.0, 0.25, 0.25, 0.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.0, 0.0, 0.25, 0.25, 0.0, 0.0]];
         assert!((value(half)? - 2f32.ln()).abs() < 1e-3);
+        // Phrases count the same, however many their sample has; one that sees its target alone adds nothing.
+        let probs = attention(half)?;
+        let layer = Tensor::cat(&[&probs, &probs], 1)?;
+        let mut twice = sample();
+        twice.packed.phrases.push(Phrase { rows: 6..7, ..twice.packed.phrases[0].clone() });
+        let batch = Tensor::cat(&[&layer, &layer], 0)?;
+        let both =
+            loss(&[sample(), twice], &[batch])?.map_or(Ok(f32::NAN), |loss| loss.to_scalar::<f32>())?;
+        assert!((both - 2.0 / 3.0 * 2f32.ln()).abs() < 1e-3);
         let all = [[0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]; 2];
         assert!(value(all)?.abs() < 1e-3);
         Ok(())

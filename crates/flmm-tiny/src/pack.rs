@@ -17,8 +17,9 @@ use crate::text::DESCRIBE;
 const NARRATIONS: f64 = 0.35;
 /// How often a scene's objects are referred to, unless something else is asked for.
 pub(crate) const REFERRING: f64 = 0.5;
-/// How often a question of an easy kind is kept: such kinds are learnt early and need no more than a reminder.
-const EASY: f64 = 0.25;
+/// How often a question of an easy kind is kept, unless something else is asked for: a model that knows such kinds
+/// needs no more than a reminder, one whose words are new has to learn them.
+pub(crate) const EASY: f64 = 0.25;
 
 fn is_easy(kind: QuestionKind) -> bool {
     matches!(
@@ -133,6 +134,8 @@ pub(crate) struct Packer {
     pub(crate) kinds: Vec<QuestionKind>,
     /// How often a scene's objects are referred to, 0 to 1.
     pub(crate) referring: f64,
+    /// How often a question of an easy kind is kept, 0 to 1.
+    pub(crate) easy: f64,
 }
 
 impl Packer {
@@ -150,6 +153,7 @@ impl Packer {
             budget,
             kinds: Vec::new(),
             referring: REFERRING,
+            easy: EASY,
         })
     }
 
@@ -222,7 +226,7 @@ impl Packer {
         }
         let mut questions: Vec<_> = texts.questions.iter().chain(&texts.reasoning).collect();
         if self.kinds.is_empty() {
-            questions.retain(|question| !is_easy(question.kind) || rng.random_bool(EASY));
+            questions.retain(|question| !is_easy(question.kind) || rng.random_bool(self.easy));
         } else {
             drawn.clear();
             questions.retain(|question| self.kinds.contains(&question.kind));

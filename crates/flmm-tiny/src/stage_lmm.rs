@@ -13,7 +13,7 @@ use crate::config::{self, LmmSizes};
 use crate::gates::{Gate, check_gates, question_kind};
 use crate::lmm::{Lmm, Report, Sample, Setting, Source, rng_for};
 use crate::objects::Objects;
-use crate::pack::REFERRING;
+use crate::pack::{EASY, REFERRING};
 use crate::parallel;
 use crate::progress::{self, Run};
 use crate::store::{AdamW, Grads, Store};
@@ -71,6 +71,9 @@ pub(crate) struct LmmArgs {
     /// How often a scene's objects are referred to, 0 to 1.
     #[arg(long, default_value_t = REFERRING, value_parser = share)]
     pub(crate) referring: f64,
+    /// How often a question of an easy kind (existence, colours, reasons, backgrounds) is kept, 0 to 1.
+    #[arg(long, default_value_t = EASY, value_parser = share)]
+    pub(crate) easy: f64,
     /// Of the stage `lmm`: train the tower as well, at this share of the learning rate.
     #[arg(long, default_value_t = 0.0)]
     pub(crate) tower_rate: f64,
@@ -201,6 +204,7 @@ fn gradients(
     let mut packer = packer_for(setting, source);
     packer.kinds.clone_from(&args.kinds);
     packer.referring = args.referring;
+    packer.easy = args.easy;
     let mut samples = Vec::new();
     for index in first..first + args.batch as u64 {
         let scene = world::generate(world, Split::Train, args.seed, index);
