@@ -165,11 +165,17 @@ impl GroundingHead {
     /// Per phrase, its tokens' states in SAM's prompt width: `[T_n, C]`; nothing without a refiner.
     pub fn text_embeds(&self, observation: &Observation) -> Result<Vec<Tensor>> {
         let Some(text_proj) = &self.text_proj else { return Ok(Vec::new()) };
-        let states = weighted_hidden(&observation.hidden, &self.text_layer_weights)?;
+        let rows: Vec<u32> = observation.phrases.iter().flatten().map(|&row| row as u32).collect();
+        let rows = Tensor::from_slice(&rows, rows.len(), observation.hidden.device())?;
+        // Rows of no phrase are left out first: a gradient that sums over fewer zeros can differ in its last bit, and a
+        // cache keeps the rows of phrases alone.
+        let hidden = observation.hidden.index_select(&rows, 1)?;
+        let states = weighted_hidden(&hidden, &self.text_layer_weights)?;
+        let mut first = 0;
         let phrases = observation.phrases.iter().map(|rows| {
-            let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
-            let rows = Tensor::from_slice(&rows, rows.len(), states.device())?;
-            text_proj.forward(&states.index_select(&rows, 0)?)
+            let states = states.narrow(0, first, rows.len())?;
+            first += rows.len();
+            text_proj.forward(&states)
         });
         phrases.collect()
     }

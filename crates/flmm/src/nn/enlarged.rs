@@ -32,10 +32,9 @@ impl Enlarged {
     /// The convolution with `weight [out, in, 3, 3]`, zero padding 1: `[n, out, height, width]`.
     pub(crate) fn conv3x3(&self, weight: &Tensor) -> Result<Tensor> {
         let (_, _, h, w) = self.maps.dims4()?;
-        // With less to gain the rearranging would cost more than it saves; reduced types would round more often. Training
-        // takes the plain way: in this one, a run on cached features was not the same bit for bit as one without.
+        // With less to gain the rearranging would cost more than it saves; reduced types would round more often.
         let worthwhile = 2 * h * w <= self.size.0 * self.size.1;
-        if worthwhile && self.maps.dtype() == DType::F32 && !weight.track_op() {
+        if worthwhile && self.maps.dtype() == DType::F32 {
             self.unenlarged(weight)
         } else {
             Ok(conv3x3(&self.written_out()?, weight)?)
