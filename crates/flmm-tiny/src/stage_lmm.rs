@@ -15,7 +15,7 @@ use crate::gates::{Gate, check_gates, question_kind};
 use crate::lmm::{Lmm, Report, Sample, Setting, Source, rng_for};
 use crate::objects::Objects;
 use crate::pack::{EASY, REFERRING};
-use crate::parallel;
+use crate::parallel::Workers;
 use crate::progress::{self, Run};
 use crate::store::{AdamW, Grads, Store};
 
@@ -135,6 +135,7 @@ pub(crate) fn run(
 ) -> Result<()> {
     let world = &WorldConfig { objects: args.objects.map(|Objects(range)| range), ..world.clone() };
     let mut run = Run::open(folder, args.steps, store)?;
+    let workers = Workers::new(args.workers)?;
     let adam = AdamW { betas: (0.9, 0.98), weight_decay: 0.02, max_norm: 1.0 };
     loop {
         let step = store.step;
@@ -151,9 +152,8 @@ pub(crate) fn run(
         }
         let source = args.source(pixels, &setting.sizes, rng_for(args.seed, step, 99).random());
         let lmm = Lmm::load(&setting.sizes, &store.params(frozen), args.dtype)?;
-        let (loss, grads) = parallel::gradients(args.workers, |worker| {
-            gradients(args, setting, world, &lmm, store, source, worker)
-        })?;
+        let (loss, grads) =
+            workers.gradients(|worker| gradients(args, setting, world, &lmm, store, source, worker))?;
         let lr = progress::rate(args.lr, step, args.steps, 0.25);
         let share = |name: &str| match name {
             name if name.starts_with("vision_tower.") => args.tower_rate,

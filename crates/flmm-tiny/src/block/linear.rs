@@ -103,12 +103,20 @@ fn narrow_transposed(x: &[f32], columns: usize) -> Vec<bf16> {
             for column in (0..columns).step_by(BLOCK) {
                 let width = BLOCK.min(columns - column);
                 let mut block = [[0f32; BLOCK]; BLOCK];
-                for (i, block) in block[..height].iter_mut().enumerate() {
-                    block[..width].copy_from_slice(&x[(row + i) * columns + column..][..width]);
+                for (i, line) in block[..height].iter_mut().enumerate() {
+                    let from = &x[(row + i) * columns + column..];
+                    match from.first_chunk() {
+                        Some(whole) if width == BLOCK => *line = *whole,
+                        _ => line[..width].copy_from_slice(&from[..width]),
+                    }
                 }
                 for j in 0..width {
                     let line: [bf16; BLOCK] = std::array::from_fn(|i| bf16::from_f32(block[i][j]));
-                    y[(column + j) * rows + row..][..height].copy_from_slice(&line[..height]);
+                    let to = &mut y[(column + j) * rows + row..];
+                    match to.first_chunk_mut() {
+                        Some(whole) if height == BLOCK => *whole = line,
+                        _ => to[..height].copy_from_slice(&line[..height]),
+                    }
                 }
             }
         }

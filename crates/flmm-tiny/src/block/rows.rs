@@ -100,11 +100,11 @@ fn rms_scale(row: &[f32], eps: f32) -> f32 {
 
 /// Root-mean-square norm of the rows of `x`, times `weight`.
 pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
-    let (mut y, size) = (vec![0f32; x.len()], weight.len());
+    let mut y = Vec::with_capacity(x.len());
     wide(|| {
-        for (y, x) in y.chunks_exact_mut(size).zip(x.chunks_exact(size)) {
+        for x in x.chunks_exact(weight.len()) {
             let scale = rms_scale(x, eps);
-            y.iter_mut().zip(x).zip(weight).for_each(|((y, x), w)| *y = x * scale * w);
+            y.extend(x.iter().zip(weight).map(|(x, w)| x * scale * w));
         }
     });
     y
@@ -144,13 +144,11 @@ fn logistic(x: f32) -> f32 {
 
 /// `silu(gate) · up` of rows that hold `width` numbers of the gate and as many of `up`.
 pub(crate) fn silu_mul(gate_up: &[f32], width: usize) -> Vec<f32> {
-    let mut y = vec![0f32; gate_up.len() / 2];
+    let mut y = Vec::with_capacity(gate_up.len() / 2);
     wide(|| {
-        for (y, x) in y.chunks_exact_mut(width).zip(gate_up.chunks_exact(2 * width)) {
+        for x in gate_up.chunks_exact(2 * width) {
             let (gate, up) = x.split_at(width);
-            for i in 0..width {
-                y[i] = gate[i] * logistic(gate[i]) * up[i];
-            }
+            y.extend(gate.iter().zip(up).map(|(gate, up)| gate * logistic(*gate) * up));
         }
     });
     y

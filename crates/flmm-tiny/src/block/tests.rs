@@ -86,30 +86,30 @@ fn variables(packing: &Packing, sizes: &DecoderSizes) -> Vec<Var> {
 }
 
 /// The layer as one operation: states and maps.
-fn block(packing: &Packing, precision: Precision, t: &[Tensor]) -> Result<Vec<Tensor>> {
-    let rotary = Arc::new(Rotary::new(&packing.positions(), SIZES.width / SIZES.heads, THETA));
-    let pass = Pass { sizes: SIZES, precision, mask: packing.mask(), rotary };
+fn block(packing: &Packing, sizes: &DecoderSizes, precision: Precision, t: &[Tensor]) -> Result<Vec<Tensor>> {
+    let rotary = Arc::new(Rotary::new(&packing.positions(), sizes.width / sizes.heads, THETA));
+    let pass = Pass { sizes: *sizes, precision, mask: packing.mask(), rotary };
     let parts: Vec<Tensor> = t[1..].iter().map(|t| t.flatten_all()).collect::<Result<_>>()?;
     let (y, maps) = decoder_block(&t[0], &Tensor::cat(&parts, 0)?, &pass, &packing.maps)?;
     Ok([vec![y], maps].concat())
 }
 
 /// The same from single operations.
-fn composed(packing: &Packing, t: &[Tensor]) -> Result<Vec<Tensor>> {
+fn composed(packing: &Packing, sizes: &DecoderSizes, t: &[Tensor]) -> Result<Vec<Tensor>> {
     let [x, norm, q, k, v, o, post_norm, gate, up, down] = t else { panic!("ten tensors") };
     let (batch, rows, width) = x.dims3()?;
-    let head = width / SIZES.heads;
-    let table = Arc::new(RotaryTable::new(64, head, THETA));
+    let head = width / sizes.heads;
+    let table = Arc::new(RotaryTable::new(256, head, THETA));
     let positions = Arc::new(packing.positions());
     let linear = |x: &Tensor, weight: &Tensor| Linear::new(weight.clone(), None).forward(x).unwrap();
-    let normed = rms_norm(x, norm, f64::from(SIZES.eps)).unwrap();
-    let rotated = |weight| rotary_heads(&linear(&normed, weight), SIZES.heads, &positions, &table).unwrap();
+    let normed = rms_norm(x, norm, f64::from(sizes.eps)).unwrap();
+    let rotated = |weight| rotary_heads(&linear(&normed, weight), sizes.heads, &positions, &table).unwrap();
     let scores = rotated(q).matmul(&rotated(k).t()?)?;
     let probs = packed_softmax(&scores, (head as f32).sqrt().recip(), &packing.mask()).unwrap();
-    let v = linear(&normed, v).reshape((batch, rows, SIZES.heads, head))?.transpose(1, 2)?.contiguous()?;
+    let v = linear(&normed, v).reshape((batch, rows, sizes.heads, head))?.transpose(1, 2)?.contiguous()?;
     let y = probs.matmul(&v)?.transpose(1, 2)?.reshape((batch, rows, width))?;
     let x = (x + linear(&y, o))?;
-    let normed = rms_norm(&x, post_norm, f64::from(SIZES.eps)).unwrap();
+    let normed = rms_norm(&x, post_norm, f64::from(sizes.eps)).unwrap();
     let hidden = silu_mul(&linear(&normed, gate), &linear(&normed, up)).unwrap();
     let mut all = vec![(x + linear(&hidden, down))?];
     let Maps { heads, first } = &packing.maps;
@@ -164,8 +164,8 @@ fn assert_agree(found: (Vec<Tensor>, Vec<Tensor>), expected: (Vec<Tensor>, Vec<T
 fn a_decoder_layer_is_what_it_is_composed_of() {
     for packing in packings() {
         let variables = variables(&packing, &SIZES);
-        let found = everything(&variables, |t| block(&packing, Precision::F32, t));
-        assert_agree(found, everything(&variables, |t| composed(&packing, t)), 1e-5);
+        let found = everything(&variables, |t| block(&packing, &SIZES, Precision::F32, t));
+        assert_agree(found, everything(&variables, |t| composed(&packing, &SIZES, t)), 1e-5);
     }
 }
 
@@ -173,8 +173,8 @@ fn a_decoder_layer_is_what_it_is_composed_of() {
 fn sixteen_bits_are_near() {
     for packing in packings() {
         let variables = variables(&packing, &SIZES);
-        let found = everything(&variables, |t| block(&packing, Precision::Bf16, t));
-        assert_agree(found, everything(&variables, |t| composed(&packing, t)), 0.04);
+        let found = everything(&variables, |t| block(&packing, &SIZES, Precision::Bf16, t));
+        assert_agree(found, everything(&variables, |t| composed(&packing, &SIZES, t)), 0.04);
     }
 }
 
@@ -183,7 +183,7 @@ fn gradients_are_slopes() {
     const STEP: f64 = 3e-3;
     for packing in packings() {
         let variables = variables(&packing, &SIZES);
-        let (_, gradients) = everything(&variables, |t| block(&packing, Precision::F32, t));
+        let (_, gradients) = everything(&variables, |t| block(&packing, &SIZES, Precision::F32, t));
         for (at, gradient) in gradients.iter().enumerate() {
             // Along the gradient, where the slope is its length; and aside, where it is not.
             for aside in [0.0, 0.3] {
@@ -194,7 +194,9 @@ fn gradients_are_slopes() {
                     let mut moved = tensors(&variables);
                     moved[at] = (&moved[at] + (&direction * step).unwrap()).unwrap();
                     f64::from(
-                        mixed(&block(&packing, Precision::F32, &moved).unwrap()).to_scalar::<f32>().unwrap(),
+                        mixed(&block(&packing, &SIZES, Precision::F32, &moved).unwrap())
+                            .to_scalar::<f32>()
+                            .unwrap(),
                     )
                 };
                 let slope = (value(STEP) - value(-STEP)) / (2.0 * STEP);
@@ -211,9 +213,50 @@ fn what_does_not_fit_is_an_error() {
     let packing = packings().remove(1);
     let t = tensors(&variables(&packing, &SIZES));
     let short = [&t[..9], &[t[9].narrow(0, 0, 3).unwrap()]].concat();
-    assert!(block(&packing, Precision::F32, &short).is_err());
+    assert!(block(&packing, &SIZES, Precision::F32, &short).is_err());
     let wide = Packing { conversations: vec![vec![8]], ..packing.clone() };
-    assert!(block(&wide, Precision::F32, &t).is_err());
+    assert!(block(&wide, &SIZES, Precision::F32, &t).is_err());
     let heads = Packing { maps: Maps { heads: vec![3], first: 0 }, ..packing };
-    assert!(block(&heads, Precision::F32, &t).is_err());
+    assert!(block(&heads, &SIZES, Precision::F32, &t).is_err());
+}
+
+/// Processor time of this thread, in milliseconds.
+fn processor_time() -> f64 {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    stat.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e6
+}
+
+/// Prints the processor time of a layer's forward and backward pass at the shipped sizes, with eight scenes:
+/// `cargo test --release -p flmm-tiny speed -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn speed() {
+    let sizes = DecoderSizes { width: 160, heads: 5, ffn: 432, eps: 1e-5 };
+    let maps = Maps { heads: vec![0], first: 6 };
+    let packing =
+        Packing { prefix: 150, conversations: vec![[17, 9, 15, 11, 20, 13, 8, 19].to_vec(); 8], maps };
+    let variables = variables(&packing, &sizes);
+    let time = |f: &dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>| {
+        let start = processor_time();
+        mixed(&f(&tensors(&variables)).unwrap()).backward().unwrap();
+        processor_time() - start
+    };
+    // Products in bf16 would wait for another thread.
+    rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(|| {
+        let mut least = [f64::MAX; 3];
+        for _ in 0..20 {
+            let times = [
+                time(&|t| composed(&packing, &sizes, t)),
+                time(&|t| block(&packing, &sizes, Precision::F32, t)),
+                time(&|t| block(&packing, &sizes, Precision::Bf16, t)),
+            ];
+            least.iter_mut().zip(times).for_each(|(least, time)| *least = least.min(time));
+        }
+        let [composed, f32, bf16] = least;
+        println!(
+            "composed {composed:.1} ms, one operation {f32:.1} ({:.2} times), bf16 {bf16:.1} ({:.2} times)",
+            composed / f32,
+            composed / bf16
+        );
+    });
 }
