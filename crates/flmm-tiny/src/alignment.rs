@@ -5,6 +5,8 @@
 //! the ones under the thing a phrase refers to must score highest against the phrase's tokens. The grounding head is
 //! not involved; it is trained later, on the frozen model.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use candle_core::{D, DType, Device, Tensor};
 use flmm_data::world::SegmentRef;
@@ -14,24 +16,23 @@ use crate::pack::Phrase;
 use crate::symbolic::Thing;
 
 /// The heads (layer, head) that are aligned: one that sees a word alone, and late ones that know its sentence.
-const HEADS: [(usize, usize); 4] = [(0, 1), (3, 0), (4, 0), (5, 0)];
+pub(crate) const HEADS: [(usize, usize); 4] = [(0, 1), (3, 0), (4, 0), (5, 0)];
 /// Keeps the logarithm finite where a phrase ignores its target.
 const EPS: f64 = 1e-4;
 
 /// Mean over phrases and aligned heads of `−log` of the share of image attention that lies on the phrase's target;
-/// `attention` is `[B, H, S, S]` per layer. `None` if no phrase has a visible target.
-pub(crate) fn loss(samples: &[Sample], attention: &[Tensor]) -> Result<Option<Tensor>> {
-    let Some(rows) = attention.first().map(|probs| probs.dim(3)).transpose()? else { return Ok(None) };
+/// `attention` has their maps, `[B, S, image tokens]`. `None` if no phrase has a visible target.
+pub(crate) fn loss(
+    samples: &[Sample],
+    attention: &BTreeMap<(usize, usize), Tensor>,
+) -> Result<Option<Tensor>> {
+    let Some(rows) = attention.values().next().map(|map| map.dim(1)).transpose()? else { return Ok(None) };
     let Some(Selection { means, targets, counted, count }) = Selection::new(samples, rows)? else {
         return Ok(None);
     };
-    let (first, tokens) = (samples[0].packed.prefix.len(), samples[0].things.len());
     let (mut sum, mut terms) = (Tensor::zeros((), DType::F32, &Device::Cpu)?, 0);
-    for (layer, head) in HEADS {
-        let Some(probs) = attention.get(layer) else { continue };
-        // All samples at once: the gradient of every further part would be another matrix of zeros of the size of `probs`.
-        let maps =
-            means.matmul(&probs.narrow(1, head, 1)?.squeeze(1)?.narrow(2, first, tokens)?.contiguous()?)?;
+    for map in HEADS.iter().filter_map(|head| attention.get(head)) {
+        let maps = means.matmul(map)?;
         let share = ((&maps * &targets)?.sum(D::Minus1)? / (maps.sum(D::Minus1)? + 1e-6)?)?;
         sum = (sum - ((share + EPS)?.log()? * &counted)?.sum_all()?)?;
         terms += count;
@@ -113,35 +114,29 @@ mod tests {
         Sample { packed, things, image: Vec::new() }
     }
 
-    /// Attention of one layer and one head in which every row but those of the phrase is zero.
-    fn attention(rows: [[f32; 8]; 2]) -> Result<Tensor> {
-        let mut data = vec![0f32; 64];
-        data[48..64].copy_from_slice(rows.as_flattened());
-        Ok(Tensor::from_vec(data, (1, 1, 8, 8), &Device::Cpu)?)
+    /// Attention to the image of an aligned head, in which every row but those of the phrase is zero.
+    fn attention(rows: [[f32; 4]; 2]) -> Result<Tensor> {
+        let mut data = vec![0f32; 32];
+        data[24..32].copy_from_slice(rows.as_flattened());
+        Ok(Tensor::from_vec(data, (1, 8, 4), &Device::Cpu)?)
     }
 
     #[test]
     fn the_share_on_the_target_counts() -> Result<()> {
-        // One layer of two heads: of the aligned ones only (0, 1) is there.
-        let value = |rows| -> Result<f32> {
-            let probs = attention(rows)?;
-            let layer = Tensor::cat(&[&probs, &probs], 1)?;
-            Ok(loss(&[sample()], &[layer])?.map_or(Ok(f32::NAN), |loss| loss.to_scalar())?)
+        let value = |samples: &[Sample], map: Tensor| -> Result<f32> {
+            // Of the aligned heads only one is there.
+            let attention = BTreeMap::from([((0, 0), map.zeros_like()?), (HEADS[0], map)]);
+            Ok(loss(samples, &attention)?.map_or(Ok(f32::NAN), |loss| loss.to_scalar())?)
         };
-        // What the text receives does not matter; over both rows half of the image's share is on the target.
-        let half = [[0.5, 0.0, 0.25, 0.25, 0.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.0, 0.0, 0.25, 0.25, 0.0, 0.0]];
-        assert!((value(half)? - 2f32.ln()).abs() < 1e-3);
+        // Over both rows half of the image's share is on the target.
+        let half = attention([[0.25, 0.25, 0.0, 0.0], [0.0, 0.0, 0.25, 0.25]])?;
+        assert!((value(&[sample()], half.clone())? - 2f32.ln()).abs() < 1e-3);
         // Phrases count the same, however many their sample has; one that sees its target alone adds nothing.
-        let probs = attention(half)?;
-        let layer = Tensor::cat(&[&probs, &probs], 1)?;
         let mut twice = sample();
         twice.packed.phrases.push(Phrase { rows: 6..7, ..twice.packed.phrases[0].clone() });
-        let batch = Tensor::cat(&[&layer, &layer], 0)?;
-        let both =
-            loss(&[sample(), twice], &[batch])?.map_or(Ok(f32::NAN), |loss| loss.to_scalar::<f32>())?;
+        let both = value(&[sample(), twice], Tensor::cat(&[&half, &half], 0)?)?;
         assert!((both - 2.0 / 3.0 * 2f32.ln()).abs() < 1e-3);
-        let all = [[0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]; 2];
-        assert!(value(all)?.abs() < 1e-3);
+        assert!(value(&[sample()], attention([[1.0, 0.0, 0.0, 0.0]; 2])?)?.abs() < 1e-3);
         Ok(())
     }
 
@@ -149,8 +144,8 @@ mod tests {
     fn without_phrases_there_is_no_loss() -> Result<()> {
         let mut sample = sample();
         sample.packed.phrases.clear();
-        let probs = attention([[0.0; 8]; 2])?;
-        assert!(loss(&[sample], &[Tensor::cat(&[&probs, &probs], 1)?])?.is_none());
+        let attention = BTreeMap::from([(HEADS[0], attention([[0.0; 4]; 2])?)]);
+        assert!(loss(&[sample], &attention)?.is_none());
         Ok(())
     }
 }

@@ -8,15 +8,14 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use candle_core::Tensor;
-use flmm::nn::{Linear, PackedMask, RotaryTable, packed_softmax, rms_norm, rotary_heads, silu_mul};
+use flmm::nn::{Linear, PackedMask, rms_norm};
 use flmm::weights::Params;
 
+use crate::block::{DecoderSizes, Maps, Pass, Precision, Rotary, decoder_block};
 use crate::config::{LmmSizes, RMS_NORM_EPS, ROPE_THETA};
 use crate::store::Init;
 
 const MODEL: &str = "language_model.model";
-/// Longest sequence the rotary table covers.
-const MAX_POSITIONS: usize = 1024;
 
 /// Initial tensors by their Hugging Face names; `embeddings [vocab, width]` and the marks of words and image tokens
 /// are given.
@@ -144,63 +143,55 @@ pub(crate) fn carry_places<'a>(
     Ok(())
 }
 
-struct Layer {
-    input_norm: Tensor,
-    attention: [Linear; 4],
-    post_norm: Tensor,
-    mlp: [Linear; 3],
-}
-
 /// The decoder, its embedding table and its output rows.
 pub(crate) struct Decoder {
     embed_tokens: Tensor,
-    layers: Vec<Layer>,
+    /// All tensors of each layer, one behind the other.
+    layers: Vec<Tensor>,
     norm: Tensor,
     lm_head: Linear,
-    heads: usize,
-    table: Arc<RotaryTable>,
+    sizes: DecoderSizes,
+    precision: Precision,
 }
 
 /// A packed forward pass.
 pub(crate) struct Output {
     /// Final-normed states `[B, S, width]`.
     pub(crate) hidden: Tensor,
-    /// Attention `[B, H, S, S]` of every layer, if it was asked for.
-    pub(crate) attention: Vec<Tensor>,
+    /// Attention `[B, S, image tokens]` of the heads (layer, head) that were asked for and are there.
+    pub(crate) attention: BTreeMap<(usize, usize), Tensor>,
 }
 
 impl Decoder {
-    /// Reads the tensors that [`init`] made.
-    pub(crate) fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
+    /// Reads the tensors that [`init`] made; the layers compute in `precision`.
+    pub(crate) fn load(sizes: &LmmSizes, params: &Params, precision: Precision) -> Result<Self> {
         let model = params.pp(MODEL);
-        let (d, ffn) = (sizes.width, sizes.ffn);
+        let d = sizes.width;
+        let of_layer =
+            DecoderSizes { width: d, heads: sizes.heads, ffn: sizes.ffn, eps: RMS_NORM_EPS as f32 };
         let mut layers = Vec::new();
         for layer in 0..sizes.layers {
             let params = model.pp("layers").pp(layer);
-            let attention = |name: &str| Linear::load(d, d, false, &params.pp("self_attn").pp(name));
-            let mlp = |name: &str, inputs, outputs| {
-                Linear::load(inputs, outputs, false, &params.pp("mlp").pp(name))
-            };
-            layers.push(Layer {
-                input_norm: params.pp("input_layernorm").get(&[d], "weight")?,
-                attention: [
-                    attention("q_proj")?,
-                    attention("k_proj")?,
-                    attention("v_proj")?,
-                    attention("o_proj")?,
-                ],
-                post_norm: params.pp("post_attention_layernorm").get(&[d], "weight")?,
-                mlp: [mlp("gate_proj", d, ffn)?, mlp("up_proj", d, ffn)?, mlp("down_proj", ffn, d)?],
-            });
+            let tensors = of_layer
+                .tensors()
+                .into_iter()
+                .map(|(name, shape)| Ok(params.pp(name).get(&shape, "weight")?.flatten_all()?));
+            layers.push(Tensor::cat(&tensors.collect::<Result<Vec<_>>>()?, 0)?);
         }
         Ok(Self {
             embed_tokens: model.pp("embed_tokens").get(&[sizes.vocab, d], "weight")?,
             layers,
             norm: model.pp("norm").get(&[d], "weight")?,
             lm_head: Linear::load(d, sizes.vocab, false, &params.pp("language_model.lm_head"))?,
-            heads: sizes.heads,
-            table: Arc::new(RotaryTable::new(MAX_POSITIONS, d / sizes.heads, ROPE_THETA)),
+            sizes: of_layer,
+            precision,
         })
+    }
+
+    /// All attention heads (layer, head), layer by layer.
+    pub(crate) fn heads(&self) -> Vec<(usize, usize)> {
+        let of_layer = |layer| (0..self.sizes.heads).map(move |head| (layer, head));
+        (0..self.layers.len()).flat_map(of_layer).collect()
     }
 
     /// Embeddings `[B, T, width]` of `ids [B · T]`.
@@ -210,34 +201,27 @@ impl Decoder {
         Ok(self.embed_tokens.index_select(&ids_tensor, 0)?.reshape((batch, ids.len() / batch, width))?)
     }
 
-    /// `x [B, S, width]` through all layers under `mask`, rotated to `positions [B · S]`.
+    /// `x [B, S, width]` through all layers under `mask`, rotated to `positions [B · S]`; keeps the attention of `heads` to
+    /// the image, which ends where conversations begin and starts at row `image`.
     pub(crate) fn forward(
         &self,
         x: &Tensor,
-        positions: &Arc<Vec<u32>>,
+        positions: &[u32],
         mask: &Arc<PackedMask>,
-        keep_attention: bool,
+        image: usize,
+        heads: &[(usize, usize)],
     ) -> Result<Output> {
-        let (batch, seq, width) = x.dims3()?;
-        let head = width / self.heads;
+        let (sizes, precision) = (self.sizes, self.precision);
+        let rotary = Arc::new(Rotary::new(positions, sizes.width / sizes.heads, ROPE_THETA));
+        let pass = Pass { sizes, precision, mask: mask.clone(), rotary };
         let mut x = x.clone();
-        let mut attention = Vec::new();
-        for layer in &self.layers {
-            let normed = rms_norm(&x, &layer.input_norm, RMS_NORM_EPS)?;
-            let [q, k, v, o] = &layer.attention;
-            let q = rotary_heads(&q.forward(&normed)?, self.heads, positions, &self.table)?;
-            let k = rotary_heads(&k.forward(&normed)?, self.heads, positions, &self.table)?;
-            let v =
-                v.forward(&normed)?.reshape((batch, seq, self.heads, head))?.transpose(1, 2)?.contiguous()?;
-            let probs = packed_softmax(&q.matmul(&k.t()?)?, (head as f32).sqrt().recip(), mask)?;
-            let y = probs.matmul(&v)?.transpose(1, 2)?.reshape((batch, seq, width))?;
-            x = (x + o.forward(&y)?)?;
-            if keep_attention {
-                attention.push(probs);
-            }
-            let normed = rms_norm(&x, &layer.post_norm, RMS_NORM_EPS)?;
-            let [gate, up, down] = &layer.mlp;
-            x = (x + down.forward(&silu_mul(&gate.forward(&normed)?, &up.forward(&normed)?)?)?)?;
+        let mut attention = BTreeMap::new();
+        for (layer, parameters) in self.layers.iter().enumerate() {
+            let of_layer: Vec<usize> = heads.iter().filter(|at| at.0 == layer).map(|at| at.1).collect();
+            let maps = Maps { heads: of_layer, first: image };
+            let (y, kept) = decoder_block(&x, parameters, &pass, &maps)?;
+            attention.extend(maps.heads.into_iter().map(|head| (layer, head)).zip(kept));
+            x = y;
         }
         Ok(Output { hidden: rms_norm(&x, &self.norm, RMS_NORM_EPS)?, attention })
     }

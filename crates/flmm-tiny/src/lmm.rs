@@ -14,6 +14,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use crate::alignment;
+use crate::block::Precision;
 use crate::config::LmmSizes;
 use crate::decoder::{Decoder, Output};
 use crate::pack::{Kind, Packed, Packer};
@@ -101,19 +102,24 @@ pub(crate) struct Lmm {
 }
 
 impl Lmm {
-    /// Reads all tensors.
-    pub(crate) fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
+    /// Reads all tensors; the layers compute in `precision`.
+    pub(crate) fn load(sizes: &LmmSizes, params: &Params, precision: Precision) -> Result<Self> {
         let lmm = Self {
             tower: Tower::load(sizes, params)?,
             projector: Projector::load(sizes, params)?,
-            decoder: Decoder::load(sizes, params)?,
+            decoder: Decoder::load(sizes, params, precision)?,
         };
         params.finish("rerun the stage that writes these tensors")?;
         Ok(lmm)
     }
 
-    /// Runs a batch; returns the output and the number of rows per sequence.
-    pub(crate) fn forward(&self, samples: &[Sample], source: Source, keep_attention: bool) -> Result<Output> {
+    /// Runs a batch; keeps the attention of `heads` (layer, head) to the image.
+    pub(crate) fn forward(
+        &self,
+        samples: &[Sample],
+        source: Source,
+        heads: &[(usize, usize)],
+    ) -> Result<Output> {
         let batch = samples.len();
         let prefix = &samples[0].packed.prefix;
         let tokens = samples[0].things.len();
@@ -135,7 +141,7 @@ impl Lmm {
         let before = self.decoder.embed(&prefix.repeat(batch), batch)?;
         let x = Tensor::cat(&[&before, &image, &self.decoder.embed(&ids, batch)?], 1)?;
         let mask = Arc::new(PackedMask { prefix: prefix.len() + tokens, starts });
-        self.decoder.forward(&x, &Arc::new(positions), &mask, keep_attention)
+        self.decoder.forward(&x, &positions, &mask, prefix.len(), heads)
     }
 
     /// Logits `[targets, vocab]` at the supervised rows of all samples, in order, and what should follow.
@@ -153,7 +159,8 @@ impl Lmm {
 
     /// Weighted mean answer loss of a batch plus `alignment` times the [contrastive loss](crate::alignment).
     pub(crate) fn loss(&self, samples: &[Sample], source: Source, alignment: f64) -> Result<Tensor> {
-        let output = self.forward(samples, source, alignment > 0.0)?;
+        let heads = if alignment > 0.0 { &alignment::HEADS[..] } else { &[] };
+        let output = self.forward(samples, source, heads)?;
         let (logits, targets) = self.supervised(samples, &output)?;
         let answers = samples.iter().flat_map(|sample| &sample.packed.answers);
         let weights = answers.flat_map(|a| std::iter::repeat_n(a.kind.weight(), a.targets.len())).collect();
@@ -187,7 +194,7 @@ pub(crate) struct Report {
 impl Report {
     /// Adds the outcome of one batch.
     pub(crate) fn add(&mut self, lmm: &Lmm, samples: &[Sample], source: Source) -> Result<()> {
-        let output = lmm.forward(samples, source, true)?;
+        let output = lmm.forward(samples, source, &lmm.decoder.heads())?;
         let (logits, targets) = lmm.supervised(samples, &output)?;
         let best = logits.argmax(1)?.to_vec1::<u32>()?;
         self.loss += f64::from(cross_entropy(&logits, targets.clone(), None)?.to_scalar::<f32>()?);
@@ -215,34 +222,28 @@ impl Report {
     }
 
     fn point(&mut self, samples: &[Sample], output: &Output) -> Result<()> {
-        let heads = output.attention.first().map_or(0, |a| a.dims()[1]);
-        self.pointing.resize(output.attention.len() * heads, 0);
-        for (layer, attention) in output.attention.iter().enumerate() {
-            let (_, heads, rows, _) = attention.dims4()?;
-            let probs = attention.flatten_all()?.to_vec1::<f32>()?;
-            for (index, sample) in samples.iter().enumerate() {
-                let (first, tokens) = (sample.packed.prefix.len(), sample.things.len());
+        self.pointing.resize(output.attention.len(), 0);
+        for (at, maps) in output.attention.values().enumerate() {
+            let (_, rows, tokens) = maps.dims3()?;
+            let probs = maps.flatten_all()?.to_vec1::<f32>()?;
+            for (sample, probs) in samples.iter().zip(probs.chunks_exact(rows * tokens)) {
                 for phrase in &sample.packed.phrases {
                     if !phrase.segments.iter().all(|s| matches!(s, SegmentRef::Object(_))) {
                         continue;
                     }
-                    if layer == 0 {
+                    if at == 0 {
                         self.phrases += 1;
                     }
-                    for head in 0..heads {
-                        let mut map = vec![0f32; tokens];
-                        for row in phrase.rows.clone() {
-                            let start = ((index * heads + head) * rows + row) * rows + first;
-                            map.iter_mut().zip(&probs[start..start + tokens]).for_each(|(m, p)| *m += p);
-                        }
-                        let peak = (0..tokens).fold(0, |best, i| if map[i] > map[best] { i } else { best });
-                        let hit =
-                            phrase.segments.iter().any(|segment| match (segment, sample.things[peak]) {
-                                (SegmentRef::Object(a), Thing::Object(b)) => *a == b,
-                                _ => false,
-                            });
-                        self.pointing[layer * heads + head] += usize::from(hit);
+                    let mut map = vec![0f32; tokens];
+                    for row in phrase.rows.clone() {
+                        map.iter_mut().zip(&probs[row * tokens..]).for_each(|(m, p)| *m += p);
                     }
+                    let peak = (0..tokens).fold(0, |best, i| if map[i] > map[best] { i } else { best });
+                    let hit = phrase.segments.iter().any(|segment| match (segment, sample.things[peak]) {
+                        (SegmentRef::Object(a), Thing::Object(b)) => *a == b,
+                        _ => false,
+                    });
+                    self.pointing[at] += usize::from(hit);
                 }
             }
         }

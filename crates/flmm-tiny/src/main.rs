@@ -2,6 +2,7 @@
 
 mod ablations;
 mod alignment;
+mod block;
 mod bundle;
 mod config;
 mod decoder;

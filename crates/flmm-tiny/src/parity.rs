@@ -14,6 +14,7 @@ use flmm_data::world::{self, Level, Split, WorldConfig};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use crate::block::Precision;
 use crate::config::LmmSizes;
 use crate::decoder::{self, Decoder};
 use crate::symbolic::Codes;
@@ -47,7 +48,7 @@ fn the_opened_model_computes_what_was_trained() {
     let params = Params::new("test", tensors.into_iter().collect());
     let (tower, projector) =
         (Tower::load(&sizes, &params).unwrap(), Projector::load(&sizes, &params).unwrap());
-    let decoder = Decoder::load(&sizes, &params).unwrap();
+    let decoder = Decoder::load(&sizes, &params, Precision::F32).unwrap();
     let processor = LlavaProcessor::new(sizes.image_size, SizeRule::MultiplyFirst, Normalisation::CLIP);
     let (pixels, _) = processor.process(&scene.image).unwrap();
     let patches =
@@ -60,8 +61,8 @@ fn the_opened_model_computes_what_was_trained() {
     let x = Tensor::cat(&x, 1).unwrap();
     let rows = x.dim(1).unwrap();
     let mask = Arc::new(PackedMask { prefix: rows, starts: vec![0; rows] });
-    let positions = Arc::new((0..rows as u32).collect());
-    let expected = decoder.forward(&x, &positions, &mask, false).unwrap().hidden.squeeze(0).unwrap();
+    let positions: Vec<u32> = (0..rows as u32).collect();
+    let expected = decoder.forward(&x, &positions, &mask, 0, &[]).unwrap().hidden.squeeze(0).unwrap();
 
     assert_eq!(found.dims(), expected.dims());
     let difference =

@@ -9,12 +9,13 @@ use flmm_data::world::{self, QuestionKind, Split, WorldConfig};
 use rand::Rng;
 use serde::Deserialize;
 
+use crate::block::Precision;
 use crate::config::{self, LmmSizes};
 use crate::gates::{Gate, check_gates, question_kind};
 use crate::lmm::{Lmm, Report, Sample, Setting, Source, rng_for};
 use crate::objects::Objects;
 use crate::pack::{EASY, REFERRING};
-use crate::parallel;
+use crate::parallel::Workers;
 use crate::progress::{self, Run};
 use crate::store::{AdamW, Grads, Store};
 
@@ -44,6 +45,9 @@ pub(crate) struct LmmArgs {
     /// Seed of scenes and choices.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
+    /// What the large products of training are computed in; evaluations compute in f32.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) dtype: Precision,
     /// Steps between evaluations.
     #[arg(long, default_value_t = 250)]
     pub(crate) evaluate_every: usize,
@@ -131,12 +135,13 @@ pub(crate) fn run(
 ) -> Result<()> {
     let world = &WorldConfig { objects: args.objects.map(|Objects(range)| range), ..world.clone() };
     let mut run = Run::open(folder, args.steps, store)?;
+    let workers = Workers::new(args.workers)?;
     let adam = AdamW { betas: (0.9, 0.98), weight_decay: 0.02, max_norm: 1.0 };
     loop {
         let step = store.step;
         // A run that stopped here, perhaps because of a gate, does not pass it by being started again.
         if step > 0 && (step.is_multiple_of(args.evaluate_every) || step >= args.steps) {
-            let lmm = Lmm::load(&setting.sizes, &store.params(frozen))?;
+            let lmm = Lmm::load(&setting.sizes, &store.params(frozen), Precision::F32)?;
             if judge(args, pixels, setting, world, &lmm, step, &mut run)? {
                 run.save(store)?;
                 break;
@@ -146,10 +151,9 @@ pub(crate) fn run(
             break;
         }
         let source = args.source(pixels, &setting.sizes, rng_for(args.seed, step, 99).random());
-        let lmm = Lmm::load(&setting.sizes, &store.params(frozen))?;
-        let (loss, grads) = parallel::gradients(args.workers, |worker| {
-            gradients(args, setting, world, &lmm, store, source, worker)
-        })?;
+        let lmm = Lmm::load(&setting.sizes, &store.params(frozen), args.dtype)?;
+        let (loss, grads) =
+            workers.gradients(|worker| gradients(args, setting, world, &lmm, store, source, worker))?;
         let lr = progress::rate(args.lr, step, args.steps, 0.25);
         let share = |name: &str| match name {
             name if name.starts_with("vision_tower.") => args.tower_rate,

@@ -15,7 +15,7 @@ use serde_json::json;
 
 use crate::config;
 use crate::lmm::{Setting, rng_for};
-use crate::parallel;
+use crate::parallel::Workers;
 use crate::progress::{self, Run};
 use crate::store::{AdamW, Store};
 
@@ -87,6 +87,7 @@ pub(crate) fn run(
     folder: &Path,
 ) -> Result<()> {
     let mut run = Run::open(folder, args.steps, store)?;
+    let workers = Workers::new(args.workers)?;
     let adam = AdamW { betas: (0.9, 0.98), weight_decay: 0.02, max_norm: 1.0 };
     loop {
         let step = store.step;
@@ -105,7 +106,7 @@ pub(crate) fn run(
         if step >= args.steps {
             return Ok(());
         }
-        let (loss, grads) = parallel::gradients(args.workers, |worker| {
+        let (loss, grads) = workers.gradients(|worker| {
             let first = ((step * args.workers + worker) * args.batch) as u64;
             let mut rng = rng_for(args.seed, step, worker);
             let mut total: Option<Tensor> = None;

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::config;
 use crate::lmm::Setting;
-use crate::parallel;
+use crate::parallel::Workers;
 use crate::progress::{self, Run};
 use crate::store::{AdamW, Store};
 use crate::symbolic::Thing;
@@ -82,6 +82,7 @@ pub(crate) fn run(
     folder: &Path,
 ) -> Result<()> {
     let mut run = Run::open(folder, args.steps, store)?;
+    let workers = Workers::new(args.workers)?;
     let adam = AdamW { betas: (0.9, 0.98), weight_decay: 0.02, max_norm: 1.0 };
     let directions = setting.codes.directions()?;
     loop {
@@ -109,7 +110,7 @@ pub(crate) fn run(
         let params = store.params(&Default::default());
         let tower = Tower::load(&setting.sizes, &params)?;
         let projector = Projector::load(&setting.sizes, &params)?;
-        let (loss, grads) = parallel::gradients(args.workers, |worker| {
+        let (loss, grads) = workers.gradients(|worker| {
             let first = ((step * args.workers + worker) * args.batch) as u64;
             let batch = batch(setting, world, Split::Train, args.seed, first..first + args.batch as u64)?;
             let tokens = projector.forward(&tower.forward(&batch.patches)?)?;

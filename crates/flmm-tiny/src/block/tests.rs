@@ -1,0 +1,262 @@
+//! Blocks against the same layers composed of `flmm::nn`, which has tests of its own, and against finite differences.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Result, Tensor, Var};
+use flmm::nn::{Linear, PackedMask, RotaryTable, packed_softmax, rms_norm, rotary_heads, silu_mul};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::*;
+
+const THETA: f64 = 1e4;
+const SIZES: DecoderSizes = DecoderSizes { width: 24, heads: 3, ffn: 20, eps: 1e-5 };
+
+fn random(shape: &[usize], seed: u64, scale: f32) -> Tensor {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| scale * rng.random_range(-1.0..1.0)).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+/// A batch of packed conversations.
+#[derive(Clone)]
+struct Packing {
+    prefix: usize,
+    /// Lengths of the conversations of every sample; what is missing to the longest sample is padding.
+    conversations: Vec<Vec<usize>>,
+    maps: Maps,
+}
+
+impl Packing {
+    fn rows(&self) -> usize {
+        self.prefix + self.conversations.iter().map(|lengths| lengths.iter().sum()).max().unwrap_or(0)
+    }
+
+    fn batch(&self) -> usize {
+        self.conversations.len()
+    }
+
+    fn mask(&self) -> Arc<PackedMask> {
+        let mut starts = Vec::new();
+        for lengths in &self.conversations {
+            let first = starts.len();
+            starts.extend(vec![0; self.prefix]);
+            for length in lengths {
+                starts.extend(vec![(starts.len() - first) as u32; *length]);
+            }
+            starts.extend((starts.len() - first) as u32..self.rows() as u32);
+        }
+        Arc::new(PackedMask { prefix: self.prefix, starts })
+    }
+
+    fn positions(&self) -> Vec<u32> {
+        let restart = |(row, start): (usize, &u32)| match row % self.rows() {
+            row if row < self.prefix => row as u32,
+            row => (self.prefix + row) as u32 - start,
+        };
+        self.mask().starts.iter().enumerate().map(restart).collect()
+    }
+}
+
+/// No text, one conversation, several and padding; the image from the third row on.
+fn packings() -> Vec<Packing> {
+    let maps = Maps { heads: vec![2, 0], first: 2 };
+    let packing = |prefix, conversations: &[&[usize]], maps: &Maps| Packing {
+        prefix,
+        conversations: conversations.iter().map(|lengths| lengths.to_vec()).collect(),
+        maps: maps.clone(),
+    };
+    vec![
+        packing(7, &[&[]], &maps),
+        packing(5, &[&[9]], &Maps::default()),
+        packing(21, &[&[3, 1, 17, 2], &[4], &[]], &maps),
+        packing(4, &[&[2, 2], &[1, 3]], &maps),
+    ]
+}
+
+/// `x` and a layer's tensors as variables.
+fn variables(packing: &Packing, sizes: &DecoderSizes) -> Vec<Var> {
+    let x = random(&[packing.batch(), packing.rows(), sizes.width], 1, 1.0);
+    let mut all = vec![x];
+    for (seed, (name, shape)) in (2..).zip(sizes.tensors()) {
+        let scale = if name.ends_with("norm") { 1.0 } else { 1.5 / (shape[1] as f32).sqrt() };
+        all.push(random(&shape, seed, scale));
+    }
+    all.iter().map(|t| Var::from_tensor(t).unwrap()).collect()
+}
+
+/// The layer as one operation: states and maps.
+fn block(packing: &Packing, sizes: &DecoderSizes, precision: Precision, t: &[Tensor]) -> Result<Vec<Tensor>> {
+    let rotary = Arc::new(Rotary::new(&packing.positions(), sizes.width / sizes.heads, THETA));
+    let pass = Pass { sizes: *sizes, precision, mask: packing.mask(), rotary };
+    let parts: Vec<Tensor> = t[1..].iter().map(|t| t.flatten_all()).collect::<Result<_>>()?;
+    let (y, maps) = decoder_block(&t[0], &Tensor::cat(&parts, 0)?, &pass, &packing.maps)?;
+    Ok([vec![y], maps].concat())
+}
+
+/// The same from single operations.
+fn composed(packing: &Packing, sizes: &DecoderSizes, t: &[Tensor]) -> Result<Vec<Tensor>> {
+    let [x, norm, q, k, v, o, post_norm, gate, up, down] = t else { panic!("ten tensors") };
+    let (batch, rows, width) = x.dims3()?;
+    let head = width / sizes.heads;
+    let table = Arc::new(RotaryTable::new(256, head, THETA));
+    let positions = Arc::new(packing.positions());
+    let linear = |x: &Tensor, weight: &Tensor| Linear::new(weight.clone(), None).forward(x).unwrap();
+    let normed = rms_norm(x, norm, f64::from(sizes.eps)).unwrap();
+    let rotated = |weight| rotary_heads(&linear(&normed, weight), sizes.heads, &positions, &table).unwrap();
+    let scores = rotated(q).matmul(&rotated(k).t()?)?;
+    let probs = packed_softmax(&scores, (head as f32).sqrt().recip(), &packing.mask()).unwrap();
+    let v = linear(&normed, v).reshape((batch, rows, sizes.heads, head))?.transpose(1, 2)?.contiguous()?;
+    let y = probs.matmul(&v)?.transpose(1, 2)?.reshape((batch, rows, width))?;
+    let x = (x + linear(&y, o))?;
+    let normed = rms_norm(&x, post_norm, f64::from(sizes.eps)).unwrap();
+    let hidden = silu_mul(&linear(&normed, gate), &linear(&normed, up)).unwrap();
+    let mut all = vec![(x + linear(&hidden, down))?];
+    let Maps { heads, first } = &packing.maps;
+    for head in heads {
+        all.push(probs.narrow(1, *head, 1)?.squeeze(1)?.narrow(2, *first, packing.prefix - first)?);
+    }
+    Ok(all)
+}
+
+/// `Σ r · y` over all results, with fixed random `r`.
+fn mixed(results: &[Tensor]) -> Tensor {
+    let terms = results.iter().zip(100..).map(|(y, seed)| {
+        // Maps are small numbers.
+        let r = random(y.dims(), seed, if seed == 100 { 1.0 } else { 20.0 });
+        (y * r).unwrap().sum_all().unwrap()
+    });
+    terms.reduce(|sum, term| (sum + term).unwrap()).unwrap()
+}
+
+fn tensors(variables: &[Var]) -> Vec<Tensor> {
+    variables.iter().map(|v| v.as_tensor().clone()).collect()
+}
+
+/// Results, then the gradient of [`mixed`] with respect to every variable.
+fn everything(variables: &[Var], f: impl Fn(&[Tensor]) -> Result<Vec<Tensor>>) -> (Vec<Tensor>, Vec<Tensor>) {
+    let results = f(&tensors(variables)).unwrap();
+    let grads = mixed(&results).backward().unwrap();
+    (results, variables.iter().map(|v| grads.get(v).expect("a gradient").clone()).collect())
+}
+
+/// Largest difference as a share of the largest number.
+fn difference(found: &Tensor, expected: &Tensor) -> f32 {
+    assert_eq!(found.dims(), expected.dims());
+    let largest =
+        |t: Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    largest((found - expected).unwrap()) / largest(expected.clone())
+}
+
+fn assert_agree(found: (Vec<Tensor>, Vec<Tensor>), expected: (Vec<Tensor>, Vec<Tensor>), tolerance: f32) {
+    let pairs = |a: &[Tensor], b: &[Tensor], what: &str| {
+        assert_eq!(a.len(), b.len());
+        for (at, (a, b)) in a.iter().zip(b).enumerate() {
+            let difference = difference(a, b);
+            assert!(difference < tolerance, "{what} {at} differs by {difference}");
+        }
+    };
+    pairs(&found.0, &expected.0, "result");
+    pairs(&found.1, &expected.1, "gradient");
+}
+
+#[test]
+fn a_decoder_layer_is_what_it_is_composed_of() {
+    for packing in packings() {
+        let variables = variables(&packing, &SIZES);
+        let found = everything(&variables, |t| block(&packing, &SIZES, Precision::F32, t));
+        assert_agree(found, everything(&variables, |t| composed(&packing, &SIZES, t)), 1e-5);
+    }
+}
+
+#[test]
+fn sixteen_bits_are_near() {
+    for packing in packings() {
+        let variables = variables(&packing, &SIZES);
+        let found = everything(&variables, |t| block(&packing, &SIZES, Precision::Bf16, t));
+        assert_agree(found, everything(&variables, |t| composed(&packing, &SIZES, t)), 0.04);
+    }
+}
+
+#[test]
+fn gradients_are_slopes() {
+    const STEP: f64 = 3e-3;
+    for packing in packings() {
+        let variables = variables(&packing, &SIZES);
+        let (_, gradients) = everything(&variables, |t| block(&packing, &SIZES, Precision::F32, t));
+        for (at, gradient) in gradients.iter().enumerate() {
+            // Along the gradient, where the slope is its length; and aside, where it is not.
+            for aside in [0.0, 0.3] {
+                let length = gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+                let along = (gradient / f64::from(length)).unwrap();
+                let direction = (along + (random(gradient.dims(), 7, 1.0) * aside).unwrap()).unwrap();
+                let value = |step: f64| {
+                    let mut moved = tensors(&variables);
+                    moved[at] = (&moved[at] + (&direction * step).unwrap()).unwrap();
+                    f64::from(
+                        mixed(&block(&packing, &SIZES, Precision::F32, &moved).unwrap())
+                            .to_scalar::<f32>()
+                            .unwrap(),
+                    )
+                };
+                let slope = (value(STEP) - value(-STEP)) / (2.0 * STEP);
+                let expected = (gradient * direction).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+                let error = (slope / f64::from(expected) - 1.0).abs();
+                assert!(error < 2e-2, "variable {at}: slope {slope}, gradient {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_an_error() {
+    let packing = packings().remove(1);
+    let t = tensors(&variables(&packing, &SIZES));
+    let short = [&t[..9], &[t[9].narrow(0, 0, 3).unwrap()]].concat();
+    assert!(block(&packing, &SIZES, Precision::F32, &short).is_err());
+    let wide = Packing { conversations: vec![vec![8]], ..packing.clone() };
+    assert!(block(&wide, &SIZES, Precision::F32, &t).is_err());
+    let heads = Packing { maps: Maps { heads: vec![3], first: 0 }, ..packing };
+    assert!(block(&heads, &SIZES, Precision::F32, &t).is_err());
+}
+
+/// Processor time of this thread, in milliseconds.
+fn processor_time() -> f64 {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    stat.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e6
+}
+
+/// Prints the processor time of a layer's forward and backward pass at the shipped sizes, with eight scenes:
+/// `cargo test --release -p flmm-tiny speed -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn speed() {
+    let sizes = DecoderSizes { width: 160, heads: 5, ffn: 432, eps: 1e-5 };
+    let maps = Maps { heads: vec![0], first: 6 };
+    let packing =
+        Packing { prefix: 150, conversations: vec![[17, 9, 15, 11, 20, 13, 8, 19].to_vec(); 8], maps };
+    let variables = variables(&packing, &sizes);
+    let time = |f: &dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>| {
+        let start = processor_time();
+        mixed(&f(&tensors(&variables)).unwrap()).backward().unwrap();
+        processor_time() - start
+    };
+    // Products in bf16 would wait for another thread.
+    rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(|| {
+        let mut least = [f64::MAX; 3];
+        for _ in 0..20 {
+            let times = [
+                time(&|t| composed(&packing, &sizes, t)),
+                time(&|t| block(&packing, &sizes, Precision::F32, t)),
+                time(&|t| block(&packing, &sizes, Precision::Bf16, t)),
+            ];
+            least.iter_mut().zip(times).for_each(|(least, time)| *least = least.min(time));
+        }
+        let [composed, f32, bf16] = least;
+        println!(
+            "composed {composed:.1} ms, one operation {f32:.1} ({:.2} times), bf16 {bf16:.1} ({:.2} times)",
+            composed / f32,
+            composed / bf16
+        );
+    });
+}
