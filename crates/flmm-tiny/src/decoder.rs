@@ -11,7 +11,7 @@ use candle_core::Tensor;
 use flmm::nn::{Linear, PackedMask, rms_norm};
 use flmm::weights::Params;
 
-use crate::block::{DecoderSizes, Maps, Pass, Precision, Rotary, decoder_block};
+use crate::block::{DecoderSizes, Maps, Pass, Rotary, decoder_block};
 use crate::config::{LmmSizes, RMS_NORM_EPS, ROPE_THETA};
 use crate::store::Init;
 
@@ -151,7 +151,6 @@ pub(crate) struct Decoder {
     norm: Tensor,
     lm_head: Linear,
     sizes: DecoderSizes,
-    precision: Precision,
 }
 
 /// A packed forward pass.
@@ -163,8 +162,8 @@ pub(crate) struct Output {
 }
 
 impl Decoder {
-    /// Reads the tensors that [`init`] made; the layers compute in `precision`.
-    pub(crate) fn load(sizes: &LmmSizes, params: &Params, precision: Precision) -> Result<Self> {
+    /// Reads the tensors that [`init`] made.
+    pub(crate) fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
         let model = params.pp(MODEL);
         let d = sizes.width;
         let of_layer =
@@ -184,7 +183,6 @@ impl Decoder {
             norm: model.pp("norm").get(&[d], "weight")?,
             lm_head: Linear::load(d, sizes.vocab, false, &params.pp("language_model.lm_head"))?,
             sizes: of_layer,
-            precision,
         })
     }
 
@@ -211,9 +209,9 @@ impl Decoder {
         image: usize,
         heads: &[(usize, usize)],
     ) -> Result<Output> {
-        let (sizes, precision) = (self.sizes, self.precision);
+        let sizes = self.sizes;
         let rotary = Arc::new(Rotary::new(positions, sizes.width / sizes.heads, ROPE_THETA));
-        let pass = Pass { sizes, precision, mask: mask.clone(), rotary };
+        let pass = Pass { sizes, mask: mask.clone(), rotary };
         let mut x = x.clone();
         let mut attention = BTreeMap::new();
         for (layer, parameters) in self.layers.iter().enumerate() {

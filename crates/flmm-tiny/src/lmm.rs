@@ -14,7 +14,6 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use crate::alignment;
-use crate::block::Precision;
 use crate::config::LmmSizes;
 use crate::decoder::{Decoder, Output};
 use crate::pack::{Kind, Packed, Packer};
@@ -102,12 +101,12 @@ pub(crate) struct Lmm {
 }
 
 impl Lmm {
-    /// Reads all tensors; the layers compute in `precision`.
-    pub(crate) fn load(sizes: &LmmSizes, params: &Params, precision: Precision) -> Result<Self> {
+    /// Reads all tensors.
+    pub(crate) fn load(sizes: &LmmSizes, params: &Params) -> Result<Self> {
         let lmm = Self {
             tower: Tower::load(sizes, params)?,
             projector: Projector::load(sizes, params)?,
-            decoder: Decoder::load(sizes, params, precision)?,
+            decoder: Decoder::load(sizes, params)?,
         };
         params.finish("rerun the stage that writes these tensors")?;
         Ok(lmm)

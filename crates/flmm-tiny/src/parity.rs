@@ -14,7 +14,6 @@ use flmm_data::world::{self, Level, Split, WorldConfig};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use crate::block::Precision;
 use crate::config::LmmSizes;
 use crate::decoder::{self, Decoder};
 use crate::symbolic::Codes;
@@ -48,7 +47,7 @@ fn the_opened_model_computes_what_was_trained() {
     let params = Params::new("test", tensors.into_iter().collect());
     let (tower, projector) =
         (Tower::load(&sizes, &params).unwrap(), Projector::load(&sizes, &params).unwrap());
-    let decoder = Decoder::load(&sizes, &params, Precision::F32).unwrap();
+    let decoder = Decoder::load(&sizes, &params).unwrap();
     let processor = LlavaProcessor::new(sizes.image_size, SizeRule::MultiplyFirst, Normalisation::CLIP);
     let (pixels, _) = processor.process(&scene.image).unwrap();
     let patches =

@@ -9,7 +9,6 @@ use flmm_data::world::{self, QuestionKind, Split, WorldConfig};
 use rand::Rng;
 use serde::Deserialize;
 
-use crate::block::Precision;
 use crate::config::{self, LmmSizes};
 use crate::gates::{Gate, check_gates, question_kind};
 use crate::lmm::{Lmm, Report, Sample, Setting, Source, rng_for};
@@ -45,9 +44,6 @@ pub(crate) struct LmmArgs {
     /// Seed of scenes and choices.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
-    /// What the large products of training are computed in; evaluations compute in f32.
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) dtype: Precision,
     /// Steps between evaluations.
     #[arg(long, default_value_t = 250)]
     pub(crate) evaluate_every: usize,
@@ -141,7 +137,7 @@ pub(crate) fn run(
         let step = store.step;
         // A run that stopped here, perhaps because of a gate, does not pass it by being started again.
         if step > 0 && (step.is_multiple_of(args.evaluate_every) || step >= args.steps) {
-            let lmm = Lmm::load(&setting.sizes, &store.params(frozen), Precision::F32)?;
+            let lmm = Lmm::load(&setting.sizes, &store.params(frozen))?;
             if judge(args, pixels, setting, world, &lmm, step, &mut run)? {
                 run.save(store)?;
                 break;
@@ -151,7 +147,7 @@ pub(crate) fn run(
             break;
         }
         let source = args.source(pixels, &setting.sizes, rng_for(args.seed, step, 99).random());
-        let lmm = Lmm::load(&setting.sizes, &store.params(frozen), args.dtype)?;
+        let lmm = Lmm::load(&setting.sizes, &store.params(frozen))?;
         let (loss, grads) =
             workers.gradients(|worker| gradients(args, setting, world, &lmm, store, source, worker))?;
         let lr = progress::rate(args.lr, step, args.steps, 0.25);

@@ -4,10 +4,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use flmm::nn::PackedMask;
-use flmm_kernels::Sizes;
 
 use super::attention::{Attention, Maps, Probabilities};
-use super::linear::Precision;
+use super::linear::{Sizes, input_gradient, linear, weight_gradient};
 use super::product::{Buffer, Numbers};
 use super::rotary::Rotary;
 use super::rows::{rms_norm, rms_norm_backward, silu_mul, silu_mul_backward};
@@ -26,7 +25,6 @@ pub(crate) struct DecoderSizes {
 #[derive(Debug, Clone)]
 pub(crate) struct Pass {
     pub(crate) sizes: DecoderSizes,
-    pub(crate) precision: Precision,
     pub(crate) mask: Arc<PackedMask>,
     pub(crate) rotary: Arc<Rotary>,
 }
@@ -134,18 +132,18 @@ impl DecoderBlock {
     }
 
     fn forward(&self, x: &[f32], weights: &Weights) -> Result<(Vec<f32>, Saved)> {
-        let Pass { sizes: DecoderSizes { width, heads, ffn, eps }, precision, rotary, .. } = &self.pass;
+        let Pass { sizes: DecoderSizes { width, heads, ffn, eps }, rotary, .. } = &self.pass;
         let (width, ffn) = (*width, *ffn);
         let normed = rms_norm(x, weights.input_norm, *eps).into();
-        let mut qkv = precision.linear(&normed, weights.qkv, self.sizes(width, 3 * width))?;
+        let mut qkv = linear(&normed, weights.qkv, self.sizes(width, 3 * width))?;
         rotary.rotate(&mut qkv, 3 * width, 2 * heads, false);
         let (probabilities, picked) = self.attention.forward(&qkv)?;
-        let mut middle = precision.linear(&picked, weights.o, self.sizes(width, width))?;
+        let mut middle = linear(&picked, weights.o, self.sizes(width, width))?;
         middle.iter_mut().zip(x).for_each(|(y, x)| *y += x);
         let normed = rms_norm(&middle, weights.post_norm, *eps).into();
-        let gate_up = precision.linear(&normed, weights.gate_up, self.sizes(width, 2 * ffn))?;
+        let gate_up = linear(&normed, weights.gate_up, self.sizes(width, 2 * ffn))?;
         let hidden = silu_mul(&gate_up, ffn).into();
-        let mut out = precision.linear(&hidden, weights.down, self.sizes(ffn, width))?.into_vec();
+        let mut out = linear(&hidden, weights.down, self.sizes(ffn, width))?.into_vec();
         out.iter_mut().zip(middle.iter()).for_each(|(y, x)| *y += x);
         self.attention.append_maps(&probabilities, &self.maps, &mut out);
         Ok((out, Saved { qkv, probabilities, picked, middle, gate_up }))
@@ -160,26 +158,26 @@ impl DecoderBlock {
         dy: Numbers,
         d: &mut [f32],
     ) -> Result<Vec<f32>> {
-        let Pass { sizes: DecoderSizes { width, heads, ffn, eps }, precision, rotary, .. } = &self.pass;
+        let Pass { sizes: DecoderSizes { width, heads, ffn, eps }, rotary, .. } = &self.pass;
         let (width, ffn) = (*width, *ffn);
         let mut rest = d;
         let [d_input_norm, d_qkv, d_o, d_post_norm, d_gate_up, d_down] =
             self.pass.sizes.parts().map(|len| rest.split_off_mut(..len).unwrap_or_default());
 
         let sizes = self.sizes(ffn, width);
-        let mut hidden = precision.input_gradient(dy, weights.down, sizes)?;
+        let mut hidden = input_gradient(dy, weights.down, sizes)?;
         let gate_up = silu_mul_backward(&saved.gate_up, ffn, &mut hidden).into();
-        precision.weight_gradient(&hidden, dy, sizes, d_down)?;
+        weight_gradient(&hidden, dy, sizes, d_down)?;
         let sizes = self.sizes(width, 2 * ffn);
         let normed = rms_norm(&saved.middle, weights.post_norm, *eps).into();
-        precision.weight_gradient(&normed, &gate_up, sizes, d_gate_up)?;
-        let normed = precision.input_gradient(&gate_up, weights.gate_up, sizes)?;
+        weight_gradient(&normed, &gate_up, sizes, d_gate_up)?;
+        let normed = input_gradient(&gate_up, weights.gate_up, sizes)?;
         let mut middle = Buffer::from(dy.first(x.len())?.to_vec());
         rms_norm_backward(&saved.middle, weights.post_norm, *eps, &normed, &mut middle, d_post_norm);
 
         let sizes = self.sizes(width, width);
-        precision.weight_gradient(&saved.picked, &middle, sizes, d_o)?;
-        let picked = precision.input_gradient(&middle, weights.o, sizes)?;
+        weight_gradient(&saved.picked, &middle, sizes, d_o)?;
+        let picked = input_gradient(&middle, weights.o, sizes)?;
         let keys = self.attention.shared().saturating_sub(self.maps.first);
         let maps = dy.skip(x.len()).first(self.maps.heads.len() * self.rows() * keys)?;
         let mut qkv =
@@ -187,8 +185,8 @@ impl DecoderBlock {
         rotary.rotate(&mut qkv, 3 * width, 2 * heads, true);
         let sizes = self.sizes(width, 3 * width);
         let normed = rms_norm(x, weights.input_norm, *eps).into();
-        precision.weight_gradient(&normed, &qkv, sizes, d_qkv)?;
-        let normed = precision.input_gradient(&qkv, weights.qkv, sizes)?;
+        weight_gradient(&normed, &qkv, sizes, d_qkv)?;
+        let normed = input_gradient(&qkv, weights.qkv, sizes)?;
         rms_norm_backward(x, weights.input_norm, *eps, &normed, &mut middle, d_input_norm);
         Ok(middle.into_vec())
     }

@@ -15,5 +15,4 @@ mod tests;
 
 pub(crate) use attention::Maps;
 pub(crate) use decoder_block::{DecoderSizes, Pass, decoder_block};
-pub(crate) use linear::Precision;
 pub(crate) use rotary::Rotary;
