@@ -18,13 +18,14 @@ use half::bf16;
 
 use crate::avx512::Avx512Bf16;
 use crate::few::Few;
-use crate::kernel::{Blocking, Kernel, Weights};
-use crate::line::{LANES, Line};
+use crate::kernel::{Blocking, Kernel, Sums, Weights};
+use crate::line::{Ahead, LANES, Line};
+use crate::tiles::{self, Steps};
 
 /// Outputs of a register block: two tiles.
-const OUTPUTS: usize = 2 * LANES;
+pub(crate) const OUTPUTS: usize = 2 * LANES;
 /// Lines of rows of a register block: two tiles.
-const LINES: usize = 2;
+pub(crate) const LINES: usize = 2;
 /// Operations of one instruction.
 const OPERATIONS: usize = 2 * LANES * LANES * 2 * LANES;
 /// Instructions of one turn of a loop that only multiplies.
@@ -136,10 +137,10 @@ impl Kernel for Amx {
         OUTPUTS
     }
 
-    /// Every processor with tiles has two megabytes. Rows are read from behind that cache once for each block of outputs:
-    /// with a third of these outputs a product takes a sixth longer.
+    /// Every processor with tiles has two megabytes, of which another thread of the core may take a part: for the sums, and twice the
+    /// rows of one depth. In the first-level cache a panel of rows, its sums and the weights of a register block have to stay.
     fn blocking(self) -> Blocking {
-        Blocking { panel: LINES, rows: 768, outputs: 9 * OUTPUTS }
+        Blocking { panel: LINES, rows: 768, outputs: 9 * OUTPUTS, depth: 8 * LANES }
     }
 
     fn within<R>(self, work: impl FnOnce() -> R) -> R {
@@ -151,16 +152,15 @@ impl Kernel for Amx {
         result
     }
 
-    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool) {
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], add: bool) {
         assert!((1..=LINES).contains(&lines) && a.len() >= b.depth * lines);
         assert!(b.units.len() >= (OUTPUTS - 1) * b.stride + b.depth);
-        assert!(c.len() >= (OUTPUTS - 1) * stride + lines);
+        assert!(c.len() >= OUTPUTS * lines);
         let (steps, rest) = (b.depth / LANES, b.depth % LANES);
         if steps > 0 {
+            let (x, w) = (a.as_ptr(), Steps { first: b.units.as_ptr(), stride: b.stride });
             // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
-            unsafe {
-                multiply(a.as_ptr(), lines, (b.units.as_ptr(), b.stride), steps, c.as_mut_ptr(), stride, add)
-            }
+            unsafe { tiles::multiply(x, lines, w, steps, c.as_mut_ptr(), add) }
         }
         if rest > 0 {
             // The last units, filled up with zeros.
@@ -170,113 +170,43 @@ impl Kernel for Amx {
             for (n, w) in w.iter_mut().enumerate() {
                 w.0[..rest].copy_from_slice(&b.units[n * b.stride + full..][..rest]);
             }
-            let add = add || steps > 0;
-            // SAFETY: as above; both operands are one tile deep.
-            unsafe { multiply(x.as_ptr(), lines, (w.as_ptr().cast(), LANES), 1, c.as_mut_ptr(), stride, add) }
+            let (x, w) = (x.as_ptr(), Steps { first: w.as_ptr().cast(), stride: LANES });
+            // SAFETY: as above; both operands are one step deep.
+            unsafe { tiles::multiply(x, lines, w, 1, c.as_mut_ptr(), add || steps > 0) }
         }
     }
-}
 
-/// As [`Kernel::tile`], `16 · steps` deep; weights are a pointer and the units from one output to the next.
-///
-/// # Safety
-/// The processor must have AMX for bf16, tiles must be configured by [`CONFIG`]; `x` must have `16 · steps · lines` lines, `w` as many units of [`OUTPUTS`]
-/// outputs, and `c` [`OUTPUTS`] times `lines` lines, `stride` apart.
-unsafe fn multiply(
-    x: *const Line,
-    lines: usize,
-    (w, w_stride): (*const u32, usize),
-    steps: usize,
-    c: *mut Line,
-    stride: usize,
-    add: bool,
-) {
-    let (x_bytes, w_bytes, c_bytes) = (lines * 64, w_stride * 4, stride * 64);
-    let (w_second, c_second) = (w.wrapping_add(LANES * w_stride), c.wrapping_add(LANES * stride));
-    if lines == LINES {
-        // SAFETY: the caller vouches for all lengths.
-        unsafe {
-            asm!(
-                "test {add}, {add}",
-                "jnz 3f",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "jmp 2f",
-                "3:",
-                "tileloadd tmm0, [{c} + {cs}*1]",
-                "tileloadd tmm1, [{c} + {cs}*1 + 64]",
-                "tileloadd tmm2, [{c2} + {cs}*1]",
-                "tileloadd tmm3, [{c2} + {cs}*1 + 64]",
-                "2:",
-                "tileloadd tmm4, [{w} + {ws}*1]",
-                "tileloadd tmm6, [{x} + {xs}*1]",
-                "tileloadd tmm7, [{x} + {xs}*1 + 64]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{w2} + {ws}*1]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {w}, 64",
-                "add {w2}, 64",
-                "add {x}, 2048",
-                "dec {steps}",
-                "jnz 2b",
-                "tilestored [{c} + {cs}*1], tmm0",
-                "tilestored [{c} + {cs}*1 + 64], tmm1",
-                "tilestored [{c2} + {cs}*1], tmm2",
-                "tilestored [{c2} + {cs}*1 + 64], tmm3",
-                add = in(reg) usize::from(add),
-                c = in(reg) c,
-                c2 = in(reg) c_second,
-                cs = in(reg) c_bytes,
-                w = inout(reg) w => _,
-                w2 = inout(reg) w_second => _,
-                ws = in(reg) w_bytes,
-                x = inout(reg) x => _,
-                xs = in(reg) x_bytes,
-                steps = inout(reg) steps => _,
-                options(nostack),
-            );
+    fn panels(self, a: &[Line], lines: usize, b: Weights, c: &mut Sums, add: bool, mut ahead: Ahead) {
+        let (steps, pairs) = (b.depth / LANES, lines / LINES);
+        assert!(b.depth.is_multiple_of(LANES) && steps > 0 && a.len() >= b.depth * lines);
+        assert!(b.units.len() >= (OUTPUTS - 1) * b.stride + b.depth);
+        assert!(c.first + OUTPUTS <= c.outputs && c.all.len() >= c.outputs * lines);
+        let share = ahead.share(pairs * steps + lines % LINES);
+        let w = Steps { first: b.units.as_ptr(), stride: b.stride };
+        let mut before = None;
+        for at in 0..pairs {
+            let x = a[at * LINES * b.depth..].as_ptr();
+            let sums = c.panel(at * LINES, LINES).as_mut_ptr();
+            // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
+            unsafe {
+                tiles::operands(x, w);
+                tiles::first_step(before, sums, add);
+                ahead.fetch(share);
+                for step in 1..steps {
+                    tiles::step(x.add(step * LANES * LINES), w.step(step));
+                    ahead.fetch(share);
+                }
+            }
+            before = Some(sums);
         }
-    } else {
-        // SAFETY: the caller vouches for all lengths.
-        unsafe {
-            asm!(
-                "test {add}, {add}",
-                "jnz 3f",
-                "tilezero tmm0",
-                "tilezero tmm2",
-                "jmp 2f",
-                "3:",
-                "tileloadd tmm0, [{c} + {cs}*1]",
-                "tileloadd tmm2, [{c2} + {cs}*1]",
-                "2:",
-                "tileloadd tmm6, [{x} + {xs}*1]",
-                "tileloadd tmm4, [{w} + {ws}*1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{w2} + {ws}*1]",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "add {w}, 64",
-                "add {w2}, 64",
-                "add {x}, 1024",
-                "dec {steps}",
-                "jnz 2b",
-                "tilestored [{c} + {cs}*1], tmm0",
-                "tilestored [{c2} + {cs}*1], tmm2",
-                add = in(reg) usize::from(add),
-                c = in(reg) c,
-                c2 = in(reg) c_second,
-                cs = in(reg) c_bytes,
-                w = inout(reg) w => _,
-                w2 = inout(reg) w_second => _,
-                ws = in(reg) w_bytes,
-                x = inout(reg) x => _,
-                xs = in(reg) x_bytes,
-                steps = inout(reg) steps => _,
-                options(nostack),
-            );
+        if let Some(sums) = before {
+            // SAFETY: as above.
+            unsafe { tiles::store(sums) }
+        }
+        if !lines.is_multiple_of(LINES) {
+            ahead.fetch(share);
+            let at = pairs * LINES;
+            self.tile(&a[at * b.depth..], lines - at, b, c.panel(at, lines - at), add);
         }
     }
 }

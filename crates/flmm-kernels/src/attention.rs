@@ -166,6 +166,8 @@ impl<T: Float, K: Kernel + Few<T>> Job<'_, T, K> {
                 Arch::new().dispatch(Finish {
                     sums: &scratch.mixed,
                     lines: lse.len().div_ceil(LANES),
+                    panel: lines,
+                    outputs: head_dim,
                     bias: None,
                     y: &y,
                     rows: row..row + lse.len(),
@@ -260,6 +262,7 @@ impl Block {
             x,
             rows: lse.len(),
             inputs: head_dim,
+            columns: 0..head_dim,
             lines: queries,
             units,
             how: PhantomData,
@@ -273,7 +276,7 @@ impl Block {
         job.kernel.within(|| {
             for key in (0..seen).step_by(job.kernel.outputs()) {
                 let weights = Weights { units: &packed.keys[key * units..], stride: units, depth: units };
-                job.kernel.tile(queries, lines, weights, &mut self.scores[key * lines..], lines, false);
+                job.kernel.tile(queries, lines, weights, &mut self.scores[key * lines..], false);
             }
         });
         arch.dispatch(Softmax::<T, U> {
@@ -289,14 +292,7 @@ impl Block {
         job.kernel.within(|| {
             for column in (0..head_dim).step_by(job.kernel.outputs()) {
                 let weights = Weights { units: &packed.values[column * stride..], stride, depth };
-                job.kernel.tile(
-                    &self.scores,
-                    lines,
-                    weights,
-                    &mut self.mixed[column * lines..],
-                    lines,
-                    false,
-                );
+                job.kernel.tile(&self.scores, lines, weights, &mut self.mixed[column * lines..], false);
             }
         });
     }

@@ -2,7 +2,7 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-use crate::line::{LANES, Line};
+use crate::line::{Ahead, LANES, Line};
 
 /// Weights (outputs) of a register block of vectors.
 pub(crate) const OUTPUTS: usize = 6;
@@ -15,15 +15,35 @@ pub(crate) struct Weights<'a> {
     pub(crate) depth: usize,
 }
 
+/// Sums of a block of rows for the outputs of a register block: those of a panel for all outputs lie together.
+#[derive(Debug)]
+pub(crate) struct Sums<'a> {
+    /// `[panels, outputs, lines of a panel]`
+    pub(crate) all: &'a mut [Line],
+    /// Outputs that `all` has room for.
+    pub(crate) outputs: usize,
+    /// The first output of the register block.
+    pub(crate) first: usize,
+}
+
+impl Sums<'_> {
+    /// The sums of the panel from line `at` on, which has `count` lines.
+    pub(crate) fn panel(&mut self, at: usize, count: usize) -> &mut [Line] {
+        &mut self.all[at * self.outputs + self.first * count..]
+    }
+}
+
 /// The parts of a product that a thread works on at one time.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Blocking {
     /// As [`Kernel::panel`].
     pub(crate) panel: usize,
-    /// Most rows: a thousand bytes of each have to fit the second-level cache, and the sums.
+    /// Most rows: [`Blocking::depth`] units of each have to fit the second-level cache, and the sums.
     pub(crate) rows: usize,
     /// Most outputs; a multiple of [`Kernel::outputs`] and of [`LANES`].
     pub(crate) outputs: usize,
+    /// Most units along the inner dimension; a multiple of [`LANES`].
+    pub(crate) depth: usize,
 }
 
 /// Computes a register block of a product.
@@ -38,7 +58,7 @@ pub(crate) trait Kernel: Copy + Send + Sync {
 
     /// How a large product is cut for the second-level cache.
     fn blocking(self) -> Blocking {
-        Blocking { panel: self.panel(), rows: 512, outputs: 96 }
+        Blocking { panel: self.panel(), rows: 512, outputs: 96, depth: 256 }
     }
 
     /// Runs `work`, in which alone [`Kernel::tile`] may be called.
@@ -49,8 +69,19 @@ pub(crate) trait Kernel: Copy + Send + Sync {
     /// `c[n][row] (+)= Σ_k a[k][row] · b[n][k]` over `depth` units.
     ///
     /// `a [depth, lines]` holds rows side by side; `lines` is at most [`Kernel::panel`]. There are [`Kernel::outputs`]
-    /// outputs. Output `n` has its sums, in f32, at `c[n · stride..][..lines]`, to which they are added if `add`.
-    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool);
+    /// outputs, whose sums `c [outputs, lines]` are f32; they are added to what is there if `add`.
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], add: bool);
+
+    /// As [`Kernel::tile`] for any number of panels that lie one behind the other in `a`, each `[depth, lines]`; `depth` is a multiple
+    /// of [`LANES`]. Meanwhile asks for all of `ahead`.
+    fn panels(self, a: &[Line], lines: usize, b: Weights, c: &mut Sums, add: bool, mut ahead: Ahead) {
+        let share = ahead.share(lines.div_ceil(self.panel()));
+        for at in (0..lines).step_by(self.panel()) {
+            ahead.fetch(share);
+            let count = self.panel().min(lines - at);
+            self.tile(&a[at * b.depth..], count, b, c.panel(at, count), add);
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -60,12 +91,12 @@ impl Kernel for crate::avx512::Avx512Bf16 {
     }
 
     #[inline]
-    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool) {
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], add: bool) {
         match lines {
-            1 => self.tile::<1, OUTPUTS>(a, b, c, stride, add),
-            2 => self.tile::<2, OUTPUTS>(a, b, c, stride, add),
-            3 => self.tile::<3, OUTPUTS>(a, b, c, stride, add),
-            _ => self.tile::<4, OUTPUTS>(a, b, c, stride, add),
+            1 => self.tile::<1, OUTPUTS>(a, b, c, add),
+            2 => self.tile::<2, OUTPUTS>(a, b, c, add),
+            3 => self.tile::<3, OUTPUTS>(a, b, c, add),
+            _ => self.tile::<4, OUTPUTS>(a, b, c, add),
         }
     }
 }
@@ -100,8 +131,8 @@ impl Kernel for Wide {
     }
 
     #[inline]
-    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool) {
-        self.arch.dispatch(Tile { a, lines, b, c, stride, add });
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], add: bool) {
+        self.arch.dispatch(Tile { a, lines, b, c, add });
     }
 }
 
@@ -120,7 +151,6 @@ struct Tile<'a> {
     lines: usize,
     b: Weights<'a>,
     c: &'a mut [Line],
-    stride: usize,
     add: bool,
 }
 
@@ -160,7 +190,7 @@ impl Tile<'_> {
             }
         }
         for (n, sums) in sums.iter().enumerate() {
-            let c: &mut [f32] = bytemuck::cast_slice_mut(&mut self.c[n * self.stride..][..self.lines]);
+            let c: &mut [f32] = bytemuck::cast_slice_mut(&mut self.c[n * self.lines..][..self.lines]);
             for (to, &sum) in S::as_mut_simd_f32s(c).0.iter_mut().zip(sums) {
                 *to = if self.add { simd.add_f32s(*to, sum) } else { sum };
             }

@@ -29,6 +29,8 @@ mod softmax;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
+mod tiles;
+#[cfg(target_arch = "x86_64")]
 mod vnni;
 
 use half::bf16;

@@ -11,11 +11,8 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::element::{Float, Units};
-use crate::kernel::{Blocking, Kernel, Weights};
-use crate::line::{LANES, Line, prefetch, transpose};
-
-/// Units of a packed block along the inner dimension: the block of rows has to fit the second-level cache.
-const DEPTH: usize = 256;
+use crate::kernel::{Blocking, Kernel, Sums, Weights};
+use crate::line::{Ahead, LANES, Line, transpose};
 
 /// Sizes of `x [rows, inputs]` times `weight [outputs, inputs]`, transposed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,13 +25,14 @@ pub struct Sizes {
     pub outputs: usize,
 }
 
-/// `x [rows, inputs]` in units: panels of up to [`Kernel::panel`] lines, each `[units, lines]`.
+/// `x [rows, inputs]` in units: one behind the other the parts of up to [`Blocking::depth`] units, of each the panels of up to
+/// [`Blocking::panel`] lines, each `[units, lines]`.
 struct Packed {
     lines: Vec<Line>,
     /// Lines that hold all rows of one unit.
     width: usize,
+    /// Of a row, filled up to a multiple of [`LANES`].
     units: usize,
-    panel: usize,
 }
 
 impl Packed {
@@ -42,37 +40,47 @@ impl Packed {
         x: &[T],
         rows: usize,
         inputs: usize,
-        panel: usize,
+        blocking: Blocking,
         arch: Arch,
     ) -> Self {
-        let (width, units) = (rows.div_ceil(LANES), inputs.div_ceil(U::PER_UNIT));
+        let Blocking { panel, depth, .. } = blocking;
+        let width = rows.div_ceil(LANES);
+        let units = inputs.div_ceil(U::PER_UNIT).next_multiple_of(LANES);
         let mut lines = vec![Line::ZERO; width * units];
-        lines.par_chunks_mut((panel * units).max(1)).enumerate().for_each(|(index, lines)| {
-            let first = index * panel * LANES;
+        let parts = lines.par_chunks_mut((width * depth).max(1)).enumerate();
+        let panels = parts.flat_map(|(part, lines)| {
+            let units = lines.len() / width;
+            let panels = lines.par_chunks_mut(panel * units).enumerate();
+            panels
+                .map(move |(index, lines)| (part * depth..part * depth + units, index * panel * LANES, lines))
+        });
+        panels.for_each(|(units, first, lines)| {
             arch.dispatch(Pack::<T, U> {
                 x: &x[first * inputs..],
                 rows: rows - first,
                 inputs,
+                columns: units.start * U::PER_UNIT..inputs.min(units.end * U::PER_UNIT),
                 lines,
-                units,
+                units: units.len(),
                 how: PhantomData,
             });
         });
-        Self { lines, width, units, panel }
+        Self { lines, width, units }
     }
 
-    /// Units `from..from + depth` of the panel that begins at line `line`, and its number of lines.
-    fn panel(&self, line: usize, from: usize, depth: usize) -> (&[Line], usize) {
-        let count = self.panel.min(self.width - line);
-        (&self.lines[line * self.units + from * count..][..depth * count], count)
+    /// Units `from..from + depth`, a whole part, of the panels of `lines`.
+    fn panels(&self, lines: Range<usize>, from: usize, depth: usize) -> &[Line] {
+        &self.lines[from * self.width..][lines.start * depth..lines.end * depth]
     }
 }
 
-/// Packs the first rows of `x [rows, inputs]` into one panel.
+/// Packs columns of the first rows of `x [rows, inputs]` into one panel.
 pub(crate) struct Pack<'a, T, U> {
     pub(crate) x: &'a [T],
     pub(crate) rows: usize,
     pub(crate) inputs: usize,
+    /// The inputs that are packed.
+    pub(crate) columns: Range<usize>,
     /// `[units, lines]`
     pub(crate) lines: &'a mut [Line],
     pub(crate) units: usize,
@@ -84,12 +92,13 @@ impl<T: Copy, U: Units<T>> WithSimd for Pack<'_, T, U> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let Self { x, rows, inputs, lines, units, .. } = self;
+        let Self { x, rows, inputs, columns, lines, units, .. } = self;
         let count = lines.len() / units;
         for line in 0..count {
             for k in (0..units).step_by(LANES) {
                 let mut block = [Line::ZERO; LANES];
-                let from = k * U::PER_UNIT..((k + LANES) * U::PER_UNIT).min(inputs);
+                let from = columns.start + k * U::PER_UNIT;
+                let from = from.min(columns.end)..(from + LANES * U::PER_UNIT).min(columns.end);
                 for (row, units) in (line * LANES..rows).zip(&mut block) {
                     U::write(&x[row * inputs..][..inputs][from.clone()], &mut units.0);
                 }
@@ -129,10 +138,12 @@ pub(crate) fn product<T, U, K>(
     K: Kernel,
 {
     let Sizes { rows, inputs, .. } = sizes;
-    let packed = Packed::new::<T, U>(x, rows, inputs, kernel.panel(), Arch::new());
-    let scratch = || (vec![0u32; kernel.outputs() * DEPTH], Vec::new());
-    in_blocks(sizes, kernel.blocking(), bias, y, scratch, |(units, space), sums, block| {
+    let blocking = kernel.blocking();
+    let packed = Packed::new::<T, U>(x, rows, inputs, blocking, Arch::new());
+    let scratch = || (vec![Line::ZERO; kernel.outputs() * blocking.depth / LANES], Vec::new());
+    in_blocks(sizes, blocking, bias, y, scratch, |(units, space), sums, block| {
         let weight = weight.rows(block.outputs, inputs, space);
+        let units = bytemuck::cast_slice_mut(units);
         kernel.within(|| multiply::<T, U, K>(kernel, &packed, block.lines, weight, inputs, units, sums));
     });
 }
@@ -144,8 +155,8 @@ pub(crate) struct Block {
     pub(crate) outputs: Range<usize>,
 }
 
-/// Computes `y` in blocks, whole panels of lines each: `sums` fills `[outputs, lines]` of a block in f32; then `bias` is added, and the sums are
-/// rounded.
+/// Computes `y` in blocks, whole panels of lines each: `sums` fills [`Sums::all`] of a block; then `bias` is added, and the
+/// sums are rounded.
 pub(crate) fn in_blocks<O: Float, S>(
     sizes: Sizes,
     blocking: Blocking,
@@ -155,7 +166,7 @@ pub(crate) fn in_blocks<O: Float, S>(
     sums: impl Fn(&mut S, &mut [Line], Block) + Sync + Send,
 ) {
     let Sizes { rows, outputs, .. } = sizes;
-    let Blocking { panel, rows: most, outputs: chunk } = blocking;
+    let Blocking { panel, rows: most, outputs: chunk, .. } = blocking;
     let y = Columns::new(y, outputs);
     let width = rows.div_ceil(LANES);
     // Blocks of rows of equal size, whole panels each.
@@ -174,6 +185,8 @@ pub(crate) fn in_blocks<O: Float, S>(
             Arch::new().dispatch(Finish {
                 sums: space,
                 lines: lines.len(),
+                panel,
+                outputs: chunk,
                 bias: bias.map(|bias| &bias[columns.clone()]),
                 y: &y,
                 rows: line * LANES..rows.min(lines.end * LANES),
@@ -183,7 +196,7 @@ pub(crate) fn in_blocks<O: Float, S>(
     );
 }
 
-/// Sums `[outputs, lines]` of the rows in `lines` for all rows of `weight`.
+/// [`Sums::all`] of the rows in `lines` for all rows of `weight`.
 fn multiply<T: Copy + Send + Sync, U: Units<T>, K: Kernel>(
     kernel: K,
     packed: &Packed,
@@ -193,40 +206,38 @@ fn multiply<T: Copy + Send + Sync, U: Units<T>, K: Kernel>(
     space: &mut [u32],
     sums: &mut [Line],
 ) {
-    let (outputs, height) = (weight.len() / inputs, lines.len());
-    let step = kernel.outputs();
+    let Blocking { outputs: room, depth: most, .. } = kernel.blocking();
+    let (outputs, step) = (weight.len() / inputs, kernel.outputs());
+    let columns = |from: usize| (from * U::PER_UNIT).min(inputs)..((from + most) * U::PER_UNIT).min(inputs);
     let firsts = || (0..outputs).step_by(step);
-    let blocks = (0..packed.units).step_by(DEPTH).flat_map(|from| firsts().map(move |first| (from, first)));
-    // Row `n` of the weights of a block.
-    let row = |(from, first): (usize, usize), n: usize| {
-        let columns = from * U::PER_UNIT..((from + DEPTH) * U::PER_UNIT).min(inputs);
-        weight.chunks_exact(inputs).nth(first + n).map_or(&[][..], |row| &row[columns])
-    };
+    let blocks = (0..packed.units).step_by(most).flat_map(|from| firsts().map(move |first| (from, first)));
     let mut blocks = blocks.peekable();
     while let Some((from, first)) = blocks.next() {
-        let depth = DEPTH.min(packed.units - from);
-        for (n, units) in space[..step * depth].chunks_exact_mut(depth).enumerate() {
-            U::write(row((from, first), n), units);
+        let depth = most.min(packed.units - from);
+        let mut rows = weight[first * inputs..].chunks_exact(inputs);
+        for units in space[..step * depth].chunks_exact_mut(depth) {
+            U::write(rows.next().map_or(&[], |row| &row[columns(from)]), units);
         }
         // The rows of the next block lie far apart, so that the processor would not fetch them ahead by itself.
-        let mut ahead = 0..step;
-        let share = step.div_ceil(height.div_ceil(packed.panel));
-        for at in (0..height).step_by(packed.panel) {
-            if let Some(&next) = blocks.peek() {
-                ahead.by_ref().take(share).for_each(|n| prefetch(row(next, n)));
-            }
-            let (rows, count) = packed.panel(lines.start + at, from, depth);
-            let weights = Weights { units: space, stride: depth, depth };
-            kernel.tile(rows, count, weights, &mut sums[first * height + at..], height, from > 0);
-        }
+        let ahead = blocks.peek().map_or(Ahead::NONE, |&(from, first)| {
+            Ahead::new(&weight[first * inputs..outputs.min(first + step) * inputs], inputs, columns(from))
+        });
+        let weights = Weights { units: space, stride: depth, depth };
+        let mut sums = Sums { all: sums, outputs: room, first };
+        let rows = packed.panels(lines.clone(), from, depth);
+        kernel.panels(rows, lines.len(), weights, &mut sums, from > 0, ahead);
     }
 }
 
 /// Adds `bias`, rounds, and writes the sums of a chunk to their columns of `y`.
 pub(crate) struct Finish<'a, O> {
-    /// `[outputs, lines]` in f32, outputs filled up to a multiple of [`LANES`].
+    /// As [`Sums::all`].
     pub(crate) sums: &'a [Line],
     pub(crate) lines: usize,
+    /// Most lines of a panel.
+    pub(crate) panel: usize,
+    /// As [`Sums::outputs`], but for a single panel. Sums that do not exist are not written, but there are lines for a multiple of [`LANES`].
+    pub(crate) outputs: usize,
     pub(crate) bias: Option<&'a [O]>,
     pub(crate) y: &'a Columns<'a, O>,
     pub(crate) rows: Range<usize>,
@@ -238,23 +249,30 @@ impl<O: Float> WithSimd for Finish<'_, O> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        // All columns of sixteen rows before the next rows: rows of `y` lie so far apart that their cache lines displace one
-        // another, and half a line would be fetched twice.
+        // `[16, outputs]`: rows of the result are written one after the other, whole cache lines of each.
+        let width = self.columns.len().div_ceil(LANES);
+        let mut rows = vec![Line::ZERO; LANES * width];
         for line in 0..self.lines {
-            for first in (0..self.columns.len()).step_by(LANES) {
-                let count = LANES.min(self.columns.len() - first);
-                let mut bias = [0f32; LANES];
-                if let Some(numbers) = self.bias {
-                    bias.iter_mut().zip(&numbers[first..]).for_each(|(to, from)| *to = from.widen());
-                }
-                let mut block: [Line; LANES] =
-                    std::array::from_fn(|n| self.sums[(first + n) * self.lines + line]);
+            let within = line % self.panel;
+            let count = self.panel.min(self.lines - (line - within));
+            let sums = &self.sums[(line - within) * self.outputs + within..];
+            for at in 0..width {
+                let mut block: [Line; LANES] = std::array::from_fn(|n| sums[(at * LANES + n) * count]);
                 transpose(&mut block);
-                for (row, sums) in (self.rows.start + line * LANES..self.rows.end).zip(&block) {
-                    let numbers: [O; LANES] =
-                        std::array::from_fn(|n| O::round(f32::from_bits(sums.0[n]) + bias[n]));
-                    // SAFETY: no other task writes these rows and columns.
-                    unsafe { self.y.write(row, self.columns.start + first, &numbers, count) }
+                rows[at..].iter_mut().step_by(width).zip(block).for_each(|(to, from)| *to = from);
+            }
+            let first = self.rows.start + line * LANES;
+            for (row, sums) in (first..self.rows.end).zip(rows.chunks_exact(width)) {
+                // SAFETY: no other task writes these rows and columns.
+                let y = unsafe { self.y.part(row, self.columns.clone()) };
+                let sums: &[f32] = bytemuck::cast_slice(sums);
+                match self.bias {
+                    Some(bias) => {
+                        for ((y, sum), bias) in y.iter_mut().zip(sums).zip(bias) {
+                            *y = O::round(sum + bias.widen());
+                        }
+                    }
+                    None => y.iter_mut().zip(sums).for_each(|(y, &sum)| *y = O::round(sum)),
                 }
             }
         }
@@ -270,7 +288,7 @@ pub(crate) struct Columns<'a, O> {
     matrix: PhantomData<&'a mut [O]>,
 }
 
-// SAFETY: the callers of `write` see to it that no element is written twice.
+// SAFETY: the callers of `part` see to it that no element is reached twice.
 unsafe impl<O: Send> Sync for Columns<'_, O> {}
 
 impl<'a, O: Copy> Columns<'a, O> {
@@ -279,33 +297,16 @@ impl<'a, O: Copy> Columns<'a, O> {
         Self { start: y.as_mut_ptr(), len: y.len(), outputs, matrix: PhantomData }
     }
 
-    /// Writes the first `count` of `numbers` to `row` from `column` on.
+    /// The `columns` of `row`.
     ///
     /// # Safety
-    /// No other thread may write these elements.
+    /// Nobody else may reach these elements meanwhile.
     #[inline(always)]
-    unsafe fn write(&self, row: usize, column: usize, numbers: &[O; LANES], count: usize) {
-        let at = row * self.outputs + column;
-        assert!(count <= LANES && column + count <= self.outputs && at + count <= self.len);
+    #[allow(clippy::mut_from_ref, reason = "the caller promises that parts are apart")]
+    unsafe fn part(&self, row: usize, columns: Range<usize>) -> &mut [O] {
+        let at = row * self.outputs + columns.start;
+        assert!(columns.end <= self.outputs && at + columns.len() <= self.len);
         // SAFETY: in bounds, as just checked, of a matrix that is borrowed; not shared, as the caller promises.
-        unsafe {
-            let to = self.start.add(at);
-            if count == LANES {
-                to.cast::<[O; LANES]>().write_unaligned(*numbers);
-            } else {
-                copy_some(&numbers[..count], to);
-            }
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(at), columns.len()) }
     }
-}
-
-/// Apart, so that the compiler does not make one call of any length of it and of the whole vectors above.
-///
-/// # Safety
-/// As for copying to `to`, which must not overlap.
-#[cold]
-#[inline(never)]
-unsafe fn copy_some<O: Copy>(numbers: &[O], to: *mut O) {
-    // SAFETY: as the caller promises.
-    unsafe { std::ptr::copy_nonoverlapping(numbers.as_ptr(), to, numbers.len()) }
 }
