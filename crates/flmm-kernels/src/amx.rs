@@ -18,8 +18,8 @@ use half::bf16;
 
 use crate::avx512::Avx512Bf16;
 use crate::few::Few;
-use crate::kernel::{Blocking, Kernel, Sums, Weights};
-use crate::line::{Ahead, LANES, Line};
+use crate::kernel::{Blocking, Kernel, Weights};
+use crate::line::{LANES, Line};
 use crate::tiles::{self, Steps};
 
 /// Outputs of a register block: two tiles.
@@ -137,10 +137,12 @@ impl Kernel for Amx {
         OUTPUTS
     }
 
-    /// Every processor with tiles has two megabytes, of which another thread of the core may take a part: for the sums, and twice the
-    /// rows of one depth. In the first-level cache a panel of rows, its sums and the weights of a register block have to stay.
-    fn blocking(self) -> Blocking {
-        Blocking { panel: LINES, rows: 768, outputs: 9 * OUTPUTS, depth: 8 * LANES }
+    /// Every processor with tiles has two megabytes, of which another thread of the core may take a part: most is for the sums, the
+    /// rest for two depths of weights and the rows that pass by. In the first-level cache a panel of rows and its sums have to stay beside
+    /// the weights of a register block. With few rows, weights of fewer outputs are asked for at once: their parts displace one another.
+    fn blocking(self, rows: usize) -> Blocking {
+        let outputs = rows.div_ceil(64).clamp(1, 3) * 3 * OUTPUTS;
+        Blocking { panel: LINES, rows: 768, outputs, depth: 8 * LANES }
     }
 
     fn within<R>(self, work: impl FnOnce() -> R) -> R {
@@ -154,13 +156,11 @@ impl Kernel for Amx {
 
     fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], add: bool) {
         assert!((1..=LINES).contains(&lines) && a.len() >= b.depth * lines);
-        assert!(b.units.len() >= (OUTPUTS - 1) * b.stride + b.depth);
-        assert!(c.len() >= OUTPUTS * lines);
+        assert!(b.has(OUTPUTS) && c.len() >= OUTPUTS * lines);
         let (steps, rest) = (b.depth / LANES, b.depth % LANES);
         if steps > 0 {
-            let (x, w) = (a.as_ptr(), Steps { first: b.units.as_ptr(), stride: b.stride });
             // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
-            unsafe { tiles::multiply(x, lines, w, steps, c.as_mut_ptr(), add) }
+            unsafe { tiles::multiply(a.as_ptr(), lines, Steps::of(b), steps, c.as_mut_ptr(), add) }
         }
         if rest > 0 {
             // The last units, filled up with zeros.
@@ -168,45 +168,52 @@ impl Kernel for Amx {
             let (mut x, mut w) = ([Line::ZERO; LANES * LINES], [Line::ZERO; OUTPUTS]);
             x[..rest * lines].copy_from_slice(&a[full * lines..][..rest * lines]);
             for (n, w) in w.iter_mut().enumerate() {
-                w.0[..rest].copy_from_slice(&b.units[n * b.stride + full..][..rest]);
+                w.0[..rest].copy_from_slice(&b.units[n * b.stride + steps * b.step..][..rest]);
             }
-            let (x, w) = (x.as_ptr(), Steps { first: w.as_ptr().cast(), stride: LANES });
+            let w = Steps::of(Weights::rows(bytemuck::cast_slice(&w), LANES, LANES));
             // SAFETY: as above; both operands are one step deep.
-            unsafe { tiles::multiply(x, lines, w, 1, c.as_mut_ptr(), add || steps > 0) }
+            unsafe { tiles::multiply(x.as_ptr(), lines, w, 1, c.as_mut_ptr(), add || steps > 0) }
         }
     }
 
-    fn panels(self, a: &[Line], lines: usize, b: Weights, c: &mut Sums, add: bool, mut ahead: Ahead) {
-        let (steps, pairs) = (b.depth / LANES, lines / LINES);
-        assert!(b.depth.is_multiple_of(LANES) && steps > 0 && a.len() >= b.depth * lines);
-        assert!(b.units.len() >= (OUTPUTS - 1) * b.stride + b.depth);
-        assert!(c.first + OUTPUTS <= c.outputs && c.all.len() >= c.outputs * lines);
-        let share = ahead.share(pairs * steps + lines % LINES);
-        let w = Steps { first: b.units.as_ptr(), stride: b.stride };
+    /// What a step loads lies together.
+    fn layout(self, _: usize) -> [usize; 2] {
+        [LANES, OUTPUTS * LANES]
+    }
+
+    fn pauses(self, depth: usize) -> usize {
+        depth / LANES
+    }
+
+    fn blocks(self, a: &[Line], lines: usize, b: &[u32], c: &mut [Line], add: bool, mut pause: impl FnMut()) {
+        let (depth, steps) = (a.len() / lines, a.len() / lines / LANES);
+        assert!(a.len() == steps * LANES * lines);
+        let [stride, step] = self.layout(depth);
+        let blocks = b.chunks_exact(OUTPUTS * depth).zip(c.chunks_exact_mut(OUTPUTS * lines));
         let mut before = None;
-        for at in 0..pairs {
-            let x = a[at * LINES * b.depth..].as_ptr();
-            let sums = c.panel(at * LINES, LINES).as_mut_ptr();
-            // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
+        for (units, c) in blocks {
+            let w = Weights { units, depth, stride, step };
+            if lines < LINES {
+                pause();
+                self.tile(a, lines, w, c, add);
+                continue;
+            }
+            let (w, c) = (Steps::of(w), c.as_mut_ptr());
+            // SAFETY: `self` proves that the processor has the instructions; the lengths are those of a block.
             unsafe {
-                tiles::operands(x, w);
-                tiles::first_step(before, sums, add);
-                ahead.fetch(share);
-                for step in 1..steps {
-                    tiles::step(x.add(step * LANES * LINES), w.step(step));
-                    ahead.fetch(share);
+                tiles::operands(a.as_ptr(), w);
+                tiles::first_step(before, c, add);
+                pause();
+                for at in 1..steps {
+                    tiles::step::<true>(a[at * LANES * LINES..].as_ptr(), w.step(at));
+                    pause();
                 }
             }
-            before = Some(sums);
+            before = Some(c);
         }
-        if let Some(sums) = before {
+        if let Some(c) = before {
             // SAFETY: as above.
-            unsafe { tiles::store(sums) }
-        }
-        if !lines.is_multiple_of(LINES) {
-            ahead.fetch(share);
-            let at = pairs * LINES;
-            self.tile(&a[at * b.depth..], lines - at, b, c.panel(at, lines - at), add);
+            unsafe { tiles::store(c) }
         }
     }
 }

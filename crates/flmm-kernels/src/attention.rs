@@ -10,9 +10,10 @@ use rayon::prelude::*;
 
 use crate::element::{Float, Units};
 use crate::few::{FEW, Few};
+use crate::finish::{Columns, Finish};
 use crate::kernel::{Kernel, Weights};
 use crate::line::{LANES, Line};
-use crate::product::{Columns, Finish, Pack};
+use crate::pack::Pack;
 use crate::softmax::{Decode, Softmax};
 
 /// Lines of scores that a block of rows may take, so that they stay in the second-level cache (512 KiB).
@@ -275,7 +276,7 @@ impl Block {
         };
         job.kernel.within(|| {
             for key in (0..seen).step_by(job.kernel.outputs()) {
-                let weights = Weights { units: &packed.keys[key * units..], stride: units, depth: units };
+                let weights = Weights::rows(&packed.keys[key * units..], units, units);
                 job.kernel.tile(queries, lines, weights, &mut self.scores[key * lines..], false);
             }
         });
@@ -291,7 +292,7 @@ impl Block {
         let (depth, stride) = (seen.div_ceil(U::PER_UNIT), keys.div_ceil(U::PER_UNIT));
         job.kernel.within(|| {
             for column in (0..head_dim).step_by(job.kernel.outputs()) {
-                let weights = Weights { units: &packed.values[column * stride..], stride, depth };
+                let weights = Weights::rows(&packed.values[column * stride..], depth, stride);
                 job.kernel.tile(&self.scores, lines, weights, &mut self.mixed[column * lines..], false);
             }
         });

@@ -50,7 +50,7 @@ impl Avx512Bf16 {
         c: &mut [Line],
         add: bool,
     ) {
-        assert!(a.len() >= b.depth * V && b.units.len() >= (N - 1) * b.stride + b.depth);
+        assert!(a.len() >= b.depth * V && b.step == LANES && b.has(N));
         assert!(c.len() >= N * V);
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
         unsafe { tile::<V, N>(a.as_ptr(), b, c.as_mut_ptr(), add) }

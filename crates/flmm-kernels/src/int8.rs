@@ -18,7 +18,7 @@ use crate::product::{self, Sizes, WeightRows};
 use crate::{
     element::Pairs,
     few::{TOGETHER, in_chunks},
-    kernel::{Blocking, OUTPUTS, Sums},
+    kernel::{Blocking, OUTPUTS},
     line::{LANES, Line},
     vnni::{Bytes, GROUP_UNITS, Quantised, Vnni},
 };
@@ -338,10 +338,9 @@ pub(crate) fn many(
                     }
                 }
                 let weights = Bytes { units, scales, groups: groups.len() };
-                let mut sums =
-                    Sums { all: sums, outputs: blocking.outputs, first: first - block.outputs.start };
                 for (at, panel) in panels.iter().enumerate() {
-                    let sums = sums.panel(at * PANEL, panel.lines);
+                    let sums = &mut sums[at * PANEL * blocking.outputs..];
+                    let sums = &mut sums[(first - block.outputs.start) * panel.lines..];
                     vnni.tile(panel.part(groups.clone()), weights, sums, from > 0);
                 }
             }

@@ -2,34 +2,34 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-use crate::line::{Ahead, LANES, Line};
+use crate::line::{LANES, Line};
 
 /// Weights (outputs) of a register block of vectors.
 pub(crate) const OUTPUTS: usize = 6;
 
-/// Weights of a register block: output `n` has its units at `units[n · stride..][..depth]`.
+/// Weights of a register block: sixteen units from unit `k` of output `n` on lie at `units[n · stride + k / 16 · step..]`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Weights<'a> {
     pub(crate) units: &'a [u32],
-    pub(crate) stride: usize,
     pub(crate) depth: usize,
+    /// From one output to the next.
+    pub(crate) stride: usize,
+    /// From sixteen units to the next sixteen.
+    pub(crate) step: usize,
 }
 
-/// Sums of a block of rows for the outputs of a register block: those of a panel for all outputs lie together.
-#[derive(Debug)]
-pub(crate) struct Sums<'a> {
-    /// `[panels, outputs, lines of a panel]`
-    pub(crate) all: &'a mut [Line],
-    /// Outputs that `all` has room for.
-    pub(crate) outputs: usize,
-    /// The first output of the register block.
-    pub(crate) first: usize,
-}
+impl<'a> Weights<'a> {
+    /// Outputs whose units lie one after the other, `stride` from the first of one to the first of the next.
+    pub(crate) fn rows(units: &'a [u32], depth: usize, stride: usize) -> Self {
+        Self { units, depth, stride, step: LANES }
+    }
 
-impl Sums<'_> {
-    /// The sums of the panel from line `at` on, which has `count` lines.
-    pub(crate) fn panel(&mut self, at: usize, count: usize) -> &mut [Line] {
-        &mut self.all[at * self.outputs + self.first * count..]
+    /// Whether there are units of `outputs` outputs.
+    pub(crate) fn has(&self, outputs: usize) -> bool {
+        let (steps, rest) = (self.depth / LANES, self.depth % LANES);
+        let last =
+            if rest > 0 { steps * self.step + rest } else { steps.saturating_sub(1) * self.step + LANES };
+        self.depth == 0 || self.units.len() >= (outputs - 1) * self.stride + last
     }
 }
 
@@ -38,9 +38,9 @@ impl Sums<'_> {
 pub(crate) struct Blocking {
     /// As [`Kernel::panel`].
     pub(crate) panel: usize,
-    /// Most rows: [`Blocking::depth`] units of each have to fit the second-level cache, and the sums.
+    /// Most rows: their sums have to fit the second-level cache.
     pub(crate) rows: usize,
-    /// Most outputs; a multiple of [`Kernel::outputs`] and of [`LANES`].
+    /// Most outputs: so many units of each have to fit it besides. A multiple of [`Kernel::outputs`] and of [`LANES`].
     pub(crate) outputs: usize,
     /// Most units along the inner dimension; a multiple of [`LANES`].
     pub(crate) depth: usize,
@@ -56,8 +56,8 @@ pub(crate) trait Kernel: Copy + Send + Sync {
         OUTPUTS
     }
 
-    /// How a large product is cut for the second-level cache.
-    fn blocking(self) -> Blocking {
+    /// How a product of so many rows is cut for the second-level cache.
+    fn blocking(self, _rows: usize) -> Blocking {
         Blocking { panel: self.panel(), rows: 512, outputs: 96, depth: 256 }
     }
 
@@ -72,14 +72,24 @@ pub(crate) trait Kernel: Copy + Send + Sync {
     /// outputs, whose sums `c [outputs, lines]` are f32; they are added to what is there if `add`.
     fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], add: bool);
 
-    /// As [`Kernel::tile`] for any number of panels that lie one behind the other in `a`, each `[depth, lines]`; `depth` is a multiple
-    /// of [`LANES`]. Meanwhile asks for all of `ahead`.
-    fn panels(self, a: &[Line], lines: usize, b: Weights, c: &mut Sums, add: bool, mut ahead: Ahead) {
-        let share = ahead.share(lines.div_ceil(self.panel()));
-        for at in (0..lines).step_by(self.panel()) {
-            ahead.fetch(share);
-            let count = self.panel().min(lines - at);
-            self.tile(&a[at * b.depth..], count, b, c.panel(at, count), add);
+    /// [`Weights::stride`] and [`Weights::step`] of packed weights.
+    fn layout(self, depth: usize) -> [usize; 2] {
+        [depth, LANES]
+    }
+
+    /// How many times [`Kernel::blocks`] pauses for each register block.
+    fn pauses(self, _depth: usize) -> usize {
+        1
+    }
+
+    /// As [`Kernel::tile`] for the weights of several register blocks, packed by [`Kernel::layout`] one behind the other, as are their
+    /// sums in `c`. `depth` is a multiple of [`LANES`]. Now and then calls `pause`, in which something may be asked for that is needed later.
+    fn blocks(self, a: &[Line], lines: usize, b: &[u32], c: &mut [Line], add: bool, mut pause: impl FnMut()) {
+        let (depth, outputs) = (a.len() / lines, self.outputs());
+        let [stride, step] = self.layout(depth);
+        for (units, c) in b.chunks_exact(outputs * depth).zip(c.chunks_exact_mut(outputs * lines)) {
+            pause();
+            self.tile(a, lines, Weights { units, depth, stride, step }, c, add);
         }
     }
 }

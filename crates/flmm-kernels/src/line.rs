@@ -59,17 +59,22 @@ impl Ahead {
     /// Nothing.
     pub(crate) const NONE: Self = Self { next: std::ptr::null(), left: 0, width: 0, rows: 0, gap: 0 };
 
-    /// The columns `columns` of all rows of `matrix [.., width]`.
-    pub(crate) fn new<T>(matrix: &[T], width: usize, columns: std::ops::Range<usize>) -> Self {
-        let lines = (columns.len() * size_of::<T>()).div_ceil(size_of::<Line>());
-        let Some(rows) = (matrix.len() / width).checked_sub(1) else { return Self::NONE };
+    /// The first `columns` of `rows` rows, which begin at `first` and `width` numbers apart.
+    pub(crate) fn new<T>(first: *const T, width: usize, rows: usize, columns: usize) -> Self {
+        let lines = (columns * size_of::<T>()).div_ceil(size_of::<Line>());
+        let Some(rows) = rows.checked_sub(1).filter(|_| lines > 0) else { return Self::NONE };
         let gap = (width * size_of::<T>()).wrapping_sub(lines * size_of::<Line>());
-        Self { next: matrix[columns.start..].as_ptr().cast(), left: lines, width: lines, rows, gap }
+        Self { next: first.cast(), left: lines, width: lines, rows, gap }
+    }
+
+    /// All of `lines`.
+    pub(crate) fn all(lines: &[Line]) -> Self {
+        Self { next: lines.as_ptr().cast(), left: lines.len(), ..Self::NONE }
     }
 
     /// How many lines to [`Ahead::fetch`] at a time if it is called `times` times.
     pub(crate) fn share(&self, times: usize) -> usize {
-        (self.left + self.rows * self.width).div_ceil(times)
+        (self.left + self.rows * self.width).div_ceil(times.max(1))
     }
 
     /// Asks for the next `count` lines to be brought near, without waiting for them.
@@ -77,7 +82,7 @@ impl Ahead {
     pub(crate) fn fetch(&mut self, count: usize) {
         for _ in 0..count {
             if self.left == 0 {
-                if self.rows == 0 || self.width == 0 {
+                if self.rows == 0 {
                     return;
                 }
                 self.rows -= 1;

@@ -1,18 +1,19 @@
-//! Products of many rows: blocks for the caches around [`Kernel::tile`].
+//! Products of many rows: blocks for the caches around [`Kernel::blocks`].
 //!
 //! Rows of `x` are packed once: side by side in lines, so that a vector holds the same column of sixteen rows. Weights
-//! stay as they lie in memory, which may be a mapped file; a few of their rows at a time are copied beside one another.
-#![allow(unsafe_code, reason = "threads write disjoint columns of one matrix")]
+//! stay as they lie in memory, which may be a mapped file; some columns of some of their rows at a time are packed as the kernel reads them.
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::Arch;
 use rayon::prelude::*;
 
 use crate::element::{Float, Units};
-use crate::kernel::{Blocking, Kernel, Sums, Weights};
-use crate::line::{Ahead, LANES, Line, transpose};
+use crate::finish::{Columns, Finish};
+use crate::kernel::{Blocking, Kernel};
+use crate::line::{Ahead, LANES, Line};
+use crate::pack::{PackPart, Packed, Part};
 
 /// Sizes of `x [rows, inputs]` times `weight [outputs, inputs]`, transposed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,91 +24,6 @@ pub struct Sizes {
     pub inputs: usize,
     /// Rows of the weight, columns of the result.
     pub outputs: usize,
-}
-
-/// `x [rows, inputs]` in units: one behind the other the parts of up to [`Blocking::depth`] units, of each the panels of up to
-/// [`Blocking::panel`] lines, each `[units, lines]`.
-struct Packed {
-    lines: Vec<Line>,
-    /// Lines that hold all rows of one unit.
-    width: usize,
-    /// Of a row, filled up to a multiple of [`LANES`].
-    units: usize,
-}
-
-impl Packed {
-    fn new<T: Copy + Send + Sync, U: Units<T>>(
-        x: &[T],
-        rows: usize,
-        inputs: usize,
-        blocking: Blocking,
-        arch: Arch,
-    ) -> Self {
-        let Blocking { panel, depth, .. } = blocking;
-        let width = rows.div_ceil(LANES);
-        let units = inputs.div_ceil(U::PER_UNIT).next_multiple_of(LANES);
-        let mut lines = vec![Line::ZERO; width * units];
-        let parts = lines.par_chunks_mut((width * depth).max(1)).enumerate();
-        let panels = parts.flat_map(|(part, lines)| {
-            let units = lines.len() / width;
-            let panels = lines.par_chunks_mut(panel * units).enumerate();
-            panels
-                .map(move |(index, lines)| (part * depth..part * depth + units, index * panel * LANES, lines))
-        });
-        panels.for_each(|(units, first, lines)| {
-            arch.dispatch(Pack::<T, U> {
-                x: &x[first * inputs..],
-                rows: rows - first,
-                inputs,
-                columns: units.start * U::PER_UNIT..inputs.min(units.end * U::PER_UNIT),
-                lines,
-                units: units.len(),
-                how: PhantomData,
-            });
-        });
-        Self { lines, width, units }
-    }
-
-    /// Units `from..from + depth`, a whole part, of the panels of `lines`.
-    fn panels(&self, lines: Range<usize>, from: usize, depth: usize) -> &[Line] {
-        &self.lines[from * self.width..][lines.start * depth..lines.end * depth]
-    }
-}
-
-/// Packs columns of the first rows of `x [rows, inputs]` into one panel.
-pub(crate) struct Pack<'a, T, U> {
-    pub(crate) x: &'a [T],
-    pub(crate) rows: usize,
-    pub(crate) inputs: usize,
-    /// The inputs that are packed.
-    pub(crate) columns: Range<usize>,
-    /// `[units, lines]`
-    pub(crate) lines: &'a mut [Line],
-    pub(crate) units: usize,
-    pub(crate) how: PhantomData<U>,
-}
-
-impl<T: Copy, U: Units<T>> WithSimd for Pack<'_, T, U> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let Self { x, rows, inputs, columns, lines, units, .. } = self;
-        let count = lines.len() / units;
-        for line in 0..count {
-            for k in (0..units).step_by(LANES) {
-                let mut block = [Line::ZERO; LANES];
-                let from = columns.start + k * U::PER_UNIT;
-                let from = from.min(columns.end)..(from + LANES * U::PER_UNIT).min(columns.end);
-                for (row, units) in (line * LANES..rows).zip(&mut block) {
-                    U::write(&x[row * inputs..][..inputs][from.clone()], &mut units.0);
-                }
-                transpose(&mut block);
-                let to = lines[k * count..].iter_mut().skip(line).step_by(count);
-                to.zip(block).for_each(|(to, from)| *to = from);
-            }
-        }
-    }
 }
 
 /// Rows of a weight, handed out a few at a time.
@@ -138,12 +54,13 @@ pub(crate) fn product<T, U, K>(
     K: Kernel,
 {
     let Sizes { rows, inputs, .. } = sizes;
-    let blocking = kernel.blocking();
+    let blocking = kernel.blocking(rows);
     let packed = Packed::new::<T, U>(x, rows, inputs, blocking, Arch::new());
-    let scratch = || (vec![Line::ZERO; kernel.outputs() * blocking.depth / LANES], Vec::new());
+    let scratch =
+        || ([(); 2].map(|()| vec![Line::ZERO; blocking.outputs * blocking.depth / LANES]), Vec::new());
     in_blocks(sizes, blocking, bias, y, scratch, |(units, space), sums, block| {
         let weight = weight.rows(block.outputs, inputs, space);
-        let units = bytemuck::cast_slice_mut(units);
+        let units = units.each_mut().map(|units| bytemuck::cast_slice_mut(units));
         kernel.within(|| multiply::<T, U, K>(kernel, &packed, block.lines, weight, inputs, units, sums));
     });
 }
@@ -155,7 +72,7 @@ pub(crate) struct Block {
     pub(crate) outputs: Range<usize>,
 }
 
-/// Computes `y` in blocks, whole panels of lines each: `sums` fills [`Sums::all`] of a block; then `bias` is added, and the
+/// Computes `y` in blocks, whole panels of lines each: `sums` fills `[panels, outputs, lines of a panel]` of a block with f32, where outputs are [`Blocking::outputs`]; then `bias` is added, and the
 /// sums are rounded.
 pub(crate) fn in_blocks<O: Float, S>(
     sizes: Sizes,
@@ -196,117 +113,60 @@ pub(crate) fn in_blocks<O: Float, S>(
     );
 }
 
-/// [`Sums::all`] of the rows in `lines` for all rows of `weight`.
+/// The sums of the rows in `lines` for all rows of `weight`, which are packed as many inputs at a time as [`Blocking::depth`] says.
 fn multiply<T: Copy + Send + Sync, U: Units<T>, K: Kernel>(
     kernel: K,
     packed: &Packed,
     lines: Range<usize>,
     weight: &[T],
     inputs: usize,
-    space: &mut [u32],
+    [units, next_units]: [&mut [u32]; 2],
     sums: &mut [Line],
 ) {
-    let Blocking { outputs: room, depth: most, .. } = kernel.blocking();
-    let (outputs, step) = (weight.len() / inputs, kernel.outputs());
-    let columns = |from: usize| (from * U::PER_UNIT).min(inputs)..((from + most) * U::PER_UNIT).min(inputs);
-    let firsts = || (0..outputs).step_by(step);
-    let blocks = (0..packed.units).step_by(most).flat_map(|from| firsts().map(move |first| (from, first)));
-    let mut blocks = blocks.peekable();
-    while let Some((from, first)) = blocks.next() {
-        let depth = most.min(packed.units - from);
-        let mut rows = weight[first * inputs..].chunks_exact(inputs);
-        for units in space[..step * depth].chunks_exact_mut(depth) {
-            U::write(rows.next().map_or(&[], |row| &row[columns(from)]), units);
-        }
-        // The rows of the next block lie far apart, so that the processor would not fetch them ahead by itself.
-        let ahead = blocks.peek().map_or(Ahead::NONE, |&(from, first)| {
-            Ahead::new(&weight[first * inputs..outputs.min(first + step) * inputs], inputs, columns(from))
-        });
-        let weights = Weights { units: space, stride: depth, depth };
-        let mut sums = Sums { all: sums, outputs: room, first };
-        let rows = packed.panels(lines.clone(), from, depth);
-        kernel.panels(rows, lines.len(), weights, &mut sums, from > 0, ahead);
+    let Blocking { panel, outputs: room, depth: most, .. } = packed.blocking;
+    let (given, blocks) = (weight.len() / inputs, (weight.len() / inputs).div_ceil(kernel.outputs()));
+    let (outputs, arch) = (blocks * kernel.outputs(), Arch::new());
+    let part = |rows: Range<usize>, from: usize| Part::<T, U, K> {
+        kernel,
+        weight: &weight[rows.start.min(given) * inputs..rows.end.min(given) * inputs],
+        inputs,
+        columns: (from * U::PER_UNIT).min(inputs)..((from + most) * U::PER_UNIT).min(inputs),
+        rows,
+        depth: most.min(packed.units - from),
+        how: PhantomData,
+    };
+    let (mut units, mut next_units) = (units, next_units);
+    for first in (0..outputs).step_by(LANES) {
+        let part_at = |first: usize| part(first.min(outputs)..outputs.min(first + LANES), 0);
+        part_at(first + LANES).ahead().fetch(usize::MAX);
+        arch.dispatch(PackPart(part_at(first), &mut *units));
     }
-}
-
-/// Adds `bias`, rounds, and writes the sums of a chunk to their columns of `y`.
-pub(crate) struct Finish<'a, O> {
-    /// As [`Sums::all`].
-    pub(crate) sums: &'a [Line],
-    pub(crate) lines: usize,
-    /// Most lines of a panel.
-    pub(crate) panel: usize,
-    /// As [`Sums::outputs`], but for a single panel. Sums that do not exist are not written, but there are lines for a multiple of [`LANES`].
-    pub(crate) outputs: usize,
-    pub(crate) bias: Option<&'a [O]>,
-    pub(crate) y: &'a Columns<'a, O>,
-    pub(crate) rows: Range<usize>,
-    pub(crate) columns: Range<usize>,
-}
-
-impl<O: Float> WithSimd for Finish<'_, O> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        // `[16, outputs]`: rows of the result are written one after the other, whole cache lines of each.
-        let width = self.columns.len().div_ceil(LANES);
-        let mut rows = vec![Line::ZERO; LANES * width];
-        for line in 0..self.lines {
-            let within = line % self.panel;
-            let count = self.panel.min(self.lines - (line - within));
-            let sums = &self.sums[(line - within) * self.outputs + within..];
-            for at in 0..width {
-                let mut block: [Line; LANES] = std::array::from_fn(|n| sums[(at * LANES + n) * count]);
-                transpose(&mut block);
-                rows[at..].iter_mut().step_by(width).zip(block).for_each(|(to, from)| *to = from);
-            }
-            let first = self.rows.start + line * LANES;
-            for (row, sums) in (first..self.rows.end).zip(rows.chunks_exact(width)) {
-                // SAFETY: no other task writes these rows and columns.
-                let y = unsafe { self.y.part(row, self.columns.clone()) };
-                let sums: &[f32] = bytemuck::cast_slice(sums);
-                match self.bias {
-                    Some(bias) => {
-                        for ((y, sum), bias) in y.iter_mut().zip(sums).zip(bias) {
-                            *y = O::round(sum + bias.widen());
-                        }
-                    }
-                    None => y.iter_mut().zip(sums).for_each(|(y, &sum)| *y = O::round(sum)),
-                }
+    let panels = lines.len().div_ceil(panel);
+    for from in (0..packed.units).step_by(most) {
+        let (depth, next) = (most.min(packed.units - from), from + most);
+        let pauses = blocks * kernel.pauses(depth);
+        for index in 0..panels {
+            let at = lines.start + index * panel;
+            let end = lines.end.min(at + panel);
+            // A few rows of the next weights at a time: their parts lie so far apart that the processor would not fetch them by
+            // itself, and all of them would displace one another.
+            let coming = (next < packed.units)
+                .then(|| part(outputs * index / panels..outputs * (index + 1) / panels, next));
+            let mut ahead = [
+                coming.as_ref().map_or(Ahead::NONE, Part::ahead),
+                Ahead::all(packed.panels(end..lines.end.min(end + panel), from, depth)),
+            ];
+            let shares = ahead.map(|ahead| ahead.share(pauses));
+            let rows = packed.panels(at..end, from, depth);
+            let sums = &mut sums[(at - lines.start) * room..];
+            let all = &units[..outputs * depth];
+            kernel.blocks(rows, end - at, all, sums, from > 0, || {
+                ahead.iter_mut().zip(shares).for_each(|(ahead, share)| ahead.fetch(share));
+            });
+            if let Some(coming) = coming {
+                arch.dispatch(PackPart(coming, &mut *next_units));
             }
         }
-    }
-}
-
-/// A matrix `[.., outputs]` that several threads write.
-pub(crate) struct Columns<'a, O> {
-    start: *mut O,
-    len: usize,
-    outputs: usize,
-    /// Nobody else reaches the matrix meanwhile.
-    matrix: PhantomData<&'a mut [O]>,
-}
-
-// SAFETY: the callers of `part` see to it that no element is reached twice.
-unsafe impl<O: Send> Sync for Columns<'_, O> {}
-
-impl<'a, O: Copy> Columns<'a, O> {
-    /// `y [.., outputs]`.
-    pub(crate) fn new(y: &'a mut [O], outputs: usize) -> Self {
-        Self { start: y.as_mut_ptr(), len: y.len(), outputs, matrix: PhantomData }
-    }
-
-    /// The `columns` of `row`.
-    ///
-    /// # Safety
-    /// Nobody else may reach these elements meanwhile.
-    #[inline(always)]
-    #[allow(clippy::mut_from_ref, reason = "the caller promises that parts are apart")]
-    unsafe fn part(&self, row: usize, columns: Range<usize>) -> &mut [O] {
-        let at = row * self.outputs + columns.start;
-        assert!(columns.end <= self.outputs && at + columns.len() <= self.len);
-        // SAFETY: in bounds, as just checked, of a matrix that is borrowed; not shared, as the caller promises.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(at), columns.len()) }
+        std::mem::swap(&mut units, &mut next_units);
     }
 }

@@ -10,23 +10,30 @@
 use std::arch::asm;
 
 use crate::amx::LINES;
+use crate::kernel::Weights;
 use crate::line::{LANES, Line};
 
 /// Bytes from one unit of a panel of two lines to the next, and from one output to the next in its sums.
 const PAIR: usize = LINES * size_of::<Line>();
 
-/// Weights of a register block: output `n` has its units at `first + n · stride`.
+/// As [`Weights`], step by step, unchecked.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Steps {
-    pub(crate) first: *const u32,
-    /// In units.
-    pub(crate) stride: usize,
+    first: *const u32,
+    /// From one output to the next, in units.
+    stride: usize,
+    /// From one step to the next, in units.
+    step: usize,
 }
 
 impl Steps {
+    pub(crate) fn of(weights: Weights) -> Self {
+        Self { first: weights.units.as_ptr(), stride: weights.stride, step: weights.step }
+    }
+
     /// The weights from step `step` on.
     pub(crate) fn step(self, step: usize) -> Self {
-        Self { first: self.first.wrapping_add(step * LANES), ..self }
+        Self { first: self.first.wrapping_add(step * self.step), ..self }
     }
 
     /// The outputs of the second tile.
@@ -48,11 +55,11 @@ macro_rules! load_operands {
     };
 }
 
-/// Asks for eight lines from so many bytes after `x`.
+/// Asks for eight lines from so many bytes after `w`.
 macro_rules! prefetch_lines {
     ($from:literal) => {
         concat!(
-            ".irp line, 0, 64, 128, 192, 256, 320, 384, 448\nprefetcht0 [{x} + ",
+            ".irp line, 0, 64, 128, 192, 256, 320, 384, 448\nprefetcht0 [{w} + ",
             $from,
             " + \\line]\n.endr"
         )
@@ -132,31 +139,47 @@ pub(crate) unsafe fn first_step(before: Option<*mut Line>, c: *const Line, add: 
     }
 }
 
-/// Adds the products of a further step; asks for the rows of the one after it, which may lie in the second-level cache.
+/// Adds the products of a further step. With `AHEAD`, asks for the weights of the one after it, which then lie behind those of this
+/// one, perhaps in the second-level cache.
 ///
 /// # Safety
 /// As for [`operands`].
 #[inline(always)]
-pub(crate) unsafe fn step(x: *const Line, w: Steps) {
+pub(crate) unsafe fn step<const AHEAD: bool>(x: *const Line, w: Steps) {
+    macro_rules! products {
+        ($($products:expr),*) => {
+            asm!(
+                load_operands!(),
+                $($products,)*
+                w = in(reg) w.first,
+                w2 = in(reg) w.second(),
+                ws = in(reg) w.stride_bytes(),
+                x = in(reg) x,
+                xs = in(reg) PAIR,
+                options(nostack, readonly, preserves_flags),
+            )
+        };
+    }
     // SAFETY: as the caller promises; prefetching has no effect on memory and never faults.
     unsafe {
-        asm!(
-            load_operands!(),
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            prefetch_lines!(2048),
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            prefetch_lines!(2560),
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            prefetch_lines!(3072),
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            prefetch_lines!(3584),
-            w = in(reg) w.first,
-            w2 = in(reg) w.second(),
-            ws = in(reg) w.stride_bytes(),
-            x = in(reg) x,
-            xs = in(reg) PAIR,
-            options(nostack, readonly, preserves_flags),
-        );
+        match AHEAD {
+            true => products!(
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                prefetch_lines!(2048),
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                prefetch_lines!(2560),
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                prefetch_lines!(3072),
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                prefetch_lines!(3584)
+            ),
+            false => products!(
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7"
+            ),
+        }
     }
 }
 
@@ -186,7 +209,7 @@ pub(crate) unsafe fn multiply(x: *const Line, lines: usize, w: Steps, steps: usi
             operands(x, w);
             first_step(None, c, add);
             for at in 1..steps {
-                step(x.add(at * LANES * LINES), w.step(at));
+                step::<false>(x.add(at * LANES * LINES), w.step(at));
             }
             store(c);
         } else {
@@ -214,8 +237,8 @@ unsafe fn single(x: *const Line, w: Steps, steps: usize, c: *mut Line, add: bool
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tileloadd tmm5, [{w2} + {ws}*1]",
             "tdpbf16ps tmm2, tmm5, tmm6",
-            "add {w}, 64",
-            "add {w2}, 64",
+            "add {w}, {step}",
+            "add {w2}, {step}",
             "add {x}, 1024",
             "dec {steps}",
             "jnz 2b",
@@ -227,6 +250,7 @@ unsafe fn single(x: *const Line, w: Steps, steps: usize, c: *mut Line, add: bool
             w = inout(reg) w.first => _,
             w2 = inout(reg) w.second() => _,
             ws = in(reg) w.stride_bytes(),
+            step = in(reg) w.step * size_of::<u32>(),
             x = inout(reg) x => _,
             steps = inout(reg) steps => _,
             options(nostack),
