@@ -137,9 +137,10 @@ impl Kernel for Amx {
         OUTPUTS
     }
 
-    /// Every processor with tiles has two megabytes, of which another thread of the core may take a part: most is for the sums, the
-    /// rest for two depths of weights and the rows that pass by. In the first-level cache a panel of rows and its sums have to stay beside
-    /// the weights of a register block. With few rows, weights of fewer outputs are asked for at once: their parts displace one another.
+    /// Every processor with tiles has two megabytes, of which another thread of the core may take a part: most is for
+    /// the sums, the rest for two depths of weights and the rows that pass by. In the first-level cache a panel of rows
+    /// and its sums have to stay beside the weights of a register block. With few rows, weights of fewer outputs are
+    /// asked for at once: their parts displace one another.
     fn blocking(self, rows: usize) -> Blocking {
         let outputs = rows.div_ceil(64).clamp(1, 3) * 3 * OUTPUTS;
         Blocking { panel: LINES, rows: 768, outputs, depth: 8 * LANES }
@@ -176,7 +177,7 @@ impl Kernel for Amx {
         }
     }
 
-    /// What a step loads lies together.
+    /// What the tiles of a step load lies together.
     fn layout(self, _: usize) -> [usize; 2] {
         [LANES, OUTPUTS * LANES]
     }
@@ -187,7 +188,7 @@ impl Kernel for Amx {
 
     fn blocks(self, a: &[Line], lines: usize, b: &[u32], c: &mut [Line], add: bool, mut pause: impl FnMut()) {
         let (depth, steps) = (a.len() / lines, a.len() / lines / LANES);
-        assert!(a.len() == steps * LANES * lines);
+        assert!((1..=LINES).contains(&lines) && a.len() == steps * LANES * lines);
         let [stride, step] = self.layout(depth);
         let blocks = b.chunks_exact(OUTPUTS * depth).zip(c.chunks_exact_mut(OUTPUTS * lines));
         let mut before = None;
@@ -199,6 +200,7 @@ impl Kernel for Amx {
                 continue;
             }
             let (w, c) = (Steps::of(w), c.as_mut_ptr());
+            // The first operands are loaded before the last sums are stored, so that there is something to multiply meanwhile.
             // SAFETY: `self` proves that the processor has the instructions; the lengths are those of a block.
             unsafe {
                 tiles::operands(a.as_ptr(), w);

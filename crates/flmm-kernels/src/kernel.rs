@@ -82,8 +82,9 @@ pub(crate) trait Kernel: Copy + Send + Sync {
         1
     }
 
-    /// As [`Kernel::tile`] for the weights of several register blocks, packed by [`Kernel::layout`] one behind the other, as are their
-    /// sums in `c`. `depth` is a multiple of [`LANES`]. Now and then calls `pause`, in which something may be asked for that is needed later.
+    /// As [`Kernel::tile`] for the weights of several register blocks, packed by [`Kernel::layout`] one behind the
+    /// other, as are their sums in `c`. `depth` is a multiple of [`LANES`]. Now and then calls `pause`, in which
+    /// something may be asked for that is needed later.
     fn blocks(self, a: &[Line], lines: usize, b: &[u32], c: &mut [Line], add: bool, mut pause: impl FnMut()) {
         let (depth, outputs) = (a.len() / lines, self.outputs());
         let [stride, step] = self.layout(depth);

@@ -10,8 +10,8 @@ use crate::element::Units;
 use crate::kernel::{Blocking, Kernel};
 use crate::line::{Ahead, LANES, Line, transpose};
 
-/// `x [rows, inputs]` in units: one behind the other the parts of up to [`Blocking::depth`] units, of each the panels of up to
-/// [`Blocking::panel`] lines, each `[units, lines]`.
+/// `x [rows, inputs]` in units: one behind the other the parts of up to [`Blocking::depth`] units, of each the panels
+/// of up to [`Blocking::panel`] lines, each `[units, lines]`.
 pub(crate) struct Packed {
     lines: Vec<Line>,
     /// Lines that hold all rows of one unit.

@@ -1,7 +1,8 @@
 //! Products of many rows: blocks for the caches around [`Kernel::blocks`].
 //!
 //! Rows of `x` are packed once: side by side in lines, so that a vector holds the same column of sixteen rows. Weights
-//! stay as they lie in memory, which may be a mapped file; some columns of some of their rows at a time are packed as the kernel reads them.
+//! stay as they lie in memory, which may be a mapped file; some columns of some of their rows at a time are packed as
+//! the kernel reads them.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -72,8 +73,8 @@ pub(crate) struct Block {
     pub(crate) outputs: Range<usize>,
 }
 
-/// Computes `y` in blocks, whole panels of lines each: `sums` fills `[panels, outputs, lines of a panel]` of a block with f32, where outputs are [`Blocking::outputs`]; then `bias` is added, and the
-/// sums are rounded.
+/// Computes `y` in blocks, whole panels of lines each: `sums` fills `[panels, outputs, lines of a panel]` of a block
+/// with f32, where outputs are [`Blocking::outputs`]; then `bias` is added, and the sums are rounded.
 pub(crate) fn in_blocks<O: Float, S>(
     sizes: Sizes,
     blocking: Blocking,
@@ -113,7 +114,8 @@ pub(crate) fn in_blocks<O: Float, S>(
     );
 }
 
-/// The sums of the rows in `lines` for all rows of `weight`, which are packed as many inputs at a time as [`Blocking::depth`] says.
+/// The sums of the rows in `lines` for all rows of `weight`, which are packed as many inputs at a time as
+/// [`Blocking::depth`] says.
 fn multiply<T: Copy + Send + Sync, U: Units<T>, K: Kernel>(
     kernel: K,
     packed: &Packed,
@@ -148,8 +150,8 @@ fn multiply<T: Copy + Send + Sync, U: Units<T>, K: Kernel>(
         for index in 0..panels {
             let at = lines.start + index * panel;
             let end = lines.end.min(at + panel);
-            // A few rows of the next weights at a time: their parts lie so far apart that the processor would not fetch them by
-            // itself, and all of them would displace one another.
+            // A few rows of the next weights at a time: their parts lie so far apart that the processor would not fetch
+            // them by itself, and all of them would displace one another.
             let coming = (next < packed.units)
                 .then(|| part(outputs * index / panels..outputs * (index + 1) / panels, next));
             let mut ahead = [

@@ -1,7 +1,7 @@
 //! Blocks of two by two AMX tiles, piece by piece: what a piece leaves in the tiles the next one finds there.
 //!
-//! Tiles 0 to 3 hold the sums of outputs 0–15 (0, 1) and 16–31 (2, 3) for the first (0, 2) and second line of rows (1, 3), tiles 4 and 5 the
-//! weights of one step, tiles 6 and 7 the rows. A step is sixteen units deep.
+//! Tiles 0 to 3 hold the sums of outputs 0–15 (0, 1) and 16–31 (2, 3) for the first (0, 2) and second line of rows (1,
+//! 3), tiles 4 and 5 the weights of one step, tiles 6 and 7 the rows. A step is sixteen units deep.
 #![allow(
     unsafe_code,
     reason = "instructions without intrinsics take pointers and need a processor that has them"
@@ -108,11 +108,11 @@ pub(crate) unsafe fn operands(x: *const Line, w: Steps) {
     }
 }
 
-/// The products of the operands that [`operands`] loaded, added to `c [32, 2]` if `add`; first of all stores the sums in the tiles
-/// at `before`.
+/// The products of the operands that [`operands`] loaded, added to `c [32, 2]` if `add`; first of all stores the sums
+/// in the tiles at `before`.
 ///
-/// Each tile by itself, because a load waits until all stores before it know what they store: 52 cycles from the beginning of a
-/// tile's last product.
+/// Each tile by itself, because a load waits until all stores before it know what they store: 52 cycles from the
+/// beginning of a tile's last product.
 ///
 /// # Safety
 /// As for [`operands`].
@@ -139,8 +139,8 @@ pub(crate) unsafe fn first_step(before: Option<*mut Line>, c: *const Line, add: 
     }
 }
 
-/// Adds the products of a further step. With `AHEAD`, asks for the weights of the one after it, which then lie behind those of this
-/// one, perhaps in the second-level cache.
+/// Adds the products of a further step. With `AHEAD`, asks for the weights of the one after it, which then lie behind
+/// those of this one, perhaps in the second-level cache.
 ///
 /// # Safety
 /// As for [`operands`].
