@@ -20,11 +20,12 @@ use crate::avx512::Avx512Bf16;
 use crate::few::Few;
 use crate::kernel::{Blocking, Kernel, Weights};
 use crate::line::{LANES, Line};
+use crate::tiles::{self, Steps};
 
 /// Outputs of a register block: two tiles.
-const OUTPUTS: usize = 2 * LANES;
+pub(crate) const OUTPUTS: usize = 2 * LANES;
 /// Lines of rows of a register block: two tiles.
-const LINES: usize = 2;
+pub(crate) const LINES: usize = 2;
 /// Operations of one instruction.
 const OPERATIONS: usize = 2 * LANES * LANES * 2 * LANES;
 /// Instructions of one turn of a loop that only multiplies.
@@ -136,10 +137,13 @@ impl Kernel for Amx {
         OUTPUTS
     }
 
-    /// Every processor with tiles has two megabytes. Rows are read from behind that cache once for each block of outputs:
-    /// with a third of these outputs a product takes a sixth longer.
-    fn blocking(self) -> Blocking {
-        Blocking { panel: LINES, rows: 768, outputs: 9 * OUTPUTS }
+    /// Every processor with tiles has two megabytes, of which another thread of the core may take a part: most is for
+    /// the sums, the rest for two depths of weights and the rows that pass by. In the first-level cache a panel of rows
+    /// and its sums have to stay beside the weights of a register block. With few rows, weights of fewer outputs are
+    /// asked for at once: their parts displace one another.
+    fn blocking(self, rows: usize) -> Blocking {
+        let outputs = rows.div_ceil(64).clamp(1, 3) * 3 * OUTPUTS;
+        Blocking { panel: LINES, rows: 768, outputs, depth: 8 * LANES }
     }
 
     fn within<R>(self, work: impl FnOnce() -> R) -> R {
@@ -151,16 +155,13 @@ impl Kernel for Amx {
         result
     }
 
-    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool) {
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], add: bool) {
         assert!((1..=LINES).contains(&lines) && a.len() >= b.depth * lines);
-        assert!(b.units.len() >= (OUTPUTS - 1) * b.stride + b.depth);
-        assert!(c.len() >= (OUTPUTS - 1) * stride + lines);
+        assert!(b.has(OUTPUTS) && c.len() >= OUTPUTS * lines);
         let (steps, rest) = (b.depth / LANES, b.depth % LANES);
         if steps > 0 {
             // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
-            unsafe {
-                multiply(a.as_ptr(), lines, (b.units.as_ptr(), b.stride), steps, c.as_mut_ptr(), stride, add)
-            }
+            unsafe { tiles::multiply(a.as_ptr(), lines, Steps::of(b), steps, c.as_mut_ptr(), add) }
         }
         if rest > 0 {
             // The last units, filled up with zeros.
@@ -168,115 +169,53 @@ impl Kernel for Amx {
             let (mut x, mut w) = ([Line::ZERO; LANES * LINES], [Line::ZERO; OUTPUTS]);
             x[..rest * lines].copy_from_slice(&a[full * lines..][..rest * lines]);
             for (n, w) in w.iter_mut().enumerate() {
-                w.0[..rest].copy_from_slice(&b.units[n * b.stride + full..][..rest]);
+                w.0[..rest].copy_from_slice(&b.units[n * b.stride + steps * b.step..][..rest]);
             }
-            let add = add || steps > 0;
-            // SAFETY: as above; both operands are one tile deep.
-            unsafe { multiply(x.as_ptr(), lines, (w.as_ptr().cast(), LANES), 1, c.as_mut_ptr(), stride, add) }
+            let w = Steps::of(Weights::rows(bytemuck::cast_slice(&w), LANES, LANES));
+            // SAFETY: as above; both operands are one step deep.
+            unsafe { tiles::multiply(x.as_ptr(), lines, w, 1, c.as_mut_ptr(), add || steps > 0) }
         }
     }
-}
 
-/// As [`Kernel::tile`], `16 · steps` deep; weights are a pointer and the units from one output to the next.
-///
-/// # Safety
-/// The processor must have AMX for bf16, tiles must be configured by [`CONFIG`]; `x` must have `16 · steps · lines` lines, `w` as many units of [`OUTPUTS`]
-/// outputs, and `c` [`OUTPUTS`] times `lines` lines, `stride` apart.
-unsafe fn multiply(
-    x: *const Line,
-    lines: usize,
-    (w, w_stride): (*const u32, usize),
-    steps: usize,
-    c: *mut Line,
-    stride: usize,
-    add: bool,
-) {
-    let (x_bytes, w_bytes, c_bytes) = (lines * 64, w_stride * 4, stride * 64);
-    let (w_second, c_second) = (w.wrapping_add(LANES * w_stride), c.wrapping_add(LANES * stride));
-    if lines == LINES {
-        // SAFETY: the caller vouches for all lengths.
-        unsafe {
-            asm!(
-                "test {add}, {add}",
-                "jnz 3f",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "jmp 2f",
-                "3:",
-                "tileloadd tmm0, [{c} + {cs}*1]",
-                "tileloadd tmm1, [{c} + {cs}*1 + 64]",
-                "tileloadd tmm2, [{c2} + {cs}*1]",
-                "tileloadd tmm3, [{c2} + {cs}*1 + 64]",
-                "2:",
-                "tileloadd tmm4, [{w} + {ws}*1]",
-                "tileloadd tmm6, [{x} + {xs}*1]",
-                "tileloadd tmm7, [{x} + {xs}*1 + 64]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{w2} + {ws}*1]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {w}, 64",
-                "add {w2}, 64",
-                "add {x}, 2048",
-                "dec {steps}",
-                "jnz 2b",
-                "tilestored [{c} + {cs}*1], tmm0",
-                "tilestored [{c} + {cs}*1 + 64], tmm1",
-                "tilestored [{c2} + {cs}*1], tmm2",
-                "tilestored [{c2} + {cs}*1 + 64], tmm3",
-                add = in(reg) usize::from(add),
-                c = in(reg) c,
-                c2 = in(reg) c_second,
-                cs = in(reg) c_bytes,
-                w = inout(reg) w => _,
-                w2 = inout(reg) w_second => _,
-                ws = in(reg) w_bytes,
-                x = inout(reg) x => _,
-                xs = in(reg) x_bytes,
-                steps = inout(reg) steps => _,
-                options(nostack),
-            );
+    /// What the tiles of a step load lies together.
+    fn layout(self, _: usize) -> [usize; 2] {
+        [LANES, OUTPUTS * LANES]
+    }
+
+    fn pauses(self, depth: usize) -> usize {
+        depth / LANES
+    }
+
+    fn blocks(self, a: &[Line], lines: usize, b: &[u32], c: &mut [Line], add: bool, mut pause: impl FnMut()) {
+        let (depth, steps) = (a.len() / lines, a.len() / lines / LANES);
+        assert!((1..=LINES).contains(&lines) && a.len() == steps * LANES * lines);
+        let [stride, step] = self.layout(depth);
+        let blocks = b.chunks_exact(OUTPUTS * depth).zip(c.chunks_exact_mut(OUTPUTS * lines));
+        let mut before = None;
+        for (units, c) in blocks {
+            let w = Weights { units, depth, stride, step };
+            if lines < LINES {
+                pause();
+                self.tile(a, lines, w, c, add);
+                continue;
+            }
+            let (w, c) = (Steps::of(w), c.as_mut_ptr());
+            // The first operands are loaded before the last sums are stored, so that there is something to multiply meanwhile.
+            // SAFETY: `self` proves that the processor has the instructions; the lengths are those of a block.
+            unsafe {
+                tiles::operands(a.as_ptr(), w);
+                tiles::first_step(before, c, add);
+                pause();
+                for at in 1..steps {
+                    tiles::step::<true>(a[at * LANES * LINES..].as_ptr(), w.step(at));
+                    pause();
+                }
+            }
+            before = Some(c);
         }
-    } else {
-        // SAFETY: the caller vouches for all lengths.
-        unsafe {
-            asm!(
-                "test {add}, {add}",
-                "jnz 3f",
-                "tilezero tmm0",
-                "tilezero tmm2",
-                "jmp 2f",
-                "3:",
-                "tileloadd tmm0, [{c} + {cs}*1]",
-                "tileloadd tmm2, [{c2} + {cs}*1]",
-                "2:",
-                "tileloadd tmm6, [{x} + {xs}*1]",
-                "tileloadd tmm4, [{w} + {ws}*1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{w2} + {ws}*1]",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "add {w}, 64",
-                "add {w2}, 64",
-                "add {x}, 1024",
-                "dec {steps}",
-                "jnz 2b",
-                "tilestored [{c} + {cs}*1], tmm0",
-                "tilestored [{c2} + {cs}*1], tmm2",
-                add = in(reg) usize::from(add),
-                c = in(reg) c,
-                c2 = in(reg) c_second,
-                cs = in(reg) c_bytes,
-                w = inout(reg) w => _,
-                w2 = inout(reg) w_second => _,
-                ws = in(reg) w_bytes,
-                x = inout(reg) x => _,
-                xs = in(reg) x_bytes,
-                steps = inout(reg) steps => _,
-                options(nostack),
-            );
+        if let Some(c) = before {
+            // SAFETY: as above.
+            unsafe { tiles::store(c) }
         }
     }
 }

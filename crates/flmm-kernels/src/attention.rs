@@ -10,9 +10,10 @@ use rayon::prelude::*;
 
 use crate::element::{Float, Units};
 use crate::few::{FEW, Few};
+use crate::finish::{Columns, Finish};
 use crate::kernel::{Kernel, Weights};
 use crate::line::{LANES, Line};
-use crate::product::{Columns, Finish, Pack};
+use crate::pack::Pack;
 use crate::softmax::{Decode, Softmax};
 
 /// Lines of scores that a block of rows may take, so that they stay in the second-level cache (512 KiB).
@@ -166,6 +167,8 @@ impl<T: Float, K: Kernel + Few<T>> Job<'_, T, K> {
                 Arch::new().dispatch(Finish {
                     sums: &scratch.mixed,
                     lines: lse.len().div_ceil(LANES),
+                    panel: lines,
+                    outputs: head_dim,
                     bias: None,
                     y: &y,
                     rows: row..row + lse.len(),
@@ -260,6 +263,7 @@ impl Block {
             x,
             rows: lse.len(),
             inputs: head_dim,
+            columns: 0..head_dim,
             lines: queries,
             units,
             how: PhantomData,
@@ -272,8 +276,8 @@ impl Block {
         };
         job.kernel.within(|| {
             for key in (0..seen).step_by(job.kernel.outputs()) {
-                let weights = Weights { units: &packed.keys[key * units..], stride: units, depth: units };
-                job.kernel.tile(queries, lines, weights, &mut self.scores[key * lines..], lines, false);
+                let weights = Weights::rows(&packed.keys[key * units..], units, units);
+                job.kernel.tile(queries, lines, weights, &mut self.scores[key * lines..], false);
             }
         });
         arch.dispatch(Softmax::<T, U> {
@@ -288,15 +292,8 @@ impl Block {
         let (depth, stride) = (seen.div_ceil(U::PER_UNIT), keys.div_ceil(U::PER_UNIT));
         job.kernel.within(|| {
             for column in (0..head_dim).step_by(job.kernel.outputs()) {
-                let weights = Weights { units: &packed.values[column * stride..], stride, depth };
-                job.kernel.tile(
-                    &self.scores,
-                    lines,
-                    weights,
-                    &mut self.mixed[column * lines..],
-                    lines,
-                    false,
-                );
+                let weights = Weights::rows(&packed.values[column * stride..], depth, stride);
+                job.kernel.tile(&self.scores, lines, weights, &mut self.mixed[column * lines..], false);
             }
         });
     }

@@ -48,13 +48,12 @@ impl Avx512Bf16 {
         a: &[Line],
         b: Weights,
         c: &mut [Line],
-        stride: usize,
         add: bool,
     ) {
-        assert!(a.len() >= b.depth * V && b.units.len() >= (N - 1) * b.stride + b.depth);
-        assert!(c.len() >= (N - 1) * stride + V);
+        assert!(a.len() >= b.depth * V && b.step == LANES && b.has(N));
+        assert!(c.len() >= N * V);
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
-        unsafe { tile::<V, N>(a.as_ptr(), b, c.as_mut_ptr(), stride, add) }
+        unsafe { tile::<V, N>(a.as_ptr(), b, c.as_mut_ptr(), add) }
     }
 
     /// Multiplies and adds in registers, [`SUMS`] instructions a turn.
@@ -73,13 +72,7 @@ impl Avx512Bf16 {
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn tile<const V: usize, const N: usize>(
-    a: *const Line,
-    b: Weights,
-    c: *mut Line,
-    stride: usize,
-    add: bool,
-) {
+unsafe fn tile<const V: usize, const N: usize>(a: *const Line, b: Weights, c: *mut Line, add: bool) {
     let mut sums = [[_mm512_setzero_ps(); V]; N];
     let weights = b.units.as_ptr();
     for k in 0..b.depth {
@@ -96,9 +89,9 @@ unsafe fn tile<const V: usize, const N: usize>(
     }
     for (n, sums) in sums.iter().enumerate() {
         for (v, &sum) in sums.iter().enumerate() {
-            // SAFETY: the caller checked that `c` has `(N − 1) · stride + V` lines.
+            // SAFETY: the caller checked that `c` has `N · V` lines.
             unsafe {
-                let to: *mut f32 = c.add(n * stride + v).cast();
+                let to: *mut f32 = c.add(n * V + v).cast();
                 let sum = if add { _mm512_add_ps(_mm512_load_ps(to), sum) } else { sum };
                 _mm512_store_ps(to, sum);
             }

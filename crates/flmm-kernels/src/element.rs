@@ -33,9 +33,8 @@ impl Units<bf16> for Pairs {
     fn write(numbers: &[bf16], units: &mut [u32]) {
         let (pairs, rest) = numbers.reinterpret_cast().as_chunks::<2>();
         let (full, padding) = units.split_at_mut(pairs.len());
-        for (unit, [low, high]) in full.iter_mut().zip(pairs) {
-            *unit = u32::from(*low) | u32::from(*high) << 16;
-        }
+        // The first of two is the low half on this processor, as it lies in memory.
+        bytemuck::cast_slice_mut(full).copy_from_slice(pairs.as_flattened());
         padding.fill(0);
         if let ([last], [unit, ..]) = (rest, padding) {
             *unit = u32::from(*last);

@@ -318,9 +318,8 @@ pub(crate) fn many(
     let Sizes { inputs, .. } = sizes;
     let panels: Vec<Panel> = x.par_chunks(PANEL * LANES * inputs).map(|x| Panel::new(x, inputs)).collect();
     let scratch = || (vec![0u32; OUTPUTS * GROUPS * GROUP_UNITS], vec![0f32; OUTPUTS * GROUPS]);
-    let blocking = Blocking { panel: PANEL, rows: 512, outputs: 96 };
+    let blocking = Blocking { panel: PANEL, rows: 512, outputs: 96, depth: GROUPS * GROUP_UNITS };
     product::in_blocks(sizes, blocking, bias, y, scratch, |(units, scales), sums, block| {
-        let height = block.lines.len();
         let panels = &panels[block.lines.start / PANEL..block.lines.end.div_ceil(PANEL)];
         for from in (0..weight.groups()).step_by(GROUPS) {
             let groups = from..weight.groups().min(from + GROUPS);
@@ -340,8 +339,9 @@ pub(crate) fn many(
                 }
                 let weights = Bytes { units, scales, groups: groups.len() };
                 for (at, panel) in panels.iter().enumerate() {
-                    let sums = &mut sums[(first - block.outputs.start) * height + at * PANEL..];
-                    vnni.tile(panel.part(groups.clone()), weights, sums, height, from > 0);
+                    let sums = &mut sums[at * PANEL * blocking.outputs..];
+                    let sums = &mut sums[(first - block.outputs.start) * panel.lines..];
+                    vnni.tile(panel.part(groups.clone()), weights, sums, from > 0);
                 }
             }
         }

@@ -7,12 +7,30 @@ use crate::line::{LANES, Line};
 /// Weights (outputs) of a register block of vectors.
 pub(crate) const OUTPUTS: usize = 6;
 
-/// Weights of a register block: output `n` has its units at `units[n · stride..][..depth]`.
+/// Weights of a register block: sixteen units from unit `k` of output `n` on lie at `units[n · stride + k / 16 · step..]`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Weights<'a> {
     pub(crate) units: &'a [u32],
-    pub(crate) stride: usize,
     pub(crate) depth: usize,
+    /// From one output to the next.
+    pub(crate) stride: usize,
+    /// From sixteen units to the next sixteen.
+    pub(crate) step: usize,
+}
+
+impl<'a> Weights<'a> {
+    /// Outputs whose units lie one after the other, `stride` from the first of one to the first of the next.
+    pub(crate) fn rows(units: &'a [u32], depth: usize, stride: usize) -> Self {
+        Self { units, depth, stride, step: LANES }
+    }
+
+    /// Whether there are units of `outputs` outputs.
+    pub(crate) fn has(&self, outputs: usize) -> bool {
+        let (steps, rest) = (self.depth / LANES, self.depth % LANES);
+        let last =
+            if rest > 0 { steps * self.step + rest } else { steps.saturating_sub(1) * self.step + LANES };
+        self.depth == 0 || self.units.len() >= (outputs - 1) * self.stride + last
+    }
 }
 
 /// The parts of a product that a thread works on at one time.
@@ -20,10 +38,12 @@ pub(crate) struct Weights<'a> {
 pub(crate) struct Blocking {
     /// As [`Kernel::panel`].
     pub(crate) panel: usize,
-    /// Most rows: a thousand bytes of each have to fit the second-level cache, and the sums.
+    /// Most rows: their sums have to fit the second-level cache.
     pub(crate) rows: usize,
-    /// Most outputs; a multiple of [`Kernel::outputs`] and of [`LANES`].
+    /// Most outputs: so many units of each have to fit it besides. A multiple of [`Kernel::outputs`] and of [`LANES`].
     pub(crate) outputs: usize,
+    /// Most units along the inner dimension; a multiple of [`LANES`].
+    pub(crate) depth: usize,
 }
 
 /// Computes a register block of a product.
@@ -36,9 +56,9 @@ pub(crate) trait Kernel: Copy + Send + Sync {
         OUTPUTS
     }
 
-    /// How a large product is cut for the second-level cache.
-    fn blocking(self) -> Blocking {
-        Blocking { panel: self.panel(), rows: 512, outputs: 96 }
+    /// How a product of so many rows is cut for the second-level cache.
+    fn blocking(self, _rows: usize) -> Blocking {
+        Blocking { panel: self.panel(), rows: 512, outputs: 96, depth: 256 }
     }
 
     /// Runs `work`, in which alone [`Kernel::tile`] may be called.
@@ -49,8 +69,30 @@ pub(crate) trait Kernel: Copy + Send + Sync {
     /// `c[n][row] (+)= Σ_k a[k][row] · b[n][k]` over `depth` units.
     ///
     /// `a [depth, lines]` holds rows side by side; `lines` is at most [`Kernel::panel`]. There are [`Kernel::outputs`]
-    /// outputs. Output `n` has its sums, in f32, at `c[n · stride..][..lines]`, to which they are added if `add`.
-    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool);
+    /// outputs, whose sums `c [outputs, lines]` are f32; they are added to what is there if `add`.
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], add: bool);
+
+    /// [`Weights::stride`] and [`Weights::step`] of packed weights.
+    fn layout(self, depth: usize) -> [usize; 2] {
+        [depth, LANES]
+    }
+
+    /// How many times [`Kernel::blocks`] pauses for each register block.
+    fn pauses(self, _depth: usize) -> usize {
+        1
+    }
+
+    /// As [`Kernel::tile`] for the weights of several register blocks, packed by [`Kernel::layout`] one behind the
+    /// other, as are their sums in `c`. `depth` is a multiple of [`LANES`]. Now and then calls `pause`, in which
+    /// something may be asked for that is needed later.
+    fn blocks(self, a: &[Line], lines: usize, b: &[u32], c: &mut [Line], add: bool, mut pause: impl FnMut()) {
+        let (depth, outputs) = (a.len() / lines, self.outputs());
+        let [stride, step] = self.layout(depth);
+        for (units, c) in b.chunks_exact(outputs * depth).zip(c.chunks_exact_mut(outputs * lines)) {
+            pause();
+            self.tile(a, lines, Weights { units, depth, stride, step }, c, add);
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -60,12 +102,12 @@ impl Kernel for crate::avx512::Avx512Bf16 {
     }
 
     #[inline]
-    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool) {
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], add: bool) {
         match lines {
-            1 => self.tile::<1, OUTPUTS>(a, b, c, stride, add),
-            2 => self.tile::<2, OUTPUTS>(a, b, c, stride, add),
-            3 => self.tile::<3, OUTPUTS>(a, b, c, stride, add),
-            _ => self.tile::<4, OUTPUTS>(a, b, c, stride, add),
+            1 => self.tile::<1, OUTPUTS>(a, b, c, add),
+            2 => self.tile::<2, OUTPUTS>(a, b, c, add),
+            3 => self.tile::<3, OUTPUTS>(a, b, c, add),
+            _ => self.tile::<4, OUTPUTS>(a, b, c, add),
         }
     }
 }
@@ -100,8 +142,8 @@ impl Kernel for Wide {
     }
 
     #[inline]
-    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], stride: usize, add: bool) {
-        self.arch.dispatch(Tile { a, lines, b, c, stride, add });
+    fn tile(self, a: &[Line], lines: usize, b: Weights, c: &mut [Line], add: bool) {
+        self.arch.dispatch(Tile { a, lines, b, c, add });
     }
 }
 
@@ -120,7 +162,6 @@ struct Tile<'a> {
     lines: usize,
     b: Weights<'a>,
     c: &'a mut [Line],
-    stride: usize,
     add: bool,
 }
 
@@ -160,7 +201,7 @@ impl Tile<'_> {
             }
         }
         for (n, sums) in sums.iter().enumerate() {
-            let c: &mut [f32] = bytemuck::cast_slice_mut(&mut self.c[n * self.stride..][..self.lines]);
+            let c: &mut [f32] = bytemuck::cast_slice_mut(&mut self.c[n * self.lines..][..self.lines]);
             for (to, &sum) in S::as_mut_simd_f32s(c).0.iter_mut().zip(sums) {
                 *to = if self.add { simd.add_f32s(*to, sum) } else { sum };
             }

@@ -18,16 +18,20 @@ mod avx2;
 mod avx512;
 mod element;
 mod few;
+mod finish;
 mod int4;
 mod int8;
 mod kernel;
 mod line;
+mod pack;
 pub mod peak;
 mod product;
 mod rows;
 mod softmax;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 

@@ -511,6 +511,26 @@ fn several_blocks_of_rows() {
 }
 
 #[test]
+fn several_chunks_of_outputs_and_parts_of_inputs() {
+    all_kernels(Sizes { rows: 130, inputs: 1100, outputs: 330 }, true).unwrap();
+    all_kernels(Sizes { rows: 780, inputs: 530, outputs: 40 }, false).unwrap();
+}
+
+#[test]
+fn results_do_not_depend_on_other_rows() {
+    let (inputs, outputs) = (1100, 330);
+    let (x, weight) = (numbers::<bf16>(800 * inputs, 1), numbers::<bf16>(outputs * inputs, 2));
+    let results = [40, 100, 800].map(|rows| {
+        let mut y = vec![bf16::ZERO; rows * outputs];
+        let sizes = Sizes { rows, inputs, outputs };
+        crate::linear_bf16(&x[..rows * inputs], &weight, None, sizes, &mut y);
+        y.truncate(40 * outputs);
+        y
+    });
+    assert!(results[0] == results[1] && results[0] == results[2]);
+}
+
+#[test]
 fn results_do_not_depend_on_the_number_of_threads() {
     let sizes = Sizes { rows: 70, inputs: 600, outputs: 500 };
     let (x, weight) =

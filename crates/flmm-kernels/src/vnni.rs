@@ -51,19 +51,19 @@ impl Vnni {
     /// `c[n][row] (+)= Σ_group scale(row) · scale(n) · Σ_k x[k][row] · w[n][k]`, laid out as in
     /// [`crate::kernel::Kernel::tile`]; at most four lines.
     #[inline]
-    pub(crate) fn tile(self, x: Quantised, w: Bytes, c: &mut [Line], stride: usize, add: bool) {
+    pub(crate) fn tile(self, x: Quantised, w: Bytes, c: &mut [Line], add: bool) {
         let lines = x.lines;
         assert!(x.units.len() >= w.groups * GROUP_UNITS * lines);
         assert!(x.scales.len() >= w.groups * lines && x.corrections.len() >= w.groups * lines);
         assert!(w.units.len() >= OUTPUTS * w.groups * GROUP_UNITS && w.scales.len() >= OUTPUTS * w.groups);
-        assert!((1..=4).contains(&lines) && c.len() >= (OUTPUTS - 1) * stride + lines);
+        assert!((1..=4).contains(&lines) && c.len() >= OUTPUTS * lines);
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
         unsafe {
             match lines {
-                1 => tile::<1>(x, w, c.as_mut_ptr(), stride, add),
-                2 => tile::<2>(x, w, c.as_mut_ptr(), stride, add),
-                3 => tile::<3>(x, w, c.as_mut_ptr(), stride, add),
-                _ => tile::<4>(x, w, c.as_mut_ptr(), stride, add),
+                1 => tile::<1>(x, w, c.as_mut_ptr(), add),
+                2 => tile::<2>(x, w, c.as_mut_ptr(), add),
+                3 => tile::<3>(x, w, c.as_mut_ptr(), add),
+                _ => tile::<4>(x, w, c.as_mut_ptr(), add),
             }
         }
     }
@@ -94,7 +94,7 @@ impl Vnni {
 }
 
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn tile<const V: usize>(x: Quantised, w: Bytes, c: *mut Line, stride: usize, add: bool) {
+unsafe fn tile<const V: usize>(x: Quantised, w: Bytes, c: *mut Line, add: bool) {
     for group in 0..w.groups {
         // SAFETY: the caller checked all operands for `w.groups` groups and `c` for all outputs.
         unsafe {
@@ -118,7 +118,7 @@ unsafe fn tile<const V: usize>(x: Quantised, w: Bytes, c: *mut Line, stride: usi
             for (n, sums) in sums.iter().enumerate() {
                 let scale = _mm512_set1_ps(*w.scales.as_ptr().add(n * w.groups + group));
                 for (v, (&sum, &row_scale)) in sums.iter().zip(&row_scales).enumerate() {
-                    let to: *mut f32 = c.add(n * stride + v).cast();
+                    let to: *mut f32 = c.add(n * V + v).cast();
                     let before = if add || group > 0 { _mm512_load_ps(to) } else { _mm512_setzero_ps() };
                     let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), row_scale);
                     _mm512_store_ps(to, _mm512_fmadd_ps(sum, scale, before));
