@@ -128,10 +128,11 @@ fn check_attention<T: Float, U: Units<T>>(
     let (mut y, mut lse) = (vec![T::round(f32::NAN); q.len()], vec![f32::NAN; batch * heads * rows]);
     crate::attention::attention::<T, U, _>(kernel, &q, [k, v], sizes, scores, &mut y, &mut lse);
     for (at, (y, expected)) in y.iter().zip(expected).enumerate() {
-        // Probabilities may be rounded to the other side, and add up to one; values are at most two.
+        // Probabilities may be rounded to the other side, and add up to one; values are at most two. So is the result,
+        // which is rounded once more.
         let error = (f64::from(y.widen()) - expected).abs();
         prop_assert!(
-            error <= 1e-5 + 2.0 * unit,
+            error <= 1e-5 + (2.0 + expected.abs()) * unit,
             "{sizes:?}: number {at} is {} instead of {expected}",
             y.widen()
         );
@@ -365,7 +366,7 @@ fn check_int4(sizes: Sizes, biased: bool) -> Result<(), TestCaseError> {
     let check = |y: &[bf16], what: &str| {
         for (at, (y, &(expected, size))) in y.iter().zip(&expected).enumerate() {
             // Weights were rounded to bf16, activations to a 32,639th of the largest of 128, and sums once.
-            let tolerance = size / 512.0 + expected.abs() / 256.0 + inputs as f64 / 65_278.0;
+            let tolerance = (size + expected.abs()) / 256.0 + inputs as f64 / 65_278.0;
             let error = (y.to_f64() - expected).abs();
             prop_assert!(error <= tolerance, "{what}, {sizes:?}: number {at}: {y} instead of {expected}");
         }
@@ -420,6 +421,14 @@ proptest! {
     #[test]
     fn four_bit_weights_in_few_rows(rows in 1usize..9, inputs in 1usize..400, outputs in 1usize..200, biased: bool) {
         check_int4(Sizes { rows, inputs, outputs }, biased)?;
+    }
+}
+
+/// Errors of few terms come near to their bounds.
+#[test]
+fn four_bit_weights_of_a_few_inputs() {
+    for [rows, inputs, outputs] in [[2, 4, 56], [4, 2, 82]] {
+        check_int4(Sizes { rows, inputs, outputs }, false).unwrap();
     }
 }
 

@@ -50,7 +50,7 @@ impl StepConfig {
 
     /// Floating-point operations of the products in one step, forward and backward: convolutions of the mask head and
     /// linear layers of the mask decoder that see the whole picture. The rest is below a hundredth. They are counted as
-    /// the method is written down, so that implementations can be compared.
+    /// the method is written down, so that implementations can be compared; ours leaves out a third of them.
     pub fn flops(&self) -> f64 {
         let unet = UNetConfig { base_channels: self.base_channels, ..UNetConfig::new(self.channels) };
         // The input of the first convolution is constant: its gradient is not needed.
