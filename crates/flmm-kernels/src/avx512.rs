@@ -62,12 +62,17 @@ impl Avx512Bf16 {
         unsafe { spin(turns) }
     }
 
-    /// `Σ x·w` of rows of bf16 pairs against one row of weights: `x` holds `R` rows of `w.len()` numbers.
+    /// `Σ_k x[row][k] · w[n][k]` of bf16 pairs: `x` holds `R` rows of `len` numbers, `w` holds `N`.
     #[inline]
-    pub(crate) fn dot<const R: usize>(self, x: &[bf16], w: &[bf16]) -> [f32; R] {
-        assert!(x.len() >= R * w.len());
+    pub(crate) fn dot<const R: usize, const N: usize>(
+        self,
+        x: &[bf16],
+        w: &[bf16],
+        len: usize,
+    ) -> [[f32; R]; N] {
+        assert!(x.len() >= R * len && w.len() >= N * len);
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
-        unsafe { dot::<R>(x.as_ptr().cast(), w.as_ptr().cast(), w.len()) }
+        unsafe { dot(x.as_ptr().cast(), w.as_ptr().cast(), len) }
     }
 }
 
@@ -110,17 +115,21 @@ fn pairs(units: __m512i) -> __m512bh {
 const CHAINS: usize = 4;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn dot<const R: usize>(x: *const u16, w: *const u16, len: usize) -> [f32; R] {
-    let mut sums = [[_mm512_setzero_ps(); R]; CHAINS];
+unsafe fn dot<const R: usize, const N: usize>(x: *const u16, w: *const u16, len: usize) -> [[f32; R]; N] {
+    let mut sums = [[[_mm512_setzero_ps(); R]; N]; CHAINS];
     let mut k = 0;
     while k + 32 * CHAINS <= len {
         for (chain, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: the loop's condition keeps all reads below `len`, and the caller checked `x` for R rows.
+            let at = k + 32 * chain;
+            // SAFETY: the loop's condition keeps all reads below `len`, and the caller checked `x` for R rows, `w` for N.
             unsafe {
-                let weight = _mm512_loadu_si512(w.add(k + 32 * chain).cast());
-                for (r, sum) in sums.iter_mut().enumerate() {
-                    let row = _mm512_loadu_si512(x.add(r * len + k + 32 * chain).cast());
-                    *sum = _mm512_dpbf16_ps(*sum, pairs(row), pairs(weight));
+                let rows: [__m512i; R] =
+                    std::array::from_fn(|r| _mm512_loadu_si512(x.add(r * len + at).cast()));
+                for (n, sums) in sums.iter_mut().enumerate() {
+                    let weight = _mm512_loadu_si512(w.add(n * len + at).cast());
+                    for (sum, &row) in sums.iter_mut().zip(&rows) {
+                        *sum = _mm512_dpbf16_ps(*sum, pairs(row), pairs(weight));
+                    }
                 }
             }
         }
@@ -130,17 +139,22 @@ unsafe fn dot<const R: usize>(x: *const u16, w: *const u16, len: usize) -> [f32;
         let mask: u32 = if len - k >= 32 { u32::MAX } else { (1 << (len - k)) - 1 };
         // SAFETY: the mask keeps all reads below `len`.
         unsafe {
-            let weight = _mm512_maskz_loadu_epi16(mask, w.add(k).cast());
-            for (r, sum) in sums[0].iter_mut().enumerate() {
-                let row = _mm512_maskz_loadu_epi16(mask, x.add(r * len + k).cast());
-                *sum = _mm512_dpbf16_ps(*sum, pairs(row), pairs(weight));
+            for (n, sums) in sums[0].iter_mut().enumerate() {
+                let weight = _mm512_maskz_loadu_epi16(mask, w.add(n * len + k).cast());
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    let row = _mm512_maskz_loadu_epi16(mask, x.add(r * len + k).cast());
+                    *sum = _mm512_dpbf16_ps(*sum, pairs(row), pairs(weight));
+                }
             }
         }
         k += 32;
     }
     let [a, b, c, d] = sums;
-    std::array::from_fn(|r| {
-        _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a[r], b[r]), _mm512_add_ps(c[r], d[r])))
+    std::array::from_fn(|n| {
+        std::array::from_fn(|r| {
+            let (ab, cd) = (_mm512_add_ps(a[n][r], b[n][r]), _mm512_add_ps(c[n][r], d[n][r]));
+            _mm512_reduce_add_ps(_mm512_add_ps(ab, cd))
+        })
     })
 }
 

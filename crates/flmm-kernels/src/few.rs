@@ -11,7 +11,7 @@ use crate::product::{Sizes, WeightRows};
 
 /// The most rows that are worked on in this way.
 pub(crate) const FEW: usize = 8;
-/// Rows of `x` that share one reading of a row of weights.
+/// Rows of `x` that share one reading of a row of weights, or rows of weights that share one row of `x`.
 pub(crate) const TOGETHER: usize = 4;
 /// Weights that a thread takes at once.
 const CHUNK: usize = 1 << 18;
@@ -76,13 +76,29 @@ impl Few<half::bf16> for crate::avx512::Avx512Bf16 {
 
     fn sums(self, x: &[half::bf16], weight: &[half::bf16], inputs: usize, sums: &mut [f32]) {
         let rows = x.len() / inputs;
+        if rows == 1 {
+            // Several rows of weights side by side: a single stream leaves a third of the memory's speed unused.
+            for (sums, weight) in sums.chunks_mut(TOGETHER).zip(weight.chunks(TOGETHER * inputs)) {
+                match sums.len() {
+                    TOGETHER => {
+                        sums.copy_from_slice(self.dot::<1, TOGETHER>(x, weight, inputs).as_flattened());
+                    }
+                    _ => {
+                        for (sum, weight) in sums.iter_mut().zip(weight.chunks_exact(inputs)) {
+                            [[*sum]] = self.dot(x, weight, inputs);
+                        }
+                    }
+                }
+            }
+            return;
+        }
         for (sums, weight) in sums.chunks_exact_mut(rows).zip(weight.chunks_exact(inputs)) {
             for (sums, x) in sums.chunks_mut(TOGETHER).zip(x.chunks(TOGETHER * inputs)) {
                 match sums {
-                    [sum] => [*sum] = self.dot(x, weight),
-                    [a, b] => [*a, *b] = self.dot(x, weight),
-                    [a, b, c] => [*a, *b, *c] = self.dot(x, weight),
-                    _ => sums.copy_from_slice(&self.dot::<TOGETHER>(x, weight)),
+                    [sum] => [[*sum]] = self.dot(x, weight, inputs),
+                    [a, b] => [[*a, *b]] = self.dot(x, weight, inputs),
+                    [a, b, c] => [[*a, *b, *c]] = self.dot(x, weight, inputs),
+                    _ => sums.copy_from_slice(&self.dot::<TOGETHER, 1>(x, weight, inputs)[0]),
                 }
             }
         }
