@@ -2,8 +2,8 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request, State};
@@ -30,16 +30,14 @@ pub(crate) struct RequestId(pub(crate) String);
 /// # Errors
 /// If another recorder of the `metrics` crate is installed.
 pub(crate) fn recorder() -> Result<PrometheusHandle, BuildError> {
-    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
-    if let Some(handle) = HANDLE.get() {
+    static HANDLE: Mutex<Option<PrometheusHandle>> = Mutex::new(None);
+    // Held until the recorder is installed, so that a second call at the same time finds its handle.
+    let mut handle = HANDLE.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(handle) = &*handle {
         return Ok(handle.clone());
     }
-    let builder = PrometheusBuilder::new().set_buckets(&BUCKETS)?;
-    match builder.install_recorder() {
-        Ok(handle) => Ok(HANDLE.get_or_init(|| handle).clone()),
-        // Somebody else was faster.
-        Err(error) => HANDLE.get().cloned().ok_or(error),
-    }
+    let installed = PrometheusBuilder::new().set_buckets(&BUCKETS)?.install_recorder()?;
+    Ok(handle.insert(installed).clone())
 }
 
 /// Gives the request a name, logs it and counts it.
