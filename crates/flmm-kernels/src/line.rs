@@ -99,7 +99,7 @@ impl Ahead {
 /// Asks for a cache line to be brought into the second-level cache.
 #[inline(always)]
 #[allow(unsafe_code, reason = "a prefetch takes a pointer")]
-fn prefetch(line: *const u8) {
+pub(crate) fn prefetch(line: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};

@@ -9,7 +9,7 @@ use crate::avx512::Avx512;
 use crate::int4::{Block, Dot, GROUP_BYTES, GROUPS};
 use crate::int8::GROUP;
 use crate::kernel::OUTPUTS;
-use crate::line::{LANES, Line};
+use crate::line::{LANES, Line, prefetch};
 use crate::peak::SUMS;
 
 /// Units of four bytes that a group has.
@@ -133,13 +133,6 @@ const WORDS: usize = 2 * LANES;
 /// Bytes of weights that are asked for ahead of those that are multiplied: a page, where the processor's own asking ends.
 const AHEAD: usize = 4096;
 
-/// Asks for the line [`AHEAD`] bytes after `weights`, which may not exist.
-#[inline(always)]
-fn prefetch(weights: *const u8) {
-    // SAFETY: prefetching has no effect on memory and never faults.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(AHEAD).cast()) }
-}
-
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn dot<const R: usize>(
     x: &[i16],
@@ -156,7 +149,7 @@ unsafe fn dot<const R: usize>(
             std::array::from_fn(|r| _mm512_maskz_set1_epi32(1, corrections[r * groups + group]));
         let bytes = w.len() - (group * GROUP).min(w.len());
         for line in (0..GROUP).step_by(size_of::<Line>()) {
-            prefetch(w.as_ptr().wrapping_add(group * GROUP + line));
+            prefetch(w.as_ptr().wrapping_add(group * GROUP + line + AHEAD));
         }
         for k in (0..GROUP.min(bytes)).step_by(WORDS) {
             let mask = if bytes - k >= WORDS { u32::MAX } else { (1 << (bytes - k)) - 1 };
@@ -218,7 +211,7 @@ unsafe fn dot4<const R: usize>(x: &[Block], nibbles: &[u8], scales: &[bf16]) -> 
         // SAFETY: the masks keep reads within the groups that are left; the caller checked `x` for `R` rows of blocks.
         unsafe {
             let bytes = nibbles.as_ptr().add(block * GROUPS * GROUP_BYTES);
-            prefetch(bytes);
+            prefetch(bytes.wrapping_add(AHEAD));
             let bytes = match groups {
                 GROUPS => _mm512_loadu_si512(bytes.cast()),
                 _ => _mm512_maskz_loadu_epi32((1 << (4 * groups)) - 1, bytes.cast()),

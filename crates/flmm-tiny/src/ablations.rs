@@ -21,6 +21,11 @@ use crate::stage_head::{Told, narration};
 /// How many of the best heads are looked at.
 const BEST: [usize; 4] = [16, 8, 4, 1];
 
+/// Of heads in order the best [`BEST`] of them, where that is not all.
+fn fewer(ranked: &[usize]) -> impl Iterator<Item = &[usize]> {
+    BEST.iter().filter(|count| **count < ranked.len()).map(|count| &ranked[..*count])
+}
+
 /// The numbers of all heads, best first by how often they point right.
 pub(crate) fn ranked(pointing: &[usize]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..pointing.len()).collect();
@@ -78,9 +83,11 @@ pub(crate) struct Ablations {
 impl Ablations {
     /// For a model whose heads point right in this order.
     pub(crate) fn new(ranked: Vec<usize>) -> Self {
-        let fewer = BEST.iter().filter(|count| **count < ranked.len());
-        let names: Vec<String> = fewer
-            .map(|count| if *count == 1 { "best head".into() } else { format!("best {count} heads") })
+        let names: Vec<String> = fewer(&ranked)
+            .map(|heads| match heads.len() {
+                1 => "best head".into(),
+                count => format!("best {count} heads"),
+            })
             .collect();
         let ways = ["mean, all heads", "max, all heads"].into_iter().map(Way::named);
         let clusters = std::iter::once("all heads".to_owned()).chain(names.iter().cloned());
@@ -104,10 +111,9 @@ impl Ablations {
         truths: &[Mask],
     ) -> Result<()> {
         self.masks(grounder, scene, caption, observation, truths, 0)?;
-        let fewer = BEST.iter().filter(|count| **count < self.ranked.len()).copied();
-        let counts = std::iter::once(self.ranked.len()).chain(fewer);
-        for ((_, overlap), count) in self.clusters.iter_mut().zip(counts) {
-            let heads: Vec<u32> = self.ranked[..count].iter().map(|head| *head as u32).collect();
+        let choices = std::iter::once(&self.ranked[..]).chain(fewer(&self.ranked));
+        for ((_, overlap), heads) in self.clusters.iter_mut().zip(choices) {
+            let heads: Vec<u32> = heads.iter().map(|head| *head as u32).collect();
             let maps = observation.maps.index_select(&Tensor::new(heads, observation.maps.device())?, 1)?;
             for (at, truth) in truths.iter().enumerate() {
                 let stack = at_logit_size(&maps.get(at)?, &observation.geometry)?;
@@ -157,8 +163,7 @@ impl Ablations {
     ) -> Result<()> {
         let Self { ranked, ways, .. } = self;
         let max = max_merged(grounder, scene, caption, observation)?;
-        let fewer = BEST.iter().filter(|count| **count < ranked.len());
-        let fewer = fewer.map(|count| only(&observation.maps, &ranked[..*count]));
+        let fewer = fewer(ranked).map(|heads| only(&observation.maps, heads));
         let maps = [Ok(observation.maps.clone()), Ok(max)].into_iter().chain(fewer);
         for (way, maps) in ways.iter_mut().zip(maps) {
             let seen = Observation { maps: maps?, ..observation.clone() };

@@ -1,5 +1,6 @@
 //! What is done to rows of numbers between products, with its gradients.
 
+use flmm::nn::exp;
 use pulp::Arch;
 
 /// Runs `work` with the widest vectors the processor has; loops in it, and functions that are inlined, use them.
@@ -49,22 +50,6 @@ fn largest(x: &[f32]) -> f32 {
 #[inline(always)]
 pub(crate) fn add_times(y: &mut [f32], factor: f32, x: &[f32]) {
     y.iter_mut().zip(x).for_each(|(y, x)| *y += factor * x);
-}
-
-/// `e^x` for `x ≤ 88`, to about two units in the last place, in a form that can be vectorised: `2^n · e^r`, `|r| ≤ ln 2 / 2`.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    // Adding 1.5 · 2²³ leaves the nearest integer in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    // ln 2 as a number of few bits, whose small multiples are exact, and the rest.
-    const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
-    let x = x.clamp(-87.3, 88.3);
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = (x - n * LN_2[0]) - n * LN_2[1];
-    let series = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
-    let series = series.into_iter().fold(1.0 / 5040.0, |sum, coefficient| sum * r + coefficient);
-    series * f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23)
 }
 
 /// `softmax(scale · x)` in place, over two pieces together.

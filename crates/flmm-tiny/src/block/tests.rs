@@ -206,33 +206,3 @@ fn what_does_not_fit_is_an_error() {
     let heads = Packing { maps: Maps { heads: vec![3], first: 0 }, ..packing };
     assert!(block(&heads, &SIZES, &t).is_err());
 }
-
-/// Processor time of this thread, in milliseconds.
-fn processor_time() -> f64 {
-    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
-    stat.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e6
-}
-
-/// Prints the processor time of a layer's forward and backward pass at the shipped sizes, with eight scenes:
-/// `cargo test --release -p flmm-tiny speed -- --ignored --nocapture`.
-#[test]
-#[ignore = "a measurement"]
-fn speed() {
-    let sizes = DecoderSizes { width: 160, heads: 5, ffn: 432, eps: 1e-5 };
-    let maps = Maps { heads: vec![0], first: 6 };
-    let packing =
-        Packing { prefix: 150, conversations: vec![[17, 9, 15, 11, 20, 13, 8, 19].to_vec(); 8], maps };
-    let variables = variables(&packing, &sizes);
-    let time = |f: &dyn Fn(&[Tensor]) -> Result<Vec<Tensor>>| {
-        let start = processor_time();
-        mixed(&f(&tensors(&variables)).unwrap()).backward().unwrap();
-        processor_time() - start
-    };
-    let mut least = [f64::MAX; 2];
-    for _ in 0..20 {
-        let times = [time(&|t| composed(&packing, &sizes, t)), time(&|t| block(&packing, &sizes, t))];
-        least.iter_mut().zip(times).for_each(|(least, time)| *least = least.min(time));
-    }
-    let [composed, one] = least;
-    println!("composed {composed:.1} ms, one operation {one:.1}: {:.2} times as fast", composed / one);
-}

@@ -192,7 +192,7 @@ impl Function for GeluTanh {
 /// `e^x` to 2 units in the last place, written so that the compiler can vectorise it: `2^n · e^r` with
 /// `|r| ≤ ln 2 / 2`, the second factor by its Taylor series.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
+pub fn exp(x: f32) -> f32 {
     // Adding 1.5 · 2²³ rounds to the nearest integer and leaves it in the low bits.
     const ROUND: f32 = 12_582_912.0;
     // ln 2 in two parts, the first exact when multiplied by a small integer.

@@ -26,7 +26,7 @@ mod resize;
 mod rotary;
 mod softmax;
 
-pub use activation::{gelu, gelu_tanh, quick_gelu, relu, sigmoid, silu};
+pub use activation::{exp, gelu, gelu_tanh, quick_gelu, relu, sigmoid, silu};
 pub use attention::attention;
 pub use channel_norm::{GroupNorm1, LayerNorm2d};
 pub use conv::{Conv2d, ConvTranspose2d};
