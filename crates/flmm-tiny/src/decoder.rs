@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use candle_core::Tensor;
-use flmm::nn::{Linear, PackedMask, rms_norm};
+use flmm::nn::{Linear, rms_norm};
 use flmm::weights::Params;
 
-use crate::block::{DecoderSizes, Maps, Pass, Rotary, decoder_block};
+use crate::block::{DecoderSizes, Maps, PackedMask, Pass, Rotary, decoder_block};
 use crate::config::{LmmSizes, RMS_NORM_EPS, ROPE_THETA};
 use crate::store::Init;
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use flmm::Geometry;
-use flmm::nn::{PackedMask, cross_entropy};
+use flmm::nn::cross_entropy;
 use flmm::weights::Params;
 use flmm_data::world::{Scene, SegmentRef};
 use rand::SeedableRng;
@@ -14,6 +14,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use crate::alignment;
+use crate::block::PackedMask;
 use crate::config::LmmSizes;
 use crate::decoder::{Decoder, Output};
 use crate::pack::{Kind, Packed, Packer};

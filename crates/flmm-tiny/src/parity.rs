@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use flmm::lmm::Turn;
-use flmm::nn::PackedMask;
 use flmm::text::KvCache;
 use flmm::vision::preprocess::{LlavaProcessor, Normalisation, SizeRule};
 use flmm::weights::Params;
@@ -14,6 +13,7 @@ use flmm_data::world::{self, Level, Split, WorldConfig};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use crate::block::PackedMask;
 use crate::config::LmmSizes;
 use crate::decoder::{self, Decoder};
 use crate::symbolic::Codes;

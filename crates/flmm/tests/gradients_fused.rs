@@ -1,7 +1,5 @@
 //! Finite-difference checks of the fused operations of `flmm::nn`.
 
-use std::sync::Arc;
-
 use candle_core::{Device, Tensor, Var};
 use flmm::nn;
 
@@ -76,39 +74,8 @@ fn silu_mul() {
 }
 
 #[test]
-fn rotary_heads() {
-    let table = Arc::new(nn::RotaryTable::new(16, 4, 1e4));
-    let positions = Arc::new(vec![0, 3, 5, 1, 2, 9]);
-    check(&[var(&[2, 3, 8], 9)], |t| nn::rotary_heads(&t[0], 2, &positions, &table).unwrap());
-}
-
-#[test]
 fn cross_entropy() {
     check(&[var(&[3, 5], 12)], |t| {
         nn::cross_entropy(&t[0], vec![4, 0, 2], Some(vec![1.0, 0.5, 2.0])).unwrap()
     });
-}
-
-#[test]
-fn packed_softmax() {
-    let mask = Arc::new(nn::PackedMask { prefix: 2, starts: vec![0, 0, 2, 2, 4, 0, 0, 2, 3, 3] });
-    check(&[var(&[2, 2, 5, 5], 10)], |t| nn::packed_softmax(&t[0], 0.7, &mask).unwrap());
-}
-
-#[test]
-fn packed_softmax_hides_other_conversations_and_the_future() {
-    let mask = Arc::new(nn::PackedMask { prefix: 2, starts: vec![0, 0, 2, 2, 4] });
-    let probs = nn::packed_softmax(var(&[1, 1, 5, 5], 11).as_tensor(), 1.0, &mask).unwrap();
-    let probs = probs.reshape((5, 5)).unwrap().to_vec2::<f32>().unwrap();
-    let visible = [
-        [true, false, false, false, false],
-        [true, true, false, false, false],
-        [true, true, true, false, false],
-        [true, true, true, true, false],
-        [true, true, false, false, true],
-    ];
-    for (row, visible) in probs.iter().zip(visible) {
-        assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
-        assert_eq!(visible, std::array::from_fn(|i| row[i] > 0.0));
-    }
 }

@@ -5,10 +5,21 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Result, bail};
-use flmm::nn::PackedMask;
 
 use super::product::{Buffer, Matrices, Numbers};
 use super::rows::{add_times, dot, softmax, softmax_backward, wide};
+
+/// Which keys each query sees when several conversations share one prefix.
+///
+/// Row `i` of sample `b` sees keys `0..prefix` and `starts[b · S + i] ..= i`, both cut at `i`: causal
+/// attention in which the conversations behind the prefix do not see one another.
+#[derive(Debug, Clone)]
+pub(crate) struct PackedMask {
+    /// Tokens every row may see (those before it).
+    pub(crate) prefix: usize,
+    /// For each sample and row (`[B · S]`), the first token of the conversation the row belongs to.
+    pub(crate) starts: Vec<u32>,
+}
 
 /// The attention of a batch `[B, S]`, with `heads` heads of `head` numbers.
 #[derive(Debug)]

@@ -3,9 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
-use flmm::nn::PackedMask;
 
-use super::attention::{Attention, Maps, Probabilities};
+use super::attention::{Attention, Maps, PackedMask, Probabilities};
 use super::linear::{Sizes, input_gradient, linear, weight_gradient};
 use super::product::{Buffer, Numbers};
 use super::rotary::Rotary;

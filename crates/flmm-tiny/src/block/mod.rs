@@ -13,6 +13,6 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use attention::Maps;
+pub(crate) use attention::{Maps, PackedMask};
 pub(crate) use decoder_block::{DecoderSizes, Pass, decoder_block};
 pub(crate) use rotary::Rotary;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor, Var};
-use flmm::nn::{Linear, PackedMask, RotaryTable, packed_softmax, rms_norm, rotary_heads, silu_mul};
+use flmm::nn::{Linear, rms_norm, silu_mul, softmax_last_dim};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -47,6 +47,25 @@ impl Packing {
             starts.extend((starts.len() - first) as u32..self.rows() as u32);
         }
         Arc::new(PackedMask { prefix: self.prefix, starts })
+    }
+
+    /// 0 where row `i` of a sample sees row `j`, −1e9 elsewhere: `[B, 1, S, S]`, told by the lengths alone.
+    fn hidden(&self) -> Result<Tensor> {
+        let rows = self.rows();
+        let mut all = Vec::new();
+        for lengths in &self.conversations {
+            // Number of the conversation of every row behind the prefix; padding is a conversation each.
+            let told = lengths.iter().enumerate().flat_map(|(at, length)| vec![at; *length]);
+            let of: Vec<usize> = told.chain(lengths.len()..).take(rows - self.prefix).collect();
+            for i in 0..rows {
+                for j in 0..rows {
+                    let same = || i >= self.prefix && of[i - self.prefix] == of[j - self.prefix];
+                    let seen = j <= i && (j < self.prefix || same());
+                    all.push(if seen { 0f32 } else { -1e9 });
+                }
+            }
+        }
+        Tensor::from_vec(all, (self.batch(), 1, rows, rows), &Device::Cpu)
     }
 
     fn positions(&self) -> Vec<u32> {
@@ -94,20 +113,37 @@ fn block(packing: &Packing, sizes: &DecoderSizes, t: &[Tensor]) -> Result<Vec<Te
     Ok([vec![y], maps].concat())
 }
 
+/// Cosines and sines `[B, 1, S, head / 2]` of the rows' angles.
+fn angles(packing: &Packing, head: usize) -> Result<[Tensor; 2]> {
+    let angle = |at: u32, i: usize| f64::from(at) / THETA.powf((2 * i) as f64 / head as f64);
+    let positions = packing.positions().into_iter();
+    let angles: Vec<f64> = positions.flat_map(|at| (0..head / 2).map(move |i| angle(at, i))).collect();
+    let shape = (packing.batch(), 1, packing.rows(), head / 2);
+    let tensor = |of: fn(f64) -> f64| {
+        Tensor::from_vec(angles.iter().map(|angle| of(*angle) as f32).collect(), shape, &Device::Cpu)
+    };
+    Ok([tensor(f64::cos)?, tensor(f64::sin)?])
+}
+
 /// The same from single operations.
 fn composed(packing: &Packing, sizes: &DecoderSizes, t: &[Tensor]) -> Result<Vec<Tensor>> {
     let [x, norm, q, k, v, o, post_norm, gate, up, down] = t else { panic!("ten tensors") };
     let (batch, rows, width) = x.dims3()?;
     let head = width / sizes.heads;
-    let table = Arc::new(RotaryTable::new(256, head, THETA));
-    let positions = Arc::new(packing.positions());
     let linear = |x: &Tensor, weight: &Tensor| Linear::new(weight.clone(), None).forward(x).unwrap();
     let normed = rms_norm(x, norm, f64::from(sizes.eps)).unwrap();
-    let rotated = |weight| rotary_heads(&linear(&normed, weight), sizes.heads, &positions, &table).unwrap();
-    let scores = rotated(q).matmul(&rotated(k).t()?)?;
-    let probs = packed_softmax(&scores, (head as f32).sqrt().recip(), &packing.mask()).unwrap();
-    let v = linear(&normed, v).reshape((batch, rows, sizes.heads, head))?.transpose(1, 2)?.contiguous()?;
-    let y = probs.matmul(&v)?.transpose(1, 2)?.reshape((batch, rows, width))?;
+    let split = |x: Tensor| x.reshape((batch, rows, sizes.heads, head))?.transpose(1, 2)?.contiguous();
+    let [cos, sin] = angles(packing, head)?;
+    let rotated = |weight| -> Result<Tensor> {
+        let x = split(linear(&normed, weight))?;
+        let (a, b) = (x.narrow(3, 0, head / 2)?, x.narrow(3, head / 2, head / 2)?);
+        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        Tensor::cat(&[first, second], 3)
+    };
+    let scores = (rotated(q)?.matmul(&rotated(k)?.t()?)? / (head as f64).sqrt())?;
+    let probs = softmax_last_dim(&scores.broadcast_add(&packing.hidden()?)?).unwrap();
+    let y = probs.matmul(&split(linear(&normed, v))?)?.transpose(1, 2)?.reshape((batch, rows, width))?;
     let x = (x + linear(&y, o))?;
     let normed = rms_norm(&x, post_norm, f64::from(sizes.eps)).unwrap();
     let hidden = silu_mul(&linear(&normed, gate), &linear(&normed, up)).unwrap();

@@ -23,7 +23,6 @@ mod linear;
 mod norm;
 mod pool;
 mod resize;
-mod rotary;
 mod softmax;
 
 pub use activation::{exp, gelu, gelu_tanh, quick_gelu, relu, sigmoid, silu};
@@ -39,5 +38,4 @@ pub use linear::Linear;
 pub use norm::{LayerNorm, layer_norm, rms_norm};
 pub use pool::max_pool2x2;
 pub use resize::{bilinear, bilinear_part, bilinear_scaled, nearest};
-pub use rotary::{RotaryTable, rotary_heads};
-pub use softmax::{PackedMask, packed_softmax, softmax_last_dim};
+pub use softmax::softmax_last_dim;
