@@ -41,7 +41,9 @@ pub use attention::{AttentionSizes, Heads, Scores};
 pub use int4::Int4Weight;
 pub use int8::Int8Weight;
 pub use product::Sizes;
-pub use rows::{layer_norm_bf16, map_bf16, map_f32, rms_norm_bf16, rotate_bf16, silu_mul_bf16, zip_map_f32};
+pub use rows::{
+    add_bf16, layer_norm_bf16, map_bf16, map_f32, rms_norm_bf16, rotate_bf16, silu_mul_bf16, zip_map_f32,
+};
 
 #[cfg(target_arch = "x86_64")]
 use element::Pairs;

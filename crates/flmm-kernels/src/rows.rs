@@ -39,12 +39,20 @@ pub fn layer_norm_bf16(x: &[bf16], weight: &[bf16], bias: &[bf16], eps: f32, y: 
 /// # Panics
 /// If the slices differ in length.
 pub fn silu_mul_bf16(gate: &[bf16], up: &[bf16], y: &mut [bf16]) {
-    assert!(gate.len() == up.len() && gate.len() == y.len(), "gate, up and result differ in length");
-    if y.len() <= TASK {
-        return Arch::new().dispatch(SiluMul { gate, up, y });
-    }
-    let tasks = y.par_chunks_mut(TASK).zip(gate.par_chunks(TASK).zip(up.par_chunks(TASK)));
-    tasks.for_each(|(y, (gate, up))| Arch::new().dispatch(SiluMul { gate, up, y }));
+    zip_map(gate, up, y, |gate, up| {
+        // The exponential's argument is never above zero.
+        let e = exp(-gate.abs());
+        let sigmoid = if gate >= 0.0 { 1.0 } else { e } / (1.0 + e);
+        <bf16 as Float>::round(gate * sigmoid).widen() * up
+    });
+}
+
+/// `x + branch`, element by element, rounded once.
+///
+/// # Panics
+/// If the slices differ in length.
+pub fn add_bf16(x: &[bf16], branch: &[bf16], y: &mut [bf16]) {
+    zip_map(x, branch, y, |x, branch| x + branch);
 }
 
 /// Rotary position embedding of `x [heads, rows, 2 · half]`, the first half of a head against the second, by
@@ -80,25 +88,33 @@ pub fn map_f32(x: &[f32], y: &mut [f32], f: impl Fn(f32) -> f32 + Sync) {
 /// # Panics
 /// If the slices differ in length.
 pub fn zip_map_f32(x: &[f32], g: &[f32], y: &mut [f32], f: impl Fn(f32, f32) -> f32 + Sync) {
+    zip_map(x, g, y, f);
+}
+
+/// `f(x, g)` of every pair of numbers, evaluated in f32 and rounded.
+fn zip_map<T: Float>(x: &[T], g: &[T], y: &mut [T], f: impl Fn(f32, f32) -> f32 + Sync) {
     assert!(x.len() == g.len() && x.len() == y.len(), "operands and result differ in length");
+    if y.len() <= TASK {
+        return Arch::new().dispatch(ZipMap { x, g, y, f: &f });
+    }
     let tasks = y.par_chunks_mut(TASK).zip(x.par_chunks(TASK).zip(g.par_chunks(TASK)));
     tasks.for_each(|(y, (x, g))| Arch::new().dispatch(ZipMap { x, g, y, f: &f }));
 }
 
-struct ZipMap<'a, F> {
-    x: &'a [f32],
-    g: &'a [f32],
-    y: &'a mut [f32],
+struct ZipMap<'a, T, F> {
+    x: &'a [T],
+    g: &'a [T],
+    y: &'a mut [T],
     f: &'a F,
 }
 
-impl<F: Fn(f32, f32) -> f32> WithSimd for ZipMap<'_, F> {
+impl<T: Float, F: Fn(f32, f32) -> f32> WithSimd for ZipMap<'_, T, F> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let pairs = self.x.iter().zip(self.g);
-        self.y.iter_mut().zip(pairs).for_each(|(y, (x, g))| *y = (self.f)(*x, *g));
+        self.y.iter_mut().zip(pairs).for_each(|(y, (x, g))| *y = T::round((self.f)(x.widen(), g.widen())));
     }
 }
 
@@ -193,27 +209,6 @@ impl WithSimd for LayerNorm<'_> {
             for ((y, x), (weight, bias)) in y.iter_mut().zip(x).zip(self.weight.iter().zip(self.bias)) {
                 *y = Float::round((x.widen() - mean) / root * weight.widen() + bias.widen());
             }
-        }
-    }
-}
-
-struct SiluMul<'a> {
-    gate: &'a [bf16],
-    up: &'a [bf16],
-    y: &'a mut [bf16],
-}
-
-impl WithSimd for SiluMul<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        for ((y, gate), up) in self.y.iter_mut().zip(self.gate).zip(self.up) {
-            let gate = gate.widen();
-            // The exponential's argument is never above zero.
-            let e = exp(-gate.abs());
-            let sigmoid = if gate >= 0.0 { 1.0 } else { e } / (1.0 + e);
-            *y = Float::round(<bf16 as Float>::round(gate * sigmoid).widen() * up.widen());
         }
     }
 }

@@ -666,6 +666,14 @@ fn gates() {
 }
 
 #[test]
+fn branches_are_added() {
+    let [x, branch] = [19, 20].map(|seed| numbers::<bf16>(70_001, seed));
+    let mut y = vec![bf16::NAN; x.len()];
+    crate::add_bf16(&x, &branch, &mut y);
+    assert!(y.iter().zip(x.iter().zip(&branch)).all(|(y, (x, b))| *y == *x + *b));
+}
+
+#[test]
 fn rotations() {
     let (heads, rows, half) = (3, 40, 300);
     let x = numbers::<bf16>(heads * rows * 2 * half, 16);

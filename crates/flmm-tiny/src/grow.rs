@@ -21,6 +21,11 @@ impl Trained {
     /// Reads an LMM folder with its tokenizer, or the folder or file of a stage, whose tokenizer is `own`.
     pub(crate) fn open(path: &Path, own: &Tokenizer) -> Result<Self> {
         let stage = path.join("model.safetensors");
+        ensure!(
+            stage.is_file() || !path.join("checkpoint.safetensors").is_file(),
+            "the stage in {} has not come to its end; hint: run it again, --steps ends it earlier",
+            path.display()
+        );
         let file = if stage.is_file() { &stage } else { path };
         let tensors = load_checkpoint(file, Some(DType::F32), &Device::Cpu)?.into_iter().collect();
         let vocabulary = path.join("tokenizer.json");
@@ -36,6 +41,7 @@ impl Trained {
     /// Replaces the `fresh` tensors that are there by the trained ones. Words keep their rows by their text, those that
     /// `words` knows in addition stay fresh.
     pub(crate) fn carry_into(&self, fresh: &mut BTreeMap<String, Tensor>, words: &Tokenizer) -> Result<()> {
+        let mut found = 0;
         for (name, tensor) in fresh {
             let Some(trained) = self.tensors.get(name) else { continue };
             let carried = match TABLES.contains(&name.as_str()) {
@@ -49,7 +55,9 @@ impl Trained {
                 tensor.dims()
             );
             *tensor = carried;
+            found += 1;
         }
+        ensure!(found > 0, "the model to begin from has no tensor of this stage; hint: name an LMM folder or stage");
         Ok(())
     }
 
@@ -107,6 +115,17 @@ mod tests {
 
         fresh.insert(norm, Tensor::new(&[0f32], &Device::Cpu)?);
         assert!(trained.carry_into(&mut fresh, &new).is_err(), "another size");
+
+        let mut other = BTreeMap::from([("other".to_owned(), Tensor::new(&[7f32], &Device::Cpu)?)]);
+        assert!(trained.carry_into(&mut other, &new).is_err(), "nothing to begin from");
         Ok(())
+    }
+
+    #[test]
+    fn an_unfinished_stage_is_nothing_to_begin_from() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("checkpoint.safetensors"), []).unwrap();
+        let error = Trained::open(folder.path(), &tokenizer("a dog")).err().unwrap();
+        assert!(error.to_string().contains("has not come to its end"), "{error}");
     }
 }

@@ -22,6 +22,7 @@ pub mod host;
 mod linear;
 mod norm;
 mod pool;
+mod residual;
 mod resize;
 mod softmax;
 
@@ -37,5 +38,6 @@ pub use gated::silu_mul;
 pub use linear::Linear;
 pub use norm::{LayerNorm, layer_norm, rms_norm};
 pub use pool::max_pool2x2;
+pub use residual::residual;
 pub use resize::{bilinear, bilinear_part, bilinear_scaled, nearest};
 pub use softmax::softmax_last_dim;

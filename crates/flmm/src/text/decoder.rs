@@ -4,7 +4,7 @@ use candle_core::{D, DType, Device, Tensor};
 
 use crate::capture::Capture;
 use crate::error::{Error, Result};
-use crate::nn::{Linear, gelu_tanh, rms_norm, silu_mul};
+use crate::nn::{Linear, gelu_tanh, residual, rms_norm, silu_mul};
 use crate::text::rope::Rotation;
 use crate::text::{Activation, DecoderConfig, KvCache, Norm, Rope, attend};
 use crate::weights::Params;
@@ -130,9 +130,9 @@ impl Decoder {
                 from,
                 capture.as_deref_mut(),
             )?;
-            hidden = (hidden.narrow(0, from, tokens - from)? + attended)?;
+            hidden = residual(&hidden.narrow(0, from, tokens - from)?, &attended)?;
             let fed = layer.mlp.forward(&layer.post_attention_layernorm.forward(&hidden)?)?;
-            hidden = (hidden + fed)?;
+            hidden = residual(&hidden, &fed)?;
             // The last state is kept after the final norm instead (spec/pipeline.md §2.4).
             if let Some(capture) = capture.as_deref_mut()
                 && !is_last

@@ -7,7 +7,7 @@ use super::regrid::regrid;
 use super::tower;
 use crate::config::Config;
 use crate::error::Result;
-use crate::nn::{self, LayerNorm, Linear, fused_attention, softmax_last_dim};
+use crate::nn::{self, LayerNorm, Linear, fused_attention, residual, softmax_last_dim};
 use crate::text::round_to;
 use crate::weights::Params;
 
@@ -166,9 +166,9 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = (x + self.self_attn.forward(&self.layer_norm1.forward(x)?)?)?;
+        let x = residual(x, &self.self_attn.forward(&self.layer_norm1.forward(x)?)?)?;
         let inner = quick_gelu(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?)?;
-        Ok((&x + self.fc2.forward(&inner)?)?)
+        residual(&x, &self.fc2.forward(&inner)?)
     }
 }
 

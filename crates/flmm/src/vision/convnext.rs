@@ -7,7 +7,7 @@ use std::ops::Range;
 use candle_core::{DType, Tensor};
 
 use crate::error::Result;
-use crate::nn::{DepthwiseConv2d, LayerNorm, Linear, bilinear_part, gelu};
+use crate::nn::{DepthwiseConv2d, LayerNorm, Linear, bilinear_part, gelu, residual};
 use crate::weights::Params;
 
 const EPS: f64 = 1e-6;
@@ -212,6 +212,6 @@ impl Block {
             let inner = gelu(&inner.to_dtype(DType::F32)?)?.to_dtype(inner.dtype())?;
             fed.push(self.fc2.forward(&inner)?.broadcast_mul(&self.gamma)?);
         }
-        Ok((x + Tensor::cat(&fed, 0)?.reshape((height, width, channels))?)?)
+        residual(x, &Tensor::cat(&fed, 0)?.reshape((height, width, channels))?)
     }
 }

@@ -7,7 +7,7 @@ use super::regrid::regrid;
 use super::tower;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::nn::{LayerNorm, Linear, fused_attention, gelu, gelu_tanh, softmax_last_dim};
+use crate::nn::{LayerNorm, Linear, fused_attention, gelu, gelu_tanh, residual, softmax_last_dim};
 use crate::text::scaled_scores;
 use crate::weights::Params;
 
@@ -239,13 +239,13 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = (x + self.attention.forward(&self.norm1.forward(x)?)?)?;
+        let x = residual(x, &self.attention.forward(&self.norm1.forward(x)?)?)?;
         let inner = self.fc1.forward(&self.norm2.forward(&x)?)?;
         let inner = match self.activation {
             Activation::Gelu => gelu(&inner),
             Activation::GeluTanh => gelu_tanh(&inner),
         };
-        Ok((&x + self.fc2.forward(&inner?)?)?)
+        residual(&x, &self.fc2.forward(&inner?)?)
     }
 }
 
