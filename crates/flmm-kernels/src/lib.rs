@@ -42,7 +42,8 @@ pub use int4::Int4Weight;
 pub use int8::Int8Weight;
 pub use product::Sizes;
 pub use rows::{
-    add_bf16, layer_norm_bf16, map_bf16, map_f32, rms_norm_bf16, rotate_bf16, silu_mul_bf16, zip_map_f32,
+    add_bf16, layer_norm_bf16, layer_norm_f32, map_bf16, map_f32, rms_norm_bf16, rms_norm_f32, rotate_bf16,
+    silu_mul_bf16, zip_map_f32,
 };
 
 #[cfg(target_arch = "x86_64")]

@@ -32,7 +32,7 @@ impl Packed {
         let Blocking { panel, depth, .. } = blocking;
         let width = rows.div_ceil(LANES);
         let units = inputs.div_ceil(U::PER_UNIT).next_multiple_of(LANES);
-        let mut lines = vec![Line::ZERO; width * units];
+        let mut lines: Vec<Line> = bytemuck::zeroed_vec(width * units);
         let parts = lines.par_chunks_mut((width * depth).max(1)).enumerate();
         let panels = parts.flat_map(|(part, lines)| {
             let units = lines.len() / width;

@@ -19,6 +19,18 @@ const TASK: usize = 1 << 15;
 /// # Panics
 /// If `x` and `y` are not whole rows of `weight`'s width.
 pub fn rms_norm_bf16(x: &[bf16], weight: &[bf16], eps: f32, y: &mut [bf16]) {
+    rms_norm(x, weight, eps, y);
+}
+
+/// As [`rms_norm_bf16`], in f32.
+///
+/// # Panics
+/// As [`rms_norm_bf16`].
+pub fn rms_norm_f32(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    rms_norm(x, weight, eps, y);
+}
+
+fn rms_norm<T: Float>(x: &[T], weight: &[T], eps: f32, y: &mut [T]) {
     whole_rows(x, y, weight.len());
     in_tasks(x, y, weight.len(), |x, y| RmsNorm { x, weight, eps, y });
 }
@@ -29,6 +41,18 @@ pub fn rms_norm_bf16(x: &[bf16], weight: &[bf16], eps: f32, y: &mut [bf16]) {
 /// # Panics
 /// As [`rms_norm_bf16`].
 pub fn layer_norm_bf16(x: &[bf16], weight: &[bf16], bias: &[bf16], eps: f32, y: &mut [bf16]) {
+    layer_norm(x, weight, bias, eps, y);
+}
+
+/// As [`layer_norm_bf16`], in f32.
+///
+/// # Panics
+/// As [`rms_norm_bf16`].
+pub fn layer_norm_f32(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, y: &mut [f32]) {
+    layer_norm(x, weight, bias, eps, y);
+}
+
+fn layer_norm<T: Float>(x: &[T], weight: &[T], bias: &[T], eps: f32, y: &mut [T]) {
     whole_rows(x, y, weight.len());
     assert_eq!(weight.len(), bias.len(), "weight and bias differ in width");
     in_tasks(x, y, weight.len(), |x, y| LayerNorm { x, weight, bias, eps, y });
@@ -155,7 +179,7 @@ fn in_tasks<'a, T: Send + Sync, W: WithSimd<Output = ()>>(
 
 /// `Σ f(x)` in sixteen sums.
 #[inline(always)]
-fn sum_of(x: &[bf16], f: impl Fn(f32) -> f32) -> f32 {
+fn sum_of<T: Float>(x: &[T], f: impl Fn(f32) -> f32) -> f32 {
     let (lines, rest) = x.as_chunks::<LANES>();
     let mut sums = [0f32; LANES];
     for line in lines {
@@ -166,14 +190,14 @@ fn sum_of(x: &[bf16], f: impl Fn(f32) -> f32) -> f32 {
     sums.into_iter().sum::<f32>() + rest.iter().map(|x| f(x.widen())).sum::<f32>()
 }
 
-struct RmsNorm<'a> {
-    x: &'a [bf16],
-    weight: &'a [bf16],
+struct RmsNorm<'a, T> {
+    x: &'a [T],
+    weight: &'a [T],
     eps: f32,
-    y: &'a mut [bf16],
+    y: &'a mut [T],
 }
 
-impl WithSimd for RmsNorm<'_> {
+impl<T: Float> WithSimd for RmsNorm<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -182,21 +206,21 @@ impl WithSimd for RmsNorm<'_> {
         for (x, y) in self.x.chunks_exact(width).zip(self.y.chunks_exact_mut(width)) {
             let root = (sum_of(x, |x| x * x) / width as f32 + self.eps).sqrt();
             for ((y, x), weight) in y.iter_mut().zip(x).zip(self.weight) {
-                *y = Float::round(<bf16 as Float>::round(x.widen() / root).widen() * weight.widen());
+                *y = T::round(T::round(x.widen() / root).widen() * weight.widen());
             }
         }
     }
 }
 
-struct LayerNorm<'a> {
-    x: &'a [bf16],
-    weight: &'a [bf16],
-    bias: &'a [bf16],
+struct LayerNorm<'a, T> {
+    x: &'a [T],
+    weight: &'a [T],
+    bias: &'a [T],
     eps: f32,
-    y: &'a mut [bf16],
+    y: &'a mut [T],
 }
 
-impl WithSimd for LayerNorm<'_> {
+impl<T: Float> WithSimd for LayerNorm<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -207,7 +231,7 @@ impl WithSimd for LayerNorm<'_> {
             let variance = sum_of(x, |x| (x - mean) * (x - mean)) / width as f32;
             let root = (variance + self.eps).sqrt();
             for ((y, x), (weight, bias)) in y.iter_mut().zip(x).zip(self.weight.iter().zip(self.bias)) {
-                *y = Float::round((x.widen() - mean) / root * weight.widen() + bias.widen());
+                *y = T::round((x.widen() - mean) / root * weight.widen() + bias.widen());
             }
         }
     }
@@ -232,12 +256,19 @@ impl WithSimd for Rotate<'_> {
             let angles = self.cos.chunks_exact(half).zip(self.sin.chunks_exact(half));
             for ((x, y), (cos, sin)) in x.chunks_exact(2 * half).zip(y.chunks_exact_mut(2 * half)).zip(angles)
             {
+                // Zipped, so that no index is checked and the loops become vectors.
                 let (first, second) = x.split_at(half);
                 let (y_first, y_second) = y.split_at_mut(half);
-                for i in 0..half {
-                    let (a, b, cos, sin) = (first[i], second[i], cos[i], sin[i]);
-                    y_first[i] = Float::round(product(a, cos) - product(b, sin));
-                    y_second[i] = Float::round(product(b, cos) + product(a, sin));
+                let angles = || cos.iter().zip(sin);
+                for ((y, (a, b)), (cos, sin)) in
+                    y_first.iter_mut().zip(first.iter().zip(second)).zip(angles())
+                {
+                    *y = Float::round(product(*a, *cos) - product(*b, *sin));
+                }
+                for ((y, (a, b)), (cos, sin)) in
+                    y_second.iter_mut().zip(first.iter().zip(second)).zip(angles())
+                {
+                    *y = Float::round(product(*b, *cos) + product(*a, *sin));
                 }
             }
         }

@@ -57,7 +57,10 @@ impl Trained {
             *tensor = carried;
             found += 1;
         }
-        ensure!(found > 0, "the model to begin from has no tensor of this stage; hint: name an LMM folder or stage");
+        ensure!(
+            found > 0,
+            "the model to begin from has no tensor of this stage; hint: name an LMM folder or stage"
+        );
         Ok(())
     }
 

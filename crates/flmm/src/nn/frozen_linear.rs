@@ -25,7 +25,7 @@ pub(crate) fn frozen_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) 
     let (numbers, weights, bias) =
         (Elements::of(&flat), Elements::of(&matrix), bias.as_ref().map(Elements::of));
     let bias = bias.as_ref().map(|bias| bias.get_as()).transpose()?;
-    let mut y = vec![bf16::ZERO; rows * outputs];
+    let mut y = bytemuck::zeroed_vec(rows * outputs);
     linear_bf16(numbers.get_as()?, weights.get_as()?, bias, Sizes { rows, inputs, outputs }, &mut y);
     Tensor::from_vec(y, (rows, outputs), x.device()).map(Some)
 }
@@ -44,7 +44,7 @@ pub(crate) fn packed_linear(x: &Tensor, weight: &Packed, bias: Option<&Tensor>) 
     if x.dim(1)? != weight.inputs() || bias.is_some_and(|bias: &[bf16]| bias.len() != weight.outputs()) {
         bail!("a product of {:?} and packed [{}, {}]", x.dims(), weight.outputs(), weight.inputs());
     }
-    let mut y = vec![bf16::ZERO; rows * weight.outputs()];
+    let mut y = bytemuck::zeroed_vec(rows * weight.outputs());
     weight.multiply(numbers.get_as()?, bias, &mut y);
     Tensor::from_vec(y, (rows, weight.outputs()), x.device())?.to_dtype(x.dtype())
 }

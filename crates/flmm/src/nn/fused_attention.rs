@@ -1,5 +1,6 @@
 //! Attention of frozen layers without a matrix of scores: by `flmm_kernels` on the processor, by `flmm_cuda` on CUDA.
 
+use bytemuck::Zeroable;
 use candle_core::{DType, Tensor, WithDType};
 use flmm_kernels::{AttentionSizes, Heads, Scores, attention_bf16, attention_f32};
 use half::bf16;
@@ -36,7 +37,7 @@ pub(crate) fn fused_attention(
 
 type Kernel<T> = fn(&[T], [Heads<T>; 2], AttentionSizes, Scores, &mut [T], &mut [f32]);
 
-fn run<T: WithDType>(
+fn run<T: WithDType + Zeroable>(
     [q, k, v]: [&Tensor; 3],
     batch: usize,
     scores: Scores,
@@ -54,7 +55,7 @@ fn run<T: WithDType>(
     let (q, k, v) = (Elements::of(&q), Elements::of(k), Elements::of(v));
     let [k, v] = [k.heads()?, v.heads()?].map(|(data, stride)| Heads { data, stride });
     let sizes = AttentionSizes { batch, heads, kv_heads, rows, keys, head_dim };
-    let (mut mixed, mut lse) = (vec![T::zero(); queries * rows * head_dim], vec![0f32; queries * rows]);
+    let (mut mixed, mut lse) = (bytemuck::zeroed_vec(queries * rows * head_dim), vec![0f32; queries * rows]);
     kernel(q.get_as()?, [k, v], sizes, scores, &mut mixed, &mut lse);
     let device = &candle_core::Device::Cpu;
     Ok((

@@ -71,7 +71,7 @@ impl<'a> Elements<'a> {
 pub fn with_bf16(x: &Tensor, f: impl FnOnce(&[bf16], &mut [bf16]) -> Result<()>) -> Result<Tensor> {
     let x = x.contiguous()?;
     let elements = Elements::of(&x);
-    let mut y = vec![bf16::ZERO; x.elem_count()];
+    let mut y = bytemuck::zeroed_vec(x.elem_count());
     f(elements.get_as()?, &mut y)?;
     Tensor::from_vec(y, x.shape(), x.device())
 }

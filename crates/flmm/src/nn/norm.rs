@@ -3,7 +3,7 @@
 use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, D, DType, Layout, Result as CandleResult, Shape, Tensor,
 };
-use flmm_kernels::{layer_norm_bf16, rms_norm_bf16};
+use flmm_kernels::{layer_norm_bf16, layer_norm_f32, rms_norm_bf16, rms_norm_f32};
 
 use super::host::{Elements, elements, frozen_bf16, fusable, with_bf16};
 use crate::error::Result;
@@ -104,12 +104,7 @@ impl CustomOp3 for FusedLayerNorm {
         let (x, weight) = (elements(x, x_layout)?, elements(weight, weight_layout)?);
         let bias = elements(bias, bias_layout)?;
         let mut out = vec![0f32; x.len()];
-        for (out, row) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
-            let (mean, scale) = self.statistics(row);
-            for (((out, v), w), b) in out.iter_mut().zip(row).zip(weight).zip(bias) {
-                *out = (v - mean) * scale * w + b;
-            }
-        }
+        layer_norm_f32(x, weight, bias, self.eps, &mut out);
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
     }
 
@@ -179,12 +174,7 @@ impl CustomOp2 for FusedRmsNorm {
     ) -> CandleResult<(CpuStorage, Shape)> {
         let (x, weight) = (elements(x, x_layout)?, elements(weight, weight_layout)?);
         let mut out = vec![0f32; x.len()];
-        for (out, row) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
-            let scale = self.scale(row);
-            for ((out, v), w) in out.iter_mut().zip(row).zip(weight) {
-                *out = v * scale * w;
-            }
-        }
+        rms_norm_f32(x, weight, self.eps, &mut out);
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
     }
 
