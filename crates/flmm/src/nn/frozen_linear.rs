@@ -30,6 +30,29 @@ pub(crate) fn frozen_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) 
     Tensor::from_vec(y, (rows, outputs), x.device()).map(Some)
 }
 
+/// `x [n, rows, in] · yᵀ` for `y [n, columns, in]`, whose matrices may lie apart: `[n, rows, columns]`, where
+/// [`frozen_linear`] computes it.
+pub(crate) fn frozen_products(x: &Tensor, y: &Tensor) -> Result<Option<Tensor>> {
+    if !frozen_bf16(&[x, y]) || x.elem_count() == 0 || y.elem_count() == 0 {
+        return Ok(None);
+    }
+    let ((count, rows, inputs), (_, outputs, _)) = (x.dims3()?, y.dims3()?);
+    if y.dims() != [count, outputs, inputs] {
+        bail!("products of {:?} and {:?}", x.dims(), y.dims());
+    }
+    let x = x.contiguous()?;
+    let y = if y.stride()[1..] == [inputs, 1] { y.clone() } else { y.contiguous()? };
+    let (left, right) = (Elements::of(&x), Elements::of(&y));
+    let (right, stride) = right.heads()?;
+    let mut out = bytemuck::zeroed_vec(count * rows * outputs);
+    let matrices = out.chunks_exact_mut(rows * outputs).zip(left.get_as()?.chunks_exact(rows * inputs));
+    for (n, (out, left)) in matrices.enumerate() {
+        let right = &right[n * stride..][..outputs * inputs];
+        linear_bf16(left, right, None, Sizes { rows, inputs, outputs }, out);
+    }
+    Tensor::from_vec(out, (count, rows, outputs), x.device()).map(Some)
+}
+
 /// As [`frozen_linear`], with a weight of few bits; `x` may have any floating type, in which the result is given, but
 /// no gradient: there is none to give it.
 pub(crate) fn packed_linear(x: &Tensor, weight: &Packed, bias: Option<&Tensor>) -> Result<Tensor> {

@@ -33,6 +33,7 @@ pub use conv::{Conv2d, ConvTranspose2d};
 pub use cross_entropy::cross_entropy;
 pub use depthwise::DepthwiseConv2d;
 pub(crate) use enlarged::Enlarged;
+pub(crate) use frozen_linear::frozen_products;
 pub(crate) use fused_attention::fused_attention;
 pub use gated::silu_mul;
 pub use linear::Linear;

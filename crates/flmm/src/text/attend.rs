@@ -4,7 +4,7 @@ use candle_core::{D, DType, Device, Tensor};
 use flmm_kernels::Scores;
 
 use crate::error::Result;
-use crate::nn::fused_attention;
+use crate::nn::{frozen_products, fused_attention};
 
 /// Scores held at once, in elements: query rows are taken in blocks of this size divided by `heads · keys`.
 const BLOCK: usize = 1 << 23;
@@ -65,7 +65,11 @@ pub fn scaled_scores(q: &Tensor, k: &Tensor) -> Result<Tensor> {
     let (heads, rows, head_dim) = q.dims3()?;
     let (kv_heads, keys, _) = k.dims3()?;
     let grouped = q.contiguous()?.reshape((kv_heads, heads / kv_heads * rows, head_dim))?;
-    let scores = grouped.matmul(&k.transpose(1, 2)?)?.to_dtype(DType::F32)?;
+    let scores = match frozen_products(&grouped, k)? {
+        Some(scores) => scores,
+        None => grouped.matmul(&k.transpose(1, 2)?)?,
+    };
+    let scores = scores.to_dtype(DType::F32)?;
     let scores = (scores / (head_dim as f64).sqrt())?;
     let scores = round_to(&scores, q.dtype())?;
     Ok(scores.reshape((heads, rows, keys))?)
@@ -114,6 +118,23 @@ mod tests {
                 .collect()
         });
         (out.collect(), lse)
+    }
+
+    #[test]
+    fn scores_in_bf16_agree_with_those_in_f32() -> Result<()> {
+        let narrow = |x: Tensor| x.to_dtype(DType::BF16);
+        // Two query heads a key head, keys in a cache with room left, and keys whose matrices lie transposed.
+        let q = narrow(ramp((4, 3, 20), 0.1)?)?;
+        let cache = narrow(ramp((2, 9, 20), 0.2)?)?;
+        let turned = narrow(ramp((2, 20, 7), 0.3)?)?.transpose(1, 2)?;
+        for k in [cache.narrow(1, 2, 5)?, turned] {
+            let wide = scaled_scores(&q.to_dtype(DType::F32)?, &k.to_dtype(DType::F32)?)?;
+            let scores = scaled_scores(&q, &k)?;
+            let error = ((scores - &wide)?.abs()? - (wide.abs()? * (1.0 / 128.0))?)?.flatten_all()?.max(0)?;
+            assert!(error.to_scalar::<f32>()? < 1e-4, "{error}");
+        }
+        assert_eq!(scaled_scores(&q.narrow(1, 0, 0)?, &cache)?.dims(), [4, 0, 9]);
+        Ok(())
     }
 
     #[test]
