@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
@@ -16,7 +17,7 @@ use crate::objects::Objects;
 use crate::pack::{EASY, REFERRING};
 use crate::parallel::Workers;
 use crate::progress::{self, Run};
-use crate::store::{AdamW, Grads, Store};
+use crate::store::{AdamW, Store};
 
 /// How long and how fast to train.
 #[derive(Debug, Clone, clap::Args, Deserialize)]
@@ -148,8 +149,15 @@ pub(crate) fn run(
         }
         let source = args.source(pixels, &setting.sizes, rng_for(args.seed, step, 99).random());
         let lmm = Lmm::load(&setting.sizes, &store.params(frozen))?;
-        let (loss, grads) =
-            workers.gradients(|worker| gradients(args, setting, world, &lmm, store, source, worker))?;
+        let tokens = AtomicUsize::new(0);
+        let (loss, grads) = workers.gradients(|worker| {
+            let samples = draw(args, setting, world, store.step, source, worker)?;
+            let rows = samples.iter().map(|sample| sample.packed.positions.len());
+            tokens.fetch_add(rows.sum(), Ordering::Relaxed);
+            let loss = lmm.loss(&samples, source, args.alignment)?;
+            let gradients = store.gradients(&loss).context("backward pass")?;
+            Ok((f64::from(loss.to_scalar::<f32>()?), gradients))
+        })?;
         let lr = progress::rate(args.lr, step, args.steps, 0.25);
         let share = |name: &str| match name {
             name if name.starts_with("vision_tower.") => args.tower_rate,
@@ -158,7 +166,8 @@ pub(crate) fn run(
         };
         let norm = store.update(&grads, &adam, |name| share(name) * lr)?;
         ensure!(store.step > step, "the gradient is not finite at step {step} (norm {norm}); lower --lr");
-        run.stepped(store, loss, &format!("norm {norm:.2} {source:?}"))?;
+        let tokens = tokens.into_inner();
+        run.stepped(store, loss, &format!("tokens {tokens} norm {norm:.2} {source:?}"))?;
     }
     Ok(())
 }
@@ -190,17 +199,17 @@ fn judge(
     Ok(enough)
 }
 
-fn gradients(
+/// A worker's scenes of a step.
+fn draw(
     args: &LmmArgs,
     setting: &Setting,
     world: &WorldConfig,
-    lmm: &Lmm,
-    store: &Store,
+    step: usize,
     source: Source,
     worker: usize,
-) -> Result<(f64, Grads)> {
-    let mut rng = rng_for(args.seed, store.step, worker);
-    let first = ((store.step * args.workers + worker) * args.batch) as u64;
+) -> Result<Vec<Sample>> {
+    let mut rng = rng_for(args.seed, step, worker);
+    let first = ((step * args.workers + worker) * args.batch) as u64;
     let mut packer = packer_for(setting, source);
     packer.kinds.clone_from(&args.kinds);
     packer.referring = args.referring;
@@ -211,8 +220,7 @@ fn gradients(
         let packed = packer.pack(&scene, &mut rng)?;
         samples.push(setting.sample(&scene, packed, source, &mut rng)?);
     }
-    let loss = lmm.loss(&samples, source, args.alignment)?;
-    Ok((f64::from(loss.to_scalar::<f32>()?), store.gradients(&loss).context("backward pass")?))
+    Ok(samples)
 }
 
 fn packer_for(setting: &Setting, source: Source) -> crate::pack::Packer {
