@@ -224,8 +224,8 @@ impl Kernel for Amx {
 impl Few<bf16> for Amx {
     type X = bf16;
 
-    fn prepare(self, x: &[bf16]) -> Vec<bf16> {
-        self.0.prepare(x)
+    fn prepare(self, x: &[bf16], inputs: usize) -> Vec<bf16> {
+        self.0.prepare(x, inputs)
     }
 
     fn sums(self, x: &[bf16], weight: &[bf16], inputs: usize, sums: &mut [f32]) {

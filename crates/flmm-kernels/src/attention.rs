@@ -211,7 +211,7 @@ impl<T: Float, K: Kernel + Few<T>> Job<'_, T, K> {
         let mut mixed = vec![0f32; batch * heads * rows * head_dim];
         let tasks = mixed.par_chunks_mut(group * head_dim).zip(lse.par_chunks_mut(group)).enumerate();
         tasks.for_each(|(head, (mixed, lse))| {
-            let q = self.kernel.prepare(&self.q[head * group * head_dim..][..group * head_dim]);
+            let q = self.kernel.prepare(&self.q[head * group * head_dim..][..group * head_dim], head_dim);
             let mut scores = vec![0f32; keys * group];
             self.kernel.sums(&q, self.k.head(head, keys * head_dim), head_dim, &mut scores);
             let v = self.v.head(head, keys * head_dim);

@@ -1,11 +1,13 @@
-//! Products of packed four-bit weights in AVX2 instructions.
+//! Products of a few rows with weights of few bits, and transposition, in AVX2 instructions.
 #![allow(unsafe_code, reason = "vendor intrinsics take pointers and need a processor that has them")]
 
 use std::arch::x86_64::*;
 
 use half::bf16;
 
-use crate::int4::{Block, Dot, GROUP_BYTES, GROUPS};
+use crate::int4::{self, Block, GROUP_BYTES, GROUPS};
+use crate::int8::{self, GROUP, OfOutput, Words};
+use crate::line::{AHEAD, Line, prefetch};
 
 /// Proof that the processor has AVX2 and FMA.
 #[derive(Debug, Clone, Copy)]
@@ -19,48 +21,158 @@ impl Avx2 {
     }
 }
 
-impl Dot for Avx2 {
+impl int4::Dot for Avx2 {
     #[inline]
     fn dot<const R: usize>(self, x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R] {
         assert!(nibbles.len() == scales.len() * GROUP_BYTES);
         assert!(x.len() >= R * scales.len().div_ceil(GROUPS));
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
-        unsafe { dot::<R>(x, nibbles, scales) }
+        unsafe { dot4::<R>(x, nibbles, scales) }
     }
 }
 
+/// As [`int4::Dot::dot`]: two groups at a time, the first in the lower half of a vector. A lane sums four bytes at its
+/// place, of both halves.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn dot<const R: usize>(x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R] {
+unsafe fn dot4<const R: usize>(x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R] {
     let blocks = scales.len().div_ceil(GROUPS);
+    let (fifteen, one) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
     let mut totals = [_mm256_setzero_ps(); R];
-    for (group, scale) in scales.iter().enumerate() {
-        // SAFETY: the caller checked that there are as many groups of bytes as scales.
-        let bytes = unsafe { _mm_loadu_si128(nibbles.as_ptr().add(group * GROUP_BYTES).cast()) };
-        let halves = _mm256_set_m128i(_mm_srli_epi16::<4>(bytes), bytes);
-        let weights = _mm256_and_si256(halves, _mm256_set1_epi8(15));
-        for (r, total) in totals.iter_mut().enumerate() {
-            let block = &x[r * blocks + group / GROUPS];
-            let at = group % GROUPS;
-            // At most 2 · 15 · 128 in size: far from what 16 bits hold.
-            let product = |numbers: &[[i8; 64]; 2]| {
-                // SAFETY: `at` is below the number of groups that a block has 16 bytes of on either side.
-                let [low, high] = [0, 1].map(|side| unsafe {
-                    _mm_loadu_si128(numbers[side].as_ptr().add(at * GROUP_BYTES).cast())
-                });
-                let pairs = _mm256_maddubs_epi16(weights, _mm256_set_m128i(high, low));
-                _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
-            };
-            let (high, low) = (product(&block.high), product(&block.low));
-            // The correction stands in one lane.
-            let correction = _mm256_zextsi128_si256(_mm_cvtsi32_si128(block.corrections[4 * at]));
-            let sum = _mm256_add_epi32(_mm256_slli_epi32::<8>(high), _mm256_add_epi32(low, correction));
-            let scale = _mm256_set1_ps(block.scale * scale.to_f32());
-            *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, *total);
+    for block in 0..blocks {
+        // What is missing behind the last group is zero.
+        let (mut last_bytes, mut last_scales) = ([0u8; GROUPS * GROUP_BYTES], [bf16::ZERO; GROUPS]);
+        let (mut bytes, mut of_groups) = (&nibbles[block * last_bytes.len()..], &scales[block * GROUPS..]);
+        if of_groups.len() < GROUPS {
+            last_bytes[..bytes.len()].copy_from_slice(bytes);
+            last_scales[..of_groups.len()].copy_from_slice(of_groups);
+            (bytes, of_groups) = (&last_bytes, &last_scales);
+        }
+        prefetch(bytes.as_ptr().wrapping_add(AHEAD));
+        // SAFETY: there are four scales, and bytes of four groups; the caller checked `x` for `R` rows of blocks.
+        unsafe {
+            let of_groups = _mm_cvtepu16_epi32(_mm_loadl_epi64(of_groups.as_ptr().cast()));
+            let of_groups = _mm256_castps128_ps256(_mm_castsi128_ps(_mm_slli_epi32::<16>(of_groups)));
+            for pair in 0..GROUPS / 2 {
+                let bytes = _mm256_loadu_si256(bytes.as_ptr().add(pair * 2 * GROUP_BYTES).cast());
+                let low = _mm256_and_si256(bytes, fifteen);
+                let high = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), fifteen);
+                let spread = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+                let spread = _mm256_add_epi32(spread, _mm256_set1_epi32(2 * pair as i32));
+                let scale = _mm256_permutevar8x32_ps(of_groups, spread);
+                for (r, total) in totals.iter_mut().enumerate() {
+                    let x = &*x.as_ptr().add(r * blocks + block);
+                    let load = |numbers: &[i8; 64]| {
+                        _mm256_loadu_si256(numbers.as_ptr().add(pair * 2 * GROUP_BYTES).cast())
+                    };
+                    // At most 4 · 15 · 128 in size: far from what 16 bits hold.
+                    let product = |numbers: &[[i8; 64]; 2]| {
+                        let low = _mm256_maddubs_epi16(low, load(&numbers[0]));
+                        _mm256_add_epi16(low, _mm256_maddubs_epi16(high, load(&numbers[1])))
+                    };
+                    let upper = _mm256_madd_epi16(product(&x.high), _mm256_slli_epi16::<8>(one));
+                    let lower = _mm256_madd_epi16(product(&x.low), one);
+                    let corrections = _mm256_loadu_si256(x.corrections.as_ptr().add(8 * pair).cast());
+                    let sum = _mm256_add_epi32(upper, _mm256_add_epi32(lower, corrections));
+                    let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x.scale));
+                    *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, *total);
+                }
+            }
         }
     }
-    totals.map(|total| {
-        let four = _mm_add_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps::<1>(total));
-        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
-    })
+    let mut results = [0f32; R];
+    for (result, &total) in results.iter_mut().zip(&totals) {
+        *result = sum(total);
+    }
+    results
+}
+
+/// Of all lanes.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn sum(lanes: __m256) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+impl int8::Dot for Avx2 {
+    #[inline]
+    fn dot<const R: usize, const N: usize>(self, x: Words, w: [OfOutput; N]) -> [[f32; R]; N] {
+        let groups = w[0].1.len();
+        assert!(x.fit::<R>(groups, &w));
+        // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
+        unsafe { dot8(x, w, groups) }
+    }
+}
+
+/// Numbers of a vector of 16-bit integers.
+const WORDS: usize = 16;
+
+/// As [`int8::Dot::dot`]. A lane sums 16 products of 255 · 32767 at most, with the correction: what 32 bits hold.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn dot8<const R: usize, const N: usize>(x: Words, w: [OfOutput; N], groups: usize) -> [[f32; R]; N] {
+    let len = w[0].0.len();
+    let mut totals = [[_mm256_setzero_ps(); R]; N];
+    for group in 0..groups {
+        let from = group * GROUP;
+        // SAFETY: the caller checked `x` for `R` rows of `groups` groups, and that each of `w` has `len` bytes and `groups`
+        // scales. Bytes behind the last are not read, but asked for.
+        unsafe {
+            // The correction stands in one lane.
+            let mut sums = [[_mm256_setzero_si256(); R]; N];
+            for sums in &mut sums {
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    let correction = _mm_cvtsi32_si128(*x.corrections.as_ptr().add(r * groups + group));
+                    *sum = _mm256_zextsi128_si256(correction);
+                }
+            }
+            let row = |r: usize, k: usize| {
+                _mm256_loadu_si256(x.numbers.as_ptr().add((r * groups + group) * GROUP + k).cast())
+            };
+            if len - from >= GROUP {
+                for (bytes, _) in &w {
+                    for line in (0..GROUP).step_by(size_of::<Line>()) {
+                        prefetch(bytes.as_ptr().wrapping_add(from + line + AHEAD));
+                    }
+                }
+                for k in (0..GROUP).step_by(WORDS) {
+                    for ((bytes, _), sums) in w.iter().zip(&mut sums) {
+                        let bytes = _mm_loadu_si128(bytes.as_ptr().add(from + k).cast());
+                        add8(sums, bytes, |r| row(r, k));
+                    }
+                }
+            } else {
+                for ((bytes, _), sums) in w.iter().zip(&mut sums) {
+                    for (at, bytes) in bytes[from..].chunks(WORDS).enumerate() {
+                        let mut all = [0u8; WORDS];
+                        all[..bytes.len()].copy_from_slice(bytes);
+                        add8(sums, _mm_loadu_si128(all.as_ptr().cast()), |r| row(r, at * WORDS));
+                    }
+                }
+            }
+            for ((totals, sums), (_, scales)) in totals.iter_mut().zip(&sums).zip(&w) {
+                for (r, (total, &sum)) in totals.iter_mut().zip(sums).enumerate() {
+                    let scale = *scales.as_ptr().add(group) * *x.scales.as_ptr().add(r * groups + group);
+                    *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(scale), *total);
+                }
+            }
+        }
+    }
+    let mut results = [[0f32; R]; N];
+    for (results, totals) in results.iter_mut().zip(&totals) {
+        for (result, &total) in results.iter_mut().zip(totals) {
+            *result = sum(total);
+        }
+    }
+    results
+}
+
+/// Adds the products of sixteen bytes of an output with the numbers of every row.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add8<const R: usize>(sums: &mut [__m256i; R], bytes: __m128i, row: impl Fn(usize) -> __m256i) {
+    let weight = _mm256_cvtepu8_epi16(bytes);
+    for (r, sum) in sums.iter_mut().enumerate() {
+        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(weight, row(r)));
+    }
 }

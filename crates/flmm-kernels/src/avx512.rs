@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
+use crate::few::{Dots, Operands};
 use crate::kernel::Weights;
 use crate::line::{LANES, Line};
 use crate::peak::SUMS;
@@ -61,18 +62,16 @@ impl Avx512Bf16 {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe { spin(turns) }
     }
+}
 
-    /// `Σ_k x[row][k] · w[n][k]` of bf16 pairs: `x` holds `R` rows of `len` numbers, `w` holds `N`.
+impl Dots for Operands<'_, Avx512Bf16, bf16, bf16> {
     #[inline]
-    pub(crate) fn dot<const R: usize, const N: usize>(
-        self,
-        x: &[bf16],
-        w: &[bf16],
-        len: usize,
-    ) -> [[f32; R]; N] {
-        assert!(x.len() >= R * len && w.len() >= N * len);
-        // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
-        unsafe { dot(x.as_ptr().cast(), w.as_ptr().cast(), len) }
+    fn dots<const R: usize, const N: usize>(&self, row: usize, outputs: [usize; N]) -> [[f32; R]; N] {
+        let (x, w) = self.of(row, outputs);
+        assert!(x.len() >= R * self.inputs);
+        // SAFETY: the kernel proves that the processor has the instructions; rows of `w` are `inputs` numbers, and the
+        // length of `x` was checked.
+        unsafe { dots(x.as_ptr().cast(), w.map(|w| w.as_ptr().cast()), self.inputs) }
     }
 }
 
@@ -115,7 +114,11 @@ fn pairs(units: __m512i) -> __m512bh {
 const CHAINS: usize = 4;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn dot<const R: usize, const N: usize>(x: *const u16, w: *const u16, len: usize) -> [[f32; R]; N] {
+unsafe fn dots<const R: usize, const N: usize>(
+    x: *const u16,
+    w: [*const u16; N],
+    len: usize,
+) -> [[f32; R]; N] {
     let mut sums = [[[_mm512_setzero_ps(); R]; N]; CHAINS];
     let mut k = 0;
     while k + 32 * CHAINS <= len {
@@ -125,8 +128,8 @@ unsafe fn dot<const R: usize, const N: usize>(x: *const u16, w: *const u16, len:
             unsafe {
                 let rows: [__m512i; R] =
                     std::array::from_fn(|r| _mm512_loadu_si512(x.add(r * len + at).cast()));
-                for (n, sums) in sums.iter_mut().enumerate() {
-                    let weight = _mm512_loadu_si512(w.add(n * len + at).cast());
+                for (w, sums) in w.iter().zip(sums.iter_mut()) {
+                    let weight = _mm512_loadu_si512(w.add(at).cast());
                     for (sum, &row) in sums.iter_mut().zip(&rows) {
                         *sum = _mm512_dpbf16_ps(*sum, pairs(row), pairs(weight));
                     }
@@ -139,8 +142,8 @@ unsafe fn dot<const R: usize, const N: usize>(x: *const u16, w: *const u16, len:
         let mask: u32 = if len - k >= 32 { u32::MAX } else { (1 << (len - k)) - 1 };
         // SAFETY: the mask keeps all reads below `len`.
         unsafe {
-            for (n, sums) in sums[0].iter_mut().enumerate() {
-                let weight = _mm512_maskz_loadu_epi16(mask, w.add(n * len + k).cast());
+            for (w, sums) in w.iter().zip(sums[0].iter_mut()) {
+                let weight = _mm512_maskz_loadu_epi16(mask, w.add(k).cast());
                 for (r, sum) in sums.iter_mut().enumerate() {
                     let row = _mm512_maskz_loadu_epi16(mask, x.add(r * len + k).cast());
                     *sum = _mm512_dpbf16_ps(*sum, pairs(row), pairs(weight));

@@ -4,6 +4,8 @@ use half::bf16;
 #[cfg(target_arch = "x86_64")]
 use half::slice::HalfFloatSliceExt;
 
+use crate::line::LANES;
+
 /// How the numbers of a row become units of a packed operand.
 pub(crate) trait Units<T>: Copy + Send + Sync {
     /// Numbers that one unit holds.
@@ -53,7 +55,14 @@ impl Units<bf16> for Singles {
     #[inline(always)]
     fn write(numbers: &[bf16], units: &mut [u32]) {
         let (full, padding) = units.split_at_mut(numbers.len());
-        for (unit, number) in full.iter_mut().zip(numbers) {
+        let (lines, rest) = full.as_chunks_mut::<LANES>();
+        let mut numbers = numbers.chunks(LANES);
+        for (line, numbers) in lines.iter_mut().zip(&mut numbers) {
+            // Arrays of known length become vectors.
+            let numbers: [bf16; LANES] = std::array::from_fn(|i| numbers[i]);
+            *line = numbers.map(|number| u32::from(number.to_bits()) << 16);
+        }
+        for (unit, number) in rest.iter_mut().zip(numbers.next().unwrap_or_default()) {
             *unit = u32::from(number.to_bits()) << 16;
         }
         padding.fill(0);

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 #[cfg(target_arch = "x86_64")]
 use crate::element::Pairs;
 use crate::element::{Float, Singles};
-use crate::few::{FEW, TOGETHER, in_chunks};
+use crate::few::{Dots, FEW, in_chunks, sums_by};
 use crate::int8::integers;
 use crate::kernel::Wide;
 use crate::product::{self, Sizes, WeightRows};
@@ -321,16 +321,24 @@ pub(crate) fn few(
     let x: Vec<Block> =
         x.chunks_exact(sizes.inputs).flat_map(|row| row.chunks(BLOCK).map(Block::new)).collect();
     in_chunks(sizes, bias, y, |outputs, sums| {
-        for (n, sums) in outputs.zip(sums.chunks_exact_mut(sizes.rows)) {
-            let (nibbles, scales) = weight.row(n);
-            for (sums, x) in sums.chunks_mut(TOGETHER).zip(x.chunks(TOGETHER * blocks)) {
-                match sums {
-                    [a] => [*a] = dot.dot(x, nibbles, scales),
-                    [a, b] => [*a, *b] = dot.dot(x, nibbles, scales),
-                    [a, b, c] => [*a, *b, *c] = dot.dot(x, nibbles, scales),
-                    _ => sums.copy_from_slice(&dot.dot::<TOGETHER>(x, nibbles, scales)),
-                }
-            }
-        }
+        sums_by(&Operands { dot, x: &x, blocks, weight }, sizes.rows, outputs.start, sums);
     });
+}
+
+struct Operands<'a, D> {
+    dot: D,
+    /// `[rows, blocks]`
+    x: &'a [Block],
+    blocks: usize,
+    weight: &'a Int4Weight,
+}
+
+impl<D: Dot> Dots for Operands<'_, D> {
+    #[inline]
+    fn dots<const R: usize, const N: usize>(&self, row: usize, outputs: [usize; N]) -> [[f32; R]; N] {
+        outputs.map(|n| {
+            let (nibbles, scales) = self.weight.row(n);
+            self.dot.dot(&self.x[row * self.blocks..], nibbles, scales)
+        })
+    }
 }

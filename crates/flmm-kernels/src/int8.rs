@@ -17,7 +17,7 @@ use crate::product::{self, Sizes, WeightRows};
 #[cfg(target_arch = "x86_64")]
 use crate::{
     element::Pairs,
-    few::{TOGETHER, in_chunks},
+    few::{Dots, in_chunks, sums_by},
     kernel::{Blocking, OUTPUTS},
     line::{LANES, Line},
     vnni::{Bytes, GROUP_UNITS, Quantised, Vnni},
@@ -60,8 +60,7 @@ impl Int8Weight {
                 let inverse = scale.recip();
                 let inverse = if inverse.is_finite() { inverse } else { 0.0 };
                 for (byte, x) in bytes.iter_mut().zip(weight) {
-                    let integer = (x.to_f32() * inverse).round_ties_even() as i32;
-                    *byte = (integer + OFFSET) as u8;
+                    *byte = (nearest(x.to_f32() * inverse) + OFFSET) as u8;
                 }
             }
         });
@@ -130,6 +129,10 @@ impl Int8Weight {
                 false => many(vnni, self, x, bias, sizes, y),
             };
         }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(avx2) = crate::avx2::Avx2::detect().filter(|_| sizes.rows <= FEW) {
+            return few(avx2, self, x, bias, sizes, y);
+        }
         self.widened(Wide::new(), x, bias, sizes, y);
     }
 
@@ -153,7 +156,7 @@ impl Int8Weight {
     }
 
     /// Bytes and scales of output `n`.
-    fn row(&self, n: usize) -> (&[u8], &[f32]) {
+    fn row(&self, n: usize) -> OfOutput<'_> {
         (&self.bytes[n * self.inputs..][..self.inputs], &self.scales[n * self.groups()..][..self.groups()])
     }
 }
@@ -195,6 +198,14 @@ fn rounded_up(x: f32) -> f32 {
     f32::from_bits(x.to_bits().saturating_add(0xffff) & 0xffff_0000)
 }
 
+/// The nearest integer, ties to even, to a number of at most 22 bits. `f32::round_ties_even` is a call of a function where
+/// instructions for it are not taken for granted.
+fn nearest(x: f32) -> i32 {
+    // Adding this number rounds to a whole one.
+    const ROUNDER: f32 = 12_582_912.0;
+    (x + ROUNDER - ROUNDER) as i32
+}
+
 /// Largest of the numbers, without sign.
 fn largest(numbers: &[bf16]) -> f32 {
     numbers.iter().fold(0f32, |largest, x| largest.max(x.to_f32().abs()))
@@ -208,20 +219,60 @@ pub(crate) fn integers(numbers: &[bf16], limit: f32, mut write: impl FnMut(usize
     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
     let mut sum = 0;
     for (at, x) in numbers.iter().enumerate() {
-        let integer = (x.to_f32() * inverse).round_ties_even() as i32;
+        let integer = nearest(x.to_f32() * inverse);
         sum += integer;
         write(at, integer);
     }
     (largest / limit, sum)
 }
 
+/// Products of eight-bit weights and 16-bit activations.
+#[cfg(target_arch = "x86_64")]
+pub(crate) trait Dot: Copy + Send + Sync {
+    /// `Σ_group scale(row) · scale(n) · Σ_k x[row][k] · w[n][k]` for the first `R` rows.
+    fn dot<const R: usize, const N: usize>(self, x: Words, w: [OfOutput; N]) -> [[f32; R]; N];
+}
+
+/// Bytes and scales of an output.
+pub(crate) type OfOutput<'a> = (&'a [u8], &'a [f32]);
+
+/// Rows of 16-bit integers.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Words<'a> {
+    /// `[rows, groups · GROUP]`
+    pub(crate) numbers: &'a [i16],
+    /// `[rows, groups]`
+    pub(crate) scales: &'a [f32],
+    /// `[rows, groups]`: what the weights' offset adds to the sums, with the sign changed.
+    pub(crate) corrections: &'a [i32],
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Words<'_> {
+    /// Whether there are `R` rows for each of `w`, which have `groups` groups each.
+    pub(crate) fn fit<const R: usize>(&self, groups: usize, w: &[OfOutput]) -> bool {
+        w.iter().all(|w| w.0.len().div_ceil(GROUP) == groups && w.1.len() == groups)
+            && self.numbers.len() >= R * groups * GROUP
+            && self.scales.len() >= R * groups
+            && self.corrections.len() >= R * groups
+    }
+}
+
 /// Few rows, in 16-bit integers.
 #[cfg(target_arch = "x86_64")]
-fn few(vnni: Vnni, weight: &Int8Weight, x: &[bf16], bias: Option<&[bf16]>, sizes: Sizes, y: &mut [bf16]) {
+pub(crate) fn few(
+    kernel: impl Dot,
+    weight: &Int8Weight,
+    x: &[bf16],
+    bias: Option<&[bf16]>,
+    sizes: Sizes,
+    y: &mut [bf16],
+) {
     let (groups, inputs) = (weight.groups(), sizes.inputs);
-    let mut words = vec![0i16; sizes.rows * groups * GROUP];
+    let mut numbers = vec![0i16; sizes.rows * groups * GROUP];
     let (mut scales, mut corrections) = (Vec::new(), Vec::new());
-    for (row, words) in x.chunks_exact(inputs).zip(words.chunks_exact_mut(groups * GROUP)) {
+    for (row, words) in x.chunks_exact(inputs).zip(numbers.chunks_exact_mut(groups * GROUP)) {
         for (numbers, words) in row.chunks(GROUP).zip(words.chunks_exact_mut(GROUP)) {
             let (scale, sum) =
                 integers(numbers, f32::from(i16::MAX), |at, integer| words[at] = integer as i16);
@@ -229,21 +280,32 @@ fn few(vnni: Vnni, weight: &Int8Weight, x: &[bf16], bias: Option<&[bf16]>, sizes
             corrections.push(-OFFSET * sum);
         }
     }
+    let x = Words { numbers: &numbers, scales: &scales, corrections: &corrections };
     in_chunks(sizes, bias, y, |outputs, sums| {
-        for (n, sums) in outputs.zip(sums.chunks_exact_mut(sizes.rows)) {
-            let (w, w_scales) = weight.row(n);
-            for (at, sums) in sums.chunks_mut(TOGETHER).enumerate() {
-                let first = at * TOGETHER * groups;
-                let x = (&words[first * GROUP..], &scales[first..], &corrections[first..]);
-                match sums {
-                    [a] => [*a] = vnni.dot(x.0, x.1, x.2, w, w_scales),
-                    [a, b] => [*a, *b] = vnni.dot(x.0, x.1, x.2, w, w_scales),
-                    [a, b, c] => [*a, *b, *c] = vnni.dot(x.0, x.1, x.2, w, w_scales),
-                    _ => sums.copy_from_slice(&vnni.dot::<TOGETHER>(x.0, x.1, x.2, w, w_scales)),
-                }
-            }
-        }
+        sums_by(&Operands { kernel, x, weight }, sizes.rows, outputs.start, sums);
     });
+}
+
+#[cfg(target_arch = "x86_64")]
+struct Operands<'a, K> {
+    kernel: K,
+    x: Words<'a>,
+    weight: &'a Int8Weight,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<K: Dot> Dots for Operands<'_, K> {
+    #[inline]
+    fn dots<const R: usize, const N: usize>(&self, row: usize, outputs: [usize; N]) -> [[f32; R]; N] {
+        let first = row * self.weight.groups();
+        let Words { numbers, scales, corrections } = self.x;
+        let x = Words {
+            numbers: &numbers[first * GROUP..],
+            scales: &scales[first..],
+            corrections: &corrections[first..],
+        };
+        self.kernel.dot(x, outputs.map(|n| self.weight.row(n)))
+    }
 }
 
 /// Most lines of a register block.

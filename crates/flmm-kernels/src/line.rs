@@ -96,6 +96,9 @@ impl Ahead {
     }
 }
 
+/// Bytes of weights that are asked for ahead of those that are multiplied: a page, where the processor's own asking ends.
+pub(crate) const AHEAD: usize = 4096;
+
 /// Asks for a cache line to be brought into the second-level cache.
 #[inline(always)]
 #[allow(unsafe_code, reason = "a prefetch takes a pointer")]

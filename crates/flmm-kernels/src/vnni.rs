@@ -6,10 +6,10 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use crate::avx512::Avx512;
-use crate::int4::{Block, Dot, GROUP_BYTES, GROUPS};
-use crate::int8::GROUP;
+use crate::int4::{self, Block, GROUP_BYTES, GROUPS};
+use crate::int8::{self, GROUP, OfOutput, Words};
 use crate::kernel::OUTPUTS;
-use crate::line::{LANES, Line, prefetch};
+use crate::line::{AHEAD, LANES, Line, prefetch};
 use crate::peak::SUMS;
 
 /// Units of four bytes that a group has.
@@ -73,23 +73,15 @@ impl Vnni {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe { spin(turns) }
     }
+}
 
-    /// `Σ_group scale(row) · scale · Σ_k x[row][k] · w[k]` for `R` rows of 16-bit integers: `x [R, groups · GROUP]`,
-    /// `row_scales` and `corrections [R, groups]`, and a row of weights with its `scales [groups]`.
+impl int8::Dot for Vnni {
     #[inline]
-    pub(crate) fn dot<const R: usize>(
-        self,
-        x: &[i16],
-        row_scales: &[f32],
-        corrections: &[i32],
-        w: &[u8],
-        scales: &[f32],
-    ) -> [f32; R] {
-        let groups = scales.len();
-        assert!(groups == w.len().div_ceil(GROUP) && x.len() >= R * groups * GROUP);
-        assert!(row_scales.len() >= R * groups && corrections.len() >= R * groups);
+    fn dot<const R: usize, const N: usize>(self, x: Words, w: [OfOutput; N]) -> [[f32; R]; N] {
+        let groups = w[0].1.len();
+        assert!(x.fit::<R>(groups, &w));
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
-        unsafe { dot::<R>(x, row_scales, corrections, w, scales) }
+        w.map(|(w, scales)| unsafe { dot::<R>(x.numbers, x.scales, x.corrections, w, scales) })
     }
 }
 
@@ -130,8 +122,6 @@ unsafe fn tile<const V: usize>(x: Quantised, w: Bytes, c: *mut Line, add: bool) 
 
 /// Numbers of a vector of 16-bit integers.
 const WORDS: usize = 2 * LANES;
-/// Bytes of weights that are asked for ahead of those that are multiplied: a page, where the processor's own asking ends.
-const AHEAD: usize = 4096;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn dot<const R: usize>(
@@ -171,7 +161,7 @@ unsafe fn dot<const R: usize>(
     totals.map(|total| _mm512_reduce_add_ps(total))
 }
 
-impl Dot for Vnni {
+impl int4::Dot for Vnni {
     #[inline]
     fn dot<const R: usize>(self, x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R] {
         assert!(nibbles.len() == scales.len() * GROUP_BYTES);
@@ -181,7 +171,7 @@ impl Dot for Vnni {
     }
 }
 
-/// As [`Dot::dot`]. A lane sums the four bytes at its place, of both halves: all of one group.
+/// As [`int4::Dot::dot`]. A lane sums the four bytes at its place, of both halves: all of one group.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn dot4<const R: usize>(x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R] {
     let blocks = scales.len().div_ceil(GROUPS);
