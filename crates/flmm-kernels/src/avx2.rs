@@ -7,7 +7,7 @@ use half::bf16;
 
 use crate::int4::{self, Block, GROUP_BYTES, GROUPS};
 use crate::int8::{self, GROUP, OfOutput, Words};
-use crate::line::{AHEAD, Line, prefetch};
+use crate::line::{AHEAD, LANES, Line, prefetch};
 
 /// Proof that the processor has AVX2 and FMA.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +18,14 @@ impl Avx2 {
     #[inline]
     pub(crate) fn detect() -> Option<Self> {
         (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
+    }
+}
+
+impl Avx2 {
+    /// Transposes a block of 16 × 16 units.
+    pub(crate) fn transpose(self, block: &mut [Line; LANES]) {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { transpose(block) }
     }
 }
 
@@ -175,4 +183,76 @@ fn add8<const R: usize>(sums: &mut [__m256i; R], bytes: __m128i, row: impl Fn(us
     for (r, sum) in sums.iter_mut().enumerate() {
         *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(weight, row(r)));
     }
+}
+
+/// Units of a vector.
+const UNITS: usize = 8;
+
+/// Quarters of 8 × 8 units, of which two change places.
+#[target_feature(enable = "avx2,fma")]
+fn transpose(block: &mut [Line; LANES]) {
+    for (row, column) in [(0, 0), (UNITS, UNITS)] {
+        let quarter = transposed(load(block, row, column));
+        store(quarter, block, row, column);
+    }
+    let (above, below) = (transposed(load(block, 0, UNITS)), transposed(load(block, UNITS, 0)));
+    store(above, block, UNITS, 0);
+    store(below, block, 0, UNITS);
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn load(block: &[Line; LANES], row: usize, column: usize) -> [__m256; UNITS] {
+    let mut rows = [_mm256_setzero_ps(); UNITS];
+    for (to, line) in rows.iter_mut().zip(&block[row..]) {
+        let units: &[u32; UNITS] = &line.0.as_chunks().0[column / UNITS];
+        // SAFETY: there are eight units.
+        *to = unsafe { _mm256_loadu_ps(units.as_ptr().cast()) };
+    }
+    rows
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn store(rows: [__m256; UNITS], block: &mut [Line; LANES], row: usize, column: usize) {
+    for (line, from) in block[row..].iter_mut().zip(rows) {
+        let units: &mut [u32; UNITS] = &mut line.0.as_chunks_mut().0[column / UNITS];
+        // SAFETY: there are eight units.
+        unsafe { _mm256_storeu_ps(units.as_mut_ptr().cast(), from) };
+    }
+}
+
+/// Units, pairs of units, then halves of vectors change places.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn transposed(rows: [__m256; UNITS]) -> [__m256; UNITS] {
+    let [a, b, c, d, e, f, g, h] = rows;
+    // Columns 0, 1 and 4, 5 of two rows, then 2, 3 and 6, 7.
+    let (ab, cd) = (
+        [_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)],
+        [_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)],
+    );
+    let (ef, gh) = (
+        [_mm256_unpacklo_ps(e, f), _mm256_unpackhi_ps(e, f)],
+        [_mm256_unpacklo_ps(g, h), _mm256_unpackhi_ps(g, h)],
+    );
+    // Columns k and k + 4 of four rows.
+    let upper = [
+        _mm256_shuffle_ps::<0x44>(ab[0], cd[0]),
+        _mm256_shuffle_ps::<0xee>(ab[0], cd[0]),
+        _mm256_shuffle_ps::<0x44>(ab[1], cd[1]),
+        _mm256_shuffle_ps::<0xee>(ab[1], cd[1]),
+    ];
+    let lower = [
+        _mm256_shuffle_ps::<0x44>(ef[0], gh[0]),
+        _mm256_shuffle_ps::<0xee>(ef[0], gh[0]),
+        _mm256_shuffle_ps::<0x44>(ef[1], gh[1]),
+        _mm256_shuffle_ps::<0xee>(ef[1], gh[1]),
+    ];
+    let mut columns = [_mm256_setzero_ps(); UNITS];
+    for (k, (&upper, &lower)) in upper.iter().zip(&lower).enumerate() {
+        columns[k] = _mm256_permute2f128_ps::<0x20>(upper, lower);
+        columns[k + 4] = _mm256_permute2f128_ps::<0x31>(upper, lower);
+    }
+    columns
 }

@@ -31,6 +31,10 @@ pub(crate) fn transpose(block: &mut [Line; LANES]) {
     if let Some(avx512) = crate::avx512::Avx512::detect() {
         return avx512.transpose(block);
     }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(avx2) = crate::avx2::Avx2::detect() {
+        return avx2.transpose(block);
+    }
     for row in 0..LANES {
         for column in 0..row {
             let above = block[column].0[row];

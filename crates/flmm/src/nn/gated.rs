@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result as CandleResult, Shape, 
 use flmm_kernels::silu_mul_bf16;
 
 use super::activation::{exp, silu};
-use super::host::{Elements, elements, frozen_bf16, fusable, with_bf16};
+use super::host::{Elements, elements, fusable, zip_bf16};
 use crate::error::Result;
 
 /// `silu(gate) · up`, element by element. Of reduced types the first product is evaluated in f32 and rounded before the
@@ -13,15 +13,10 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if fusable(&[gate, up]) {
         return Ok(gate.contiguous()?.apply_op2(&up.contiguous()?, SiluMul)?);
     }
-    if frozen_bf16(&[gate, up]) && gate.dims() == up.dims() {
-        let up = up.contiguous()?;
-        let up = Elements::of(&up);
-        return Ok(with_bf16(gate, |gate, y| {
-            silu_mul_bf16(gate, up.get_as()?, y);
-            Ok(())
-        })?);
-    }
-    Ok((silu(gate)? * up)?)
+    Ok(match zip_bf16(gate, up, silu_mul_bf16)? {
+        Some(gated) => gated,
+        None => (silu(gate)? * up)?,
+    })
 }
 
 struct SiluMul;

@@ -75,3 +75,22 @@ pub fn with_bf16(x: &Tensor, f: impl FnOnce(&[bf16], &mut [bf16]) -> Result<()>)
     f(elements.get_as()?, &mut y)?;
     Tensor::from_vec(y, x.shape(), x.device())
 }
+
+/// `f(x, other, y)` for the elements of two tensors of one shape and a `y` that it fills; `None` if they differ in shape or
+/// are not [`frozen_bf16`].
+pub fn zip_bf16(
+    x: &Tensor,
+    other: &Tensor,
+    f: impl FnOnce(&[bf16], &[bf16], &mut [bf16]),
+) -> Result<Option<Tensor>> {
+    if !frozen_bf16(&[x, other]) || x.dims() != other.dims() {
+        return Ok(None);
+    }
+    let other = other.contiguous()?;
+    let other = Elements::of(&other);
+    let y = with_bf16(x, |x, y| {
+        f(x, other.get_as()?, y);
+        Ok(())
+    });
+    y.map(Some)
+}

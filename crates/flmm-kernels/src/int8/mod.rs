@@ -4,29 +4,36 @@
 //! Many rows: activations are turned into 8-bit integers too, group by group, and multiplied in integers; where there are
 //! AMX tiles, weights are turned into bf16 instead, a few rows at a time.
 
+#[cfg(target_arch = "x86_64")]
+mod few;
+#[cfg(target_arch = "x86_64")]
+mod many;
+
 use std::ops::Range;
 
 use half::bf16;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use crate::element::Pairs;
 use crate::element::{Float, Singles};
-use crate::few::{self, FEW};
+use crate::few::FEW;
 use crate::kernel::Wide;
 use crate::product::{self, Sizes, WeightRows};
+
 #[cfg(target_arch = "x86_64")]
-use crate::{
-    element::Pairs,
-    few::{Dots, in_chunks, sums_by},
-    kernel::{Blocking, OUTPUTS},
-    line::{LANES, Line},
-    vnni::{Bytes, GROUP_UNITS, Quantised, Vnni},
-};
+pub(crate) use few::{Dot, Words, few};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use many::many;
 
 /// Inputs that share a scale.
 pub(crate) const GROUP: usize = 128;
 /// What is added to a weight so that it has no sign.
 pub(crate) const OFFSET: i32 = 128;
+
+/// Bytes and scales of an output.
+pub(crate) type OfOutput<'a> = (&'a [u8], &'a [f32]);
 
 /// A weight `[outputs, inputs]` in eight bits: `(byte − 128) · scale of its group`.
 #[derive(Debug, Clone, PartialEq)]
@@ -146,7 +153,7 @@ impl Int8Weight {
         y: &mut [bf16],
     ) {
         match sizes.rows <= FEW {
-            true => few::product(wide, x, self, bias, sizes, y),
+            true => crate::few::product(wide, x, self, bias, sizes, y),
             false => product::product::<_, Singles, _>(wide, x, self, bias, sizes, y),
         }
     }
@@ -224,202 +231,4 @@ pub(crate) fn integers(numbers: &[bf16], limit: f32, mut write: impl FnMut(usize
         write(at, integer);
     }
     (largest / limit, sum)
-}
-
-/// Products of eight-bit weights and 16-bit activations.
-#[cfg(target_arch = "x86_64")]
-pub(crate) trait Dot: Copy + Send + Sync {
-    /// `Σ_group scale(row) · scale(n) · Σ_k x[row][k] · w[n][k]` for the first `R` rows.
-    fn dot<const R: usize, const N: usize>(self, x: Words, w: [OfOutput; N]) -> [[f32; R]; N];
-}
-
-/// Bytes and scales of an output.
-pub(crate) type OfOutput<'a> = (&'a [u8], &'a [f32]);
-
-/// Rows of 16-bit integers.
-#[cfg(target_arch = "x86_64")]
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Words<'a> {
-    /// `[rows, groups · GROUP]`
-    pub(crate) numbers: &'a [i16],
-    /// `[rows, groups]`
-    pub(crate) scales: &'a [f32],
-    /// `[rows, groups]`: what the weights' offset adds to the sums, with the sign changed.
-    pub(crate) corrections: &'a [i32],
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Words<'_> {
-    /// Whether there are `R` rows for each of `w`, which have `groups` groups each.
-    pub(crate) fn fit<const R: usize>(&self, groups: usize, w: &[OfOutput]) -> bool {
-        w.iter().all(|w| w.0.len().div_ceil(GROUP) == groups && w.1.len() == groups)
-            && self.numbers.len() >= R * groups * GROUP
-            && self.scales.len() >= R * groups
-            && self.corrections.len() >= R * groups
-    }
-}
-
-/// Few rows, in 16-bit integers.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn few(
-    kernel: impl Dot,
-    weight: &Int8Weight,
-    x: &[bf16],
-    bias: Option<&[bf16]>,
-    sizes: Sizes,
-    y: &mut [bf16],
-) {
-    let (groups, inputs) = (weight.groups(), sizes.inputs);
-    let mut numbers = vec![0i16; sizes.rows * groups * GROUP];
-    let (mut scales, mut corrections) = (Vec::new(), Vec::new());
-    for (row, words) in x.chunks_exact(inputs).zip(numbers.chunks_exact_mut(groups * GROUP)) {
-        for (numbers, words) in row.chunks(GROUP).zip(words.chunks_exact_mut(GROUP)) {
-            let (scale, sum) =
-                integers(numbers, f32::from(i16::MAX), |at, integer| words[at] = integer as i16);
-            scales.push(scale);
-            corrections.push(-OFFSET * sum);
-        }
-    }
-    let x = Words { numbers: &numbers, scales: &scales, corrections: &corrections };
-    in_chunks(sizes, bias, y, |outputs, sums| {
-        sums_by(&Operands { kernel, x, weight }, sizes.rows, outputs.start, sums);
-    });
-}
-
-#[cfg(target_arch = "x86_64")]
-struct Operands<'a, K> {
-    kernel: K,
-    x: Words<'a>,
-    weight: &'a Int8Weight,
-}
-
-#[cfg(target_arch = "x86_64")]
-impl<K: Dot> Dots for Operands<'_, K> {
-    #[inline]
-    fn dots<const R: usize, const N: usize>(&self, row: usize, outputs: [usize; N]) -> [[f32; R]; N] {
-        let first = row * self.weight.groups();
-        let Words { numbers, scales, corrections } = self.x;
-        let x = Words {
-            numbers: &numbers[first * GROUP..],
-            scales: &scales[first..],
-            corrections: &corrections[first..],
-        };
-        self.kernel.dot(x, outputs.map(|n| self.weight.row(n)))
-    }
-}
-
-/// Most lines of a register block.
-#[cfg(target_arch = "x86_64")]
-const PANEL: usize = 4;
-/// Groups that are worked on together: the block of rows has to fit the second-level cache.
-#[cfg(target_arch = "x86_64")]
-const GROUPS: usize = 8;
-
-/// Rows in 8-bit integers, packed in panels.
-#[cfg(target_arch = "x86_64")]
-struct Panel {
-    /// `[groups, units of a group, lines]`
-    units: Vec<Line>,
-    /// `[groups, lines]`
-    scales: Vec<Line>,
-    /// `[groups, lines]`
-    corrections: Vec<Line>,
-    lines: usize,
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Panel {
-    /// Packs `x`, up to [`PANEL`] lines of rows.
-    fn new(x: &[bf16], inputs: usize) -> Self {
-        let (groups, lines) = (inputs.div_ceil(GROUP), (x.len() / inputs).div_ceil(LANES));
-        let mut panel = Self {
-            units: vec![Line::ZERO; groups * GROUP_UNITS * lines],
-            scales: vec![Line::ZERO; groups * lines],
-            corrections: vec![Line::ZERO; groups * lines],
-            lines,
-        };
-        for (row, x) in x.chunks_exact(inputs).enumerate() {
-            let (line, lane) = (row / LANES, row % LANES);
-            for (group, numbers) in x.chunks(GROUP).enumerate() {
-                let mut units = [0u32; GROUP_UNITS];
-                let (scale, sum) = integers(numbers, 127.0, |at, integer| {
-                    units[at / 4] |= u32::from(integer as i8 as u8) << (8 * (at % 4));
-                });
-                for (k, unit) in units.into_iter().enumerate() {
-                    panel.units[(group * GROUP_UNITS + k) * lines + line].0[lane] = unit;
-                }
-                panel.scales[group * lines + line].0[lane] = scale.to_bits();
-                panel.corrections[group * lines + line].0[lane] = (-OFFSET * sum) as u32;
-            }
-        }
-        panel
-    }
-
-    /// The operands of `groups`.
-    fn part(&self, groups: Range<usize>) -> Quantised<'_> {
-        let scales = groups.start * self.lines..groups.end * self.lines;
-        Quantised {
-            units: &self.units[scales.start * GROUP_UNITS..scales.end * GROUP_UNITS],
-            scales: &self.scales[scales.clone()],
-            corrections: &self.corrections[scales],
-            lines: self.lines,
-        }
-    }
-}
-
-/// Many rows, in 8-bit integers.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn many(
-    vnni: Vnni,
-    weight: &Int8Weight,
-    x: &[bf16],
-    bias: Option<&[bf16]>,
-    sizes: Sizes,
-    y: &mut [bf16],
-) {
-    let Sizes { inputs, .. } = sizes;
-    let panels: Vec<Panel> = x.par_chunks(PANEL * LANES * inputs).map(|x| Panel::new(x, inputs)).collect();
-    let scratch = || (vec![0u32; OUTPUTS * GROUPS * GROUP_UNITS], vec![0f32; OUTPUTS * GROUPS]);
-    let blocking = Blocking { panel: PANEL, rows: 512, outputs: 96, depth: GROUPS * GROUP_UNITS };
-    product::in_blocks(sizes, blocking, bias, y, scratch, |(units, scales), sums, block| {
-        let panels = &panels[block.lines.start / PANEL..block.lines.end.div_ceil(PANEL)];
-        for from in (0..weight.groups()).step_by(GROUPS) {
-            let groups = from..weight.groups().min(from + GROUPS);
-            let columns = from * GROUP..inputs.min(groups.end * GROUP);
-            for first in block.outputs.clone().step_by(OUTPUTS) {
-                let rows = units.chunks_exact_mut(groups.len() * GROUP_UNITS);
-                for (n, (units, scales)) in
-                    rows.zip(scales.chunks_exact_mut(groups.len())).take(OUTPUTS).enumerate()
-                {
-                    if first + n < block.outputs.end {
-                        let (bytes, all) = weight.row(first + n);
-                        write_bytes(&bytes[columns.clone()], units);
-                        scales.copy_from_slice(&all[groups.clone()]);
-                    } else {
-                        scales.fill(0.0);
-                    }
-                }
-                let weights = Bytes { units, scales, groups: groups.len() };
-                for (at, panel) in panels.iter().enumerate() {
-                    let sums = &mut sums[at * PANEL * blocking.outputs..];
-                    let sums = &mut sums[(first - block.outputs.start) * panel.lines..];
-                    vnni.tile(panel.part(groups.clone()), weights, sums, from > 0);
-                }
-            }
-        }
-    });
-}
-
-/// Bytes as units; what is missing is filled with zeros.
-#[cfg(target_arch = "x86_64")]
-fn write_bytes(bytes: &[u8], units: &mut [u32]) {
-    let (fours, rest) = bytes.as_chunks::<4>();
-    let (full, padding) = units.split_at_mut(fours.len());
-    full.iter_mut().zip(fours).for_each(|(unit, four)| *unit = u32::from_le_bytes(*four));
-    padding.fill(0);
-    if let [unit, ..] = padding {
-        let mut four = [0; 4];
-        four[..rest.len()].copy_from_slice(rest);
-        *unit = u32::from_le_bytes(four);
-    }
 }

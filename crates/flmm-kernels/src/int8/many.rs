@@ -1,0 +1,122 @@
+//! Many rows, in 8-bit integers.
+
+use std::ops::Range;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::{GROUP, Int8Weight, OFFSET, integers};
+use crate::kernel::{Blocking, OUTPUTS};
+use crate::line::{LANES, Line};
+use crate::product::{self, Sizes};
+use crate::vnni::{Bytes, GROUP_UNITS, Quantised, Vnni};
+
+/// Most lines of a register block.
+const PANEL: usize = 4;
+/// Groups that are worked on together: the block of rows has to fit the second-level cache.
+const GROUPS: usize = 8;
+
+/// Rows in 8-bit integers, packed in panels.
+struct Panel {
+    /// `[groups, units of a group, lines]`
+    units: Vec<Line>,
+    /// `[groups, lines]`
+    scales: Vec<Line>,
+    /// `[groups, lines]`
+    corrections: Vec<Line>,
+    lines: usize,
+}
+
+impl Panel {
+    /// Packs `x`, up to [`PANEL`] lines of rows.
+    fn new(x: &[bf16], inputs: usize) -> Self {
+        let (groups, lines) = (inputs.div_ceil(GROUP), (x.len() / inputs).div_ceil(LANES));
+        let mut panel = Self {
+            units: vec![Line::ZERO; groups * GROUP_UNITS * lines],
+            scales: vec![Line::ZERO; groups * lines],
+            corrections: vec![Line::ZERO; groups * lines],
+            lines,
+        };
+        for (row, x) in x.chunks_exact(inputs).enumerate() {
+            let (line, lane) = (row / LANES, row % LANES);
+            for (group, numbers) in x.chunks(GROUP).enumerate() {
+                let mut units = [0u32; GROUP_UNITS];
+                let (scale, sum) = integers(numbers, 127.0, |at, integer| {
+                    units[at / 4] |= u32::from(integer as i8 as u8) << (8 * (at % 4));
+                });
+                for (k, unit) in units.into_iter().enumerate() {
+                    panel.units[(group * GROUP_UNITS + k) * lines + line].0[lane] = unit;
+                }
+                panel.scales[group * lines + line].0[lane] = scale.to_bits();
+                panel.corrections[group * lines + line].0[lane] = (-OFFSET * sum) as u32;
+            }
+        }
+        panel
+    }
+
+    /// The operands of `groups`.
+    fn part(&self, groups: Range<usize>) -> Quantised<'_> {
+        let scales = groups.start * self.lines..groups.end * self.lines;
+        Quantised {
+            units: &self.units[scales.start * GROUP_UNITS..scales.end * GROUP_UNITS],
+            scales: &self.scales[scales.clone()],
+            corrections: &self.corrections[scales],
+            lines: self.lines,
+        }
+    }
+}
+
+/// Many rows, in 8-bit integers.
+pub(crate) fn many(
+    vnni: Vnni,
+    weight: &Int8Weight,
+    x: &[bf16],
+    bias: Option<&[bf16]>,
+    sizes: Sizes,
+    y: &mut [bf16],
+) {
+    let Sizes { inputs, .. } = sizes;
+    let panels: Vec<Panel> = x.par_chunks(PANEL * LANES * inputs).map(|x| Panel::new(x, inputs)).collect();
+    let scratch = || (vec![0u32; OUTPUTS * GROUPS * GROUP_UNITS], vec![0f32; OUTPUTS * GROUPS]);
+    let blocking = Blocking { panel: PANEL, rows: 512, outputs: 96, depth: GROUPS * GROUP_UNITS };
+    product::in_blocks(sizes, blocking, bias, y, scratch, |(units, scales), sums, block| {
+        let panels = &panels[block.lines.start / PANEL..block.lines.end.div_ceil(PANEL)];
+        for from in (0..weight.groups()).step_by(GROUPS) {
+            let groups = from..weight.groups().min(from + GROUPS);
+            let columns = from * GROUP..inputs.min(groups.end * GROUP);
+            for first in block.outputs.clone().step_by(OUTPUTS) {
+                let rows = units.chunks_exact_mut(groups.len() * GROUP_UNITS);
+                for (n, (units, scales)) in
+                    rows.zip(scales.chunks_exact_mut(groups.len())).take(OUTPUTS).enumerate()
+                {
+                    if first + n < block.outputs.end {
+                        let (bytes, all) = weight.row(first + n);
+                        write_bytes(&bytes[columns.clone()], units);
+                        scales.copy_from_slice(&all[groups.clone()]);
+                    } else {
+                        scales.fill(0.0);
+                    }
+                }
+                let weights = Bytes { units, scales, groups: groups.len() };
+                for (at, panel) in panels.iter().enumerate() {
+                    let sums = &mut sums[at * PANEL * blocking.outputs..];
+                    let sums = &mut sums[(first - block.outputs.start) * panel.lines..];
+                    vnni.tile(panel.part(groups.clone()), weights, sums, from > 0);
+                }
+            }
+        }
+    });
+}
+
+/// Bytes as units; what is missing is filled with zeros.
+fn write_bytes(bytes: &[u8], units: &mut [u32]) {
+    let (fours, rest) = bytes.as_chunks::<4>();
+    let (full, padding) = units.split_at_mut(fours.len());
+    full.iter_mut().zip(fours).for_each(|(unit, four)| *unit = u32::from_le_bytes(*four));
+    padding.fill(0);
+    if let [unit, ..] = padding {
+        let mut four = [0; 4];
+        four[..rest.len()].copy_from_slice(rest);
+        *unit = u32::from_le_bytes(four);
+    }
+}
