@@ -1,17 +1,23 @@
 #!/usr/bin/env python3
 """Grounding phrases of a text in PyTorch + transformers beside `flmm bench ground`, with the same weights.
 
-    python3 -m venv target/bench && target/bench/bin/pip install torch numpy transformers safetensors pillow
+    python3 -m venv target/bench && target/bench/bin/pip install torch numpy transformers==5.24.0 safetensors 'pillow<13'
     cargo build --release && cargo run --release -p xtask -- random-model deepseek-vl-1.3b --out target/model
     target/bench/bin/python benches/compare_ground.py target/release/flmm target/model examples/scene.png
 
 The picture goes through the LMM, the U-Net and SAM; picture, text and tokens are the same on all sides. Each side is a
 process of its own, so that each has its own peak of memory. Sides take turns in every round, and who comes first takes
 turns too, so that whatever else the machine does hits all; medians are compared. Processor time is the steadiest.
+
+LLaVA-1.6 reads as many tokens as the picture's shape allows: 2,928 of the picture if that is a square of 672 pixels.
+PyTorch's bf16 products are slow on processors without instructions for them: `--torch-dtype f32` is what one would take
+there.
 """
 
 import argparse
+import glob
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -28,13 +34,14 @@ PARTS = ("wall", "cpu")
 class PyTorch:
     """The other side: a process that makes a pass when told to."""
 
-    def __init__(self, command):
-        self.command, self.process = command, None
+    def __init__(self, command, warm_up):
+        self.command, self.warm_up, self.process = command, warm_up, None
 
     def take(self):
         if self.process is None:
             self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            self.one()  # which only warms up
+            if self.warm_up:
+                self.one()
         return self.one()
 
     def one(self):
@@ -90,6 +97,36 @@ def costs(results, decode):
     return found
 
 
+def weights_of(model, dtype, sam_dtype):
+    """Bytes of the weights that flmm keeps, which copies all: from the headers of the bundle's files."""
+    total = 0
+    for part in ("lmm", "sam", "head"):
+        for path in glob.glob(os.path.join(model, part, "*.safetensors")):
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            for name, about in header.items():
+                if name != "__metadata__":
+                    total += math.prod(about["shape"]) * bytes_each(part, name, len(about["shape"]), dtype, sam_dtype)
+    return total
+
+
+def bytes_each(part, name, axes, dtype, sam_dtype):
+    """Bytes of each number of a tensor in flmm's memory."""
+    matrix = axes == 2 and name.endswith(".weight")
+    if part == "lmm":
+        # Of eight-bit weights 128 share a scale of four bytes; tables stay bf16.
+        return 1 + 4 / 128 if dtype == "int8" and matrix and "embed" not in name else 2
+    if part == "sam" and not name.startswith("image_encoder."):
+        return 0  # the head's prompt encoder and mask decoder take their place
+    return 2 if part == "sam" and sam_dtype == "bf16" and matrix else 4
+
+
+def beside(sizes):
+    """Two numbers of bytes, and the first as a part of the second."""
+    ours, theirs = sizes
+    return f"{ours / 2**30:.2f} / {theirs / 2**30:.2f} GiB = {100 * ours / theirs:.0f} %"
+
+
 def agreement(ours, theirs, others, decode):
     """What of the masks and of the tokens generated is the same."""
     mine = masks_of(ours)
@@ -111,10 +148,12 @@ def main():
     parser.add_argument("--phrase", action="append", help="part of the text, may be repeated")
     parser.add_argument("--dtype", nargs="+", choices=["bf16", "int8"], default=["bf16", "int8"], help="flmm's LMM")
     parser.add_argument("--sam-dtype", choices=["f32", "bf16"], default="bf16", help="flmm's SAM")
+    parser.add_argument("--torch-dtype", choices=["bf16", "f32"], default="bf16", help="PyTorch's LMM")
     parser.add_argument("--sam-attention", choices=["eager", "sdpa"], default="eager", help="PyTorch's SAM")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--decode", type=int, default=16, help="tokens that all generate behind the text")
+    parser.add_argument("--cold", action="store_true", help="do not warm PyTorch up, for passes of many minutes")
     parser.add_argument("--separate", action="store_true", help="open PyTorch's models anew in every round, to save memory")
     args = parser.parse_args()
     threads = str(args.threads)
@@ -127,7 +166,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         about, masks = os.path.join(folder, "about.json"), os.path.join(folder, "masks.npz")
         theirs = [sys.executable, worker, args.model, args.picture, about, masks, "--threads", threads]
-        theirs = PyTorch([*theirs, "--decode", str(args.decode), "--sam-attention", args.sam_attention])
+        theirs += ["--decode", str(args.decode), "--dtype", args.torch_dtype, "--sam-attention", args.sam_attention]
+        theirs = PyTorch(theirs, not args.cold)
         with open(about, "w") as file:
             json.dump(flmm([*ours, args.dtype[0]]), file)
         sides = ["PyTorch", *args.dtype]
@@ -156,11 +196,14 @@ def main():
             print(f"whole, ratios of the rounds by {part} time: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
         for name in ("opening", "grounding"):
             most = [max(result["peak_memory"][name] for result in results[s]) for s in (side, "PyTorch")]
-            print(f"peak memory, {name}: {most[0] / 2**30:.2f} / {most[1] / 2**30:.2f} GiB = {100 * most[0] / most[1]:.0f} %")
+            print(f"peak memory, {name}: {beside(most)}")
+        held = [weights_of(args.model, side, args.sam_dtype), other["weights"]]
+        above = [peak - weights for peak, weights in zip(most, held)]
+        print(f"memory above the weights, grounding: {beside(above)} (weights: {beside(held)})")
         print(agreement(report, other, others, args.decode))
     print(
         f"\n{len(report['read']['token_ids'])} tokens, {len(report['masks'])} phrases, {threads} thread(s), SAM in flmm "
-        f"{args.sam_dtype}; PyTorch {other['torch']}: LMM bf16, SAM f32 ({args.sam_attention}); "
+        f"{args.sam_dtype}; PyTorch {other['torch']}: LMM {args.torch_dtype}, SAM f32 ({args.sam_attention}); "
         f"{100 * others['refined'].mean():.0f} % of PyTorch's pixels are inside"
     )
 

@@ -1,7 +1,8 @@
 """One grounding pass in PyTorch and Hugging Face transformers: the side that compare_ground.py sets beside flmm.
 
-The LMM in bf16 with attention matrices (`output_attentions=True`, eager), SAM and the U-Net in f32, as the reference runs
-them. Weights are read from the same bundle that flmm opens; a tensor that is missing, misshapen or left over is an error.
+The LMM in bf16 (or f32, if asked) with attention matrices (`output_attentions=True`, eager), SAM and the U-Net in f32, as
+the reference runs them; DeepSeek-VL-1.3B, LLaVA-1.5, and LLaVA-1.6 with its views, packed tokens and two sets of maps.
+Weights are read from the same bundle that flmm opens; a tensor that is missing, misshapen or left over is an error.
 Started by compare_ground.py: makes one pass for every line of standard input and prints one JSON object for each.
 """
 
@@ -23,6 +24,8 @@ from transformers import (
     DeepseekVLForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     SamConfig,
     SamModel,
 )
@@ -30,12 +33,20 @@ from transformers.utils import logging
 
 from compare_pytorch import MaskHead
 
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 STAGES = ["preprocess", "vision tower", "prefill", "maps", "SAM encoder", "U-Net", "SAM decoder"]
 
 
 def peak_memory():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM:"))
+
+
+def is_mapped(tensor):
+    """Whether its numbers lie in the file that they were read from, not in a copy."""
+    with open("/proc/self/maps") as file:
+        maps = [line.split()[0].split("-") for line in file if line.endswith(".safetensors\n")]
+    return any(int(start, 16) <= tensor.data_ptr() < int(end, 16) for start, end in maps)
 
 
 def tensors_of(folder):
@@ -67,7 +78,7 @@ def loaded(kind, config, tensors, dtype, attention, unread=()):
     return model.eval()
 
 
-def deepseek_vl(folder, config):
+def deepseek_vl(folder, config, dtype):
     text, width = config["language_config"], 1024
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 24, "num_attention_heads": 16}
     vision = sizes | {"image_size": 384, "patch_size": 16, "hidden_act": "gelu", "vision_use_head": False}
@@ -89,19 +100,25 @@ def deepseek_vl(folder, config):
     ]  # fmt: skip
     text = text | {"tie_word_embeddings": False, "rms_norm_eps": text.get("rms_norm_eps", 1e-6)}
     config = DeepseekVLConfig(text_config=text, vision_config=vision, image_token_id=100_015, tie_word_embeddings=False)
-    return loaded(DeepseekVLForConditionalGeneration, config, renamed(tensors, rules), torch.bfloat16, "eager")
+    return loaded(DeepseekVLForConditionalGeneration, config, renamed(tensors, rules), dtype, "eager")
 
 
-def llava(folder, config):
+def llava(folder, config, dtype):
+    """LLaVA-1.5, or LLaVA-1.6, whose parts are the same."""
     # Features come from before the last block: nothing reads that block and the norm behind it, and a checkpoint may leave
     # them out.
     last = config["vision_config"]["num_hidden_layers"] - 1
     unread = tuple(f"model.vision_tower.{name}." for name in (f"encoder.layers.{last}", "post_layernorm"))
-    config = LlavaConfig(**{key: value for key, value in config.items() if key != "model_type"})
-    return loaded(LlavaForConditionalGeneration, config, tensors_of(folder), torch.bfloat16, "eager", unread)
+    kinds = {
+        "llava": (LlavaConfig, LlavaForConditionalGeneration),
+        "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
+    }
+    config_kind, kind = kinds[config["model_type"]]
+    config = config_kind(**{key: value for key, value in config.items() if key != "model_type"})
+    return loaded(kind, config, tensors_of(folder), dtype, "eager", unread)
 
 
-FAMILIES = {"multi_modality": deepseek_vl, "llava": llava}
+FAMILIES = {"multi_modality": deepseek_vl, "llava": llava, "llava_next": llava}
 
 
 def sam(folder, head, attention):
@@ -149,27 +166,74 @@ class Head:
 
 
 class Ground:
-    def __init__(self, model, about, sam_attention):
+    def __init__(self, model, about, sam_attention, dtype):
         folder = os.path.join(model, "lmm")
         with open(os.path.join(folder, "config.json")) as file:
             config = json.load(file)
         with open(os.path.join(folder, "preprocessor_config.json")) as file:
             processor = json.load(file)
         self.mean, self.std = (numpy.array(processor[f"image_{name}"], dtype=numpy.float32) for name in ("mean", "std"))
-        self.lmm = FAMILIES[config["model_type"]](folder, config)
+        self.lmm = FAMILIES[config["model_type"]](folder, config, dtype)
+        self.dtype, self.any_resolution = dtype, config["model_type"] == "llava_next"
         head = tensors_of(os.path.join(model, "head"))
         self.sam, self.head = sam(os.path.join(model, "sam"), head, sam_attention), Head(head)
         self.about = about
 
+    def weights(self):
+        """Bytes of the weights that a pass needs in memory: of a table that is mapped it reads a few rows only."""
+        modules = [self.lmm, self.sam, self.head.mask_head, self.head.text_proj]
+        table = self.lmm.get_input_embeddings().weight
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        return sum(parameter.nbytes for parameter in parameters) - is_mapped(table) * table.nbytes
+
     def pixels(self, picture):
-        """What the LMM sees: resized, padded to a square with the mean colour, normalised."""
+        """What the LMM sees: resized, padded with the mean colour (LLaVA-1.6: with black), normalised; for LLaVA-1.6 a view
+        of the whole picture without its proportions, then the crops."""
         place = self.about["geometry"]
-        (height, width), (top, left), square = place["image_shape"], place["before"], place["padded_shape"]
-        colour = tuple(int(x * 255) for x in self.mean)
-        canvas = Image.new("RGB", (square[1], square[0]), colour)
+        (height, width), (top, left), padded = place["image_shape"], place["before"], place["padded_shape"]
+        colour = (0, 0, 0) if self.any_resolution else tuple(int(x * 255) for x in self.mean)
+        canvas = Image.new("RGB", (padded[1], padded[0]), colour)
         canvas.paste(picture.resize((width, height), Image.BICUBIC), (left, top))
-        x = (numpy.asarray(canvas, dtype=numpy.float32) / 255 - self.mean) / self.std
-        return torch.from_numpy(x).permute(2, 0, 1)[None].bfloat16()
+        views = [canvas]
+        if self.any_resolution:
+            side = self.lmm.config.vision_config.image_size
+            views = [picture.resize((side, side), Image.BICUBIC)]
+            for y in range(0, padded[0], side):
+                views += [canvas.crop((x, y, x + side, y + side)) for x in range(0, padded[1], side)]
+        x = (numpy.stack([numpy.asarray(view, dtype=numpy.float32) for view in views]) / 255 - self.mean) / self.std
+        return torch.from_numpy(x).permute(0, 3, 1, 2).to(self.dtype)
+
+    def features(self, pixels):
+        """The image's tokens `[tokens, hidden]`; for LLaVA-1.6 packed, padding cut off and a newline behind every row."""
+        inner = self.lmm.model
+        if self.any_resolution:
+            sizes = torch.tensor([self.about["geometry"]["original"]])
+            features = torch.cat(list(inner.get_image_features(pixels[None], image_sizes=sizes).pooler_output))
+        else:
+            features = inner.get_image_features(pixels).pooler_output
+            features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features.flatten(0, 1)
+        if len(features) != self.about["image_tokens"]:
+            # The reference cuts padding off in f32, transformers now in f64: a few sizes of pictures differ.
+            sys.exit(f"{len(features)} image tokens, flmm has {self.about['image_tokens']}: take a picture of another size")
+        return features
+
+    def maps(self, attentions, first, start):
+        """Every phrase's attention to the image's tokens, a map of every layer and head `[phrases, maps, rows, columns]`."""
+        phrases = [[first + token for token in phrase] for phrase in self.about["phrases"]]
+        end = start + self.about["image_tokens"]
+        rows = [
+            torch.stack([layer[0, :, rows, start:end].float().mean(1).to(self.dtype) for rows in phrases])
+            for layer in attentions
+        ]
+        rows, (height, width) = torch.cat(rows, 1).float(), self.about["grid"]
+        if not self.any_resolution:
+            return rows.unflatten(2, (height, width))
+        # The whole picture, brought to the crops' size, then the crops without their newlines.
+        vision = self.lmm.config.vision_config
+        side = vision.image_size // vision.patch_size
+        whole, fine = rows.split([side * side, height * (width + 1)], 2)
+        whole = F.interpolate(whole.unflatten(2, (side, side)), (height, width), mode="bilinear")
+        return torch.cat([whole, fine.unflatten(2, (height, width + 1))[..., :width]], 1)
 
     def sam_pixels(self, picture):
         height, width = self.about["sam_geometry"]["resized"]
@@ -229,25 +293,18 @@ class Ground:
 
         pixels, sam_pixels = self.pixels(picture), self.sam_pixels(picture)
         lap()
-        inner = self.lmm.model
-        features = inner.get_image_features(pixels).pooler_output
-        features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features.flatten(0, 1)
+        features = self.features(pixels)
         lap()
-        ids, first = torch.tensor([about["token_ids"]]), about["caption_start"]
-        start, end = about["image_start"], about["image_start"] + about["image_tokens"]
-        embeds = inner.get_input_embeddings()(ids.clamp_max(inner.get_input_embeddings().num_embeddings - 1))
-        embeds[0, start:end] = features
+        ids, first, start = torch.tensor([about["token_ids"]]), about["caption_start"], about["image_start"]
+        table = self.lmm.get_input_embeddings()
+        embeds = table(ids.clamp_max(table.num_embeddings - 1))
+        embeds[0, start : start + len(features)] = features
         # Of all logits only the last are made, which the reference does not even need.
         out = self.lmm(
             inputs_embeds=embeds, output_attentions=True, output_hidden_states=True, use_cache=True, logits_to_keep=1
         )
         lap()
-        phrases = [[first + token for token in phrase] for phrase in about["phrases"]]
-        maps = [
-            torch.stack([layer[0, :, rows, start:end].float().mean(1).bfloat16() for rows in phrases])
-            for layer in out.attentions
-        ]
-        maps = torch.cat(maps, 1).float().unflatten(2, about["grid"])
+        maps = self.maps(out.attentions, first, start)
         hidden = torch.stack([state[0, first:] for state in out.hidden_states[1:]]).float()
         lap()
         embedding = self.sam.vision_encoder(sam_pixels)[0]
@@ -287,13 +344,14 @@ def main():
     parser.add_argument("masks", help="file to write the masks to")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--decode", type=int, default=0)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the LMM")
     parser.add_argument("--sam-attention", choices=["sdpa", "eager"], default="eager")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with open(args.about) as file:
-        ground = Ground(args.model, json.load(file)["read"], args.sam_attention)
+        ground = Ground(args.model, json.load(file)["read"], args.sam_attention, DTYPES[args.dtype])
     picture = Image.open(args.picture).convert("RGB")
     opening = peak_memory()
     with open("/proc/self/clear_refs", "w") as file:
@@ -302,6 +360,7 @@ def main():
         result, masks = ground.pass_once(picture, args.decode)
         numpy.savez(args.masks, refined=masks[0].numpy(), coarse=masks[1].numpy())
         result["peak_memory"] = {"opening": opening, "grounding": result.pop("peak")}
+        result["weights"] = ground.weights()
         print(json.dumps(result | {"torch": torch.__version__}), flush=True)
 
 

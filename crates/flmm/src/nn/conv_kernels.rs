@@ -294,8 +294,13 @@ impl WithSimd for Gradient<'_> {
         for block in 0..blocks {
             for channel in 0..self.count {
                 let sums = if S::F32_LANES == 8 {
-                    // Sixteen registers hold a third of the taps.
-                    let rows = [0, 1, 2].map(|dy| self.taps::<S, 1>(simd, block, channel, dy));
+                    // Sixteen registers hold a third of the taps. No closure calls this: its body would be compiled for any
+                    // processor, and every instruction of this one would become a function call.
+                    let rows = [
+                        self.taps::<S, 1>(simd, block, channel, 0),
+                        self.taps::<S, 1>(simd, block, channel, 1),
+                        self.taps::<S, 1>(simd, block, channel, 2),
+                    ];
                     std::array::from_fn(|m| std::array::from_fn(|tap| rows[tap / 3][m][tap % 3]))
                 } else {
                     self.taps::<S, 3>(simd, block, channel, 0)
@@ -331,7 +336,10 @@ impl Gradient<'_> {
                 std::array::from_fn(|dx| S::as_simd_f32s(&source[dy * row + dx..][..self.flat]).0)
             });
             for i in 0..self.flat / S::F32_LANES {
-                let gradient: [S::f32s; GRADIENT_OUTPUTS] = std::array::from_fn(|m| gradients[m][i]);
+                let mut gradient = [simd.splat_f32s(0.0); GRADIENT_OUTPUTS];
+                for (gradient, all) in gradient.iter_mut().zip(&gradients) {
+                    *gradient = all[i];
+                }
                 for (sums, shifted) in sums.iter_mut().zip(&shifted) {
                     for (sums, shifted) in sums.iter_mut().zip(shifted) {
                         let pixels = shifted[i];
