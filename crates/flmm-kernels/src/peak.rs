@@ -124,7 +124,7 @@ impl WithSimd for Read<'_> {
                 }
             }
         }
-        let all = all.map(|all| bytemuck::cast::<S::u32s, S::u16s>(all));
+        let all = all.map(bytemuck::cast::<S::u32s, S::u16s>);
         let lanes: &[u16] = bytemuck::cast_slice(&all);
         lanes.iter().chain(rest).fold(0, |all, x| all ^ x)
     }
