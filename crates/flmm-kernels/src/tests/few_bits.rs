@@ -58,6 +58,13 @@ fn check_int8(sizes: Sizes, biased: bool) -> Result<(), TestCaseError> {
         crate::int8::many(vnni, &int8, &x, bias.as_deref(), sizes, &mut y);
         check(&y, eight_bits)?;
     }
+    // What a processor with more would not choose.
+    #[cfg(target_arch = "x86_64")]
+    if let Some(avx2) = crate::avx2::Avx2::detect() {
+        y.fill(bf16::NAN);
+        crate::int8::few(avx2, &int8, &x, bias.as_deref(), sizes, &mut y);
+        check(&y, 0.0)?;
+    }
     y.fill(bf16::NAN);
     int8.multiply(&x, bias.as_deref(), &mut y);
     // Few rows are integers of 16 bits, and tiles take them as they are.
