@@ -79,7 +79,7 @@ impl WithSimd for Spin {
         // Sixteen sums and a factor do not fit sixteen registers.
         match S::REGISTER_COUNT > SUMS {
             true => spin::<S, SUMS>(simd, self.turns),
-            false => spin::<S, 12>(simd, self.turns * 4 / 3),
+            false => spin::<S, { SUMS * 3 / 4 }>(simd, self.turns * 4 / 3),
         }
         operations(self.turns, 2 * S::F32_LANES)
     }
