@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use crate::int4::{self, Block, GROUP_BYTES, GROUPS};
-use crate::int8::{self, GROUP, OfOutput, Words};
+use crate::int8::{self, GROUP, OfOutput, Rows};
 use crate::line::{AHEAD, LANES, Line, prefetch};
 
 /// Proof that the processor has AVX2 and FMA.
@@ -31,15 +31,14 @@ impl Avx2 {
 
 impl int4::Dot for Avx2 {
     #[inline]
-    fn dot<const R: usize>(self, x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R] {
-        assert!(nibbles.len() == scales.len() * GROUP_BYTES);
-        assert!(x.len() >= R * scales.len().div_ceil(GROUPS));
+    fn dot<const R: usize, const N: usize>(self, x: &[Block], w: [int4::OfOutput; N]) -> [[f32; R]; N] {
+        assert!(int4::fit::<R>(x, w[0].1.len(), &w));
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
-        unsafe { dot4::<R>(x, nibbles, scales) }
+        w.map(|(nibbles, scales)| unsafe { dot4(x, nibbles, scales) })
     }
 }
 
-/// As [`int4::Dot::dot`]: two groups at a time, the first in the lower half of a vector. A lane sums four bytes at its
+/// As [`int4::Dot::dot`], of one output: two groups at a time, the first in the lower half of a vector. A lane sums four bytes at its
 /// place, of both halves.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn dot4<const R: usize>(x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R] {
@@ -103,9 +102,18 @@ fn sum(lanes: __m256) -> f32 {
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
 }
 
+/// Activations of a group of eight-bit weights.
+type Words = [i16; GROUP];
+
 impl int8::Dot for Avx2 {
+    type Words = Words;
+
+    fn write(words: &mut Words, at: usize, integer: i16) {
+        words[at] = integer;
+    }
+
     #[inline]
-    fn dot<const R: usize, const N: usize>(self, x: Words, w: [OfOutput; N]) -> [[f32; R]; N] {
+    fn dot<const R: usize, const N: usize>(self, x: Rows<Words>, w: [OfOutput; N]) -> [[f32; R]; N] {
         let groups = w[0].1.len();
         assert!(x.fit::<R>(groups, &w));
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
@@ -116,9 +124,13 @@ impl int8::Dot for Avx2 {
 /// Numbers of a vector of 16-bit integers.
 const WORDS: usize = 16;
 
-/// As [`int8::Dot::dot`]. A lane sums 16 products of 255 · 32767 at most, with the correction: what 32 bits hold.
+/// As [`int8::Dot::dot`]. A lane sums 16 products of 255 · 32639 at most, with the correction: what 32 bits hold.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn dot8<const R: usize, const N: usize>(x: Words, w: [OfOutput; N], groups: usize) -> [[f32; R]; N] {
+unsafe fn dot8<const R: usize, const N: usize>(
+    x: Rows<Words>,
+    w: [OfOutput; N],
+    groups: usize,
+) -> [[f32; R]; N] {
     let len = w[0].0.len();
     let mut totals = [[_mm256_setzero_ps(); R]; N];
     for group in 0..groups {
@@ -135,7 +147,7 @@ unsafe fn dot8<const R: usize, const N: usize>(x: Words, w: [OfOutput; N], group
                 }
             }
             let row = |r: usize, k: usize| {
-                _mm256_loadu_si256(x.numbers.as_ptr().add((r * groups + group) * GROUP + k).cast())
+                _mm256_loadu_si256(x.words.as_ptr().add(r * groups + group).cast::<i16>().add(k).cast())
             };
             if len - from >= GROUP {
                 for (bytes, _) in &w {

@@ -7,7 +7,7 @@ use half::bf16;
 
 use crate::few::{Dots, Operands};
 use crate::kernel::Weights;
-use crate::line::{LANES, Line};
+use crate::line::{AHEAD, LANES, Line, prefetch};
 use crate::peak::SUMS;
 
 /// Proof that the processor has AVX-512 (F, BW, VL).
@@ -129,6 +129,7 @@ unsafe fn dots<const R: usize, const N: usize>(
                 let rows: [__m512i; R] =
                     std::array::from_fn(|r| _mm512_loadu_si512(x.add(r * len + at).cast()));
                 for (w, sums) in w.iter().zip(sums.iter_mut()) {
+                    prefetch(w.wrapping_add(at).cast::<u8>().wrapping_add(AHEAD));
                     let weight = _mm512_loadu_si512(w.add(at).cast());
                     for (sum, &row) in sums.iter_mut().zip(&rows) {
                         *sum = _mm512_dpbf16_ps(*sum, pairs(row), pairs(weight));

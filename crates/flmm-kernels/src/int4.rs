@@ -29,6 +29,9 @@ const BLOCK: usize = GROUPS * GROUP;
 /// What is added to a weight so that it has no sign.
 const OFFSET: i32 = 8;
 
+/// Bytes and scales of an output.
+pub(crate) type OfOutput<'a> = (&'a [u8], &'a [bf16]);
+
 /// A weight `[outputs, inputs]` in four bits: `(number − 8) · scale of its group`, numbers from 0 to 15.
 ///
 /// A byte holds an input in its low half, and in its high half the input 16 further on in the same group.
@@ -138,7 +141,7 @@ impl Int4Weight {
     }
 
     /// Bytes and scales of output `n`.
-    fn row(&self, n: usize) -> (&[u8], &[bf16]) {
+    fn row(&self, n: usize) -> OfOutput<'_> {
         let groups = self.groups();
         (
             &self.nibbles[n * groups * GROUP_BYTES..][..groups * GROUP_BYTES],
@@ -275,9 +278,14 @@ impl Block {
 
 /// Products of packed weights and activations.
 pub(crate) trait Dot: Copy + Send + Sync {
-    /// `Σ_block scale · Σ_group scale(group) · Σ_k x[row][k] · w[k]` for `R` rows, which lie one after the other, and the
-    /// groups of one output.
-    fn dot<const R: usize>(self, x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R];
+    /// `Σ_block scale · Σ_group scale(group) · Σ_k x[row][k] · w[n][k]` for `R` rows, which lie one after the other.
+    fn dot<const R: usize, const N: usize>(self, x: &[Block], w: [OfOutput; N]) -> [[f32; R]; N];
+}
+
+/// Whether `x` has `R` rows for each of `w`, which have `groups` groups each.
+pub(crate) fn fit<const R: usize>(x: &[Block], groups: usize, w: &[OfOutput]) -> bool {
+    w.iter().all(|w| w.0.len() == groups * GROUP_BYTES && w.1.len() == groups)
+        && x.len() >= R * groups.div_ceil(GROUPS)
 }
 
 /// Without any vector unit that is known by name.
@@ -285,25 +293,27 @@ pub(crate) trait Dot: Copy + Send + Sync {
 pub(crate) struct Plain;
 
 impl Dot for Plain {
-    fn dot<const R: usize>(self, x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R] {
-        let blocks = scales.len().div_ceil(GROUPS);
-        std::array::from_fn(|row| {
-            let mut total = 0.0;
-            for (group, (nibbles, scale)) in
-                nibbles.as_chunks::<GROUP_BYTES>().0.iter().zip(scales).enumerate()
-            {
-                let (block, group) = (&x[row * blocks + group / GROUPS], group % GROUPS);
-                let mut sum = block.corrections[4 * group];
-                for (k, byte) in nibbles.iter().enumerate() {
-                    let place = group * GROUP_BYTES + k;
-                    let number = |side: usize| {
-                        256 * i32::from(block.high[side][place]) + i32::from(block.low[side][place])
-                    };
-                    sum += i32::from(byte & 15) * number(0) + i32::from(byte >> 4) * number(1);
+    fn dot<const R: usize, const N: usize>(self, x: &[Block], w: [OfOutput; N]) -> [[f32; R]; N] {
+        w.map(|(nibbles, scales)| {
+            let blocks = scales.len().div_ceil(GROUPS);
+            std::array::from_fn(|row| {
+                let mut total = 0.0;
+                for (group, (nibbles, scale)) in
+                    nibbles.as_chunks::<GROUP_BYTES>().0.iter().zip(scales).enumerate()
+                {
+                    let (block, group) = (&x[row * blocks + group / GROUPS], group % GROUPS);
+                    let mut sum = block.corrections[4 * group];
+                    for (k, byte) in nibbles.iter().enumerate() {
+                        let place = group * GROUP_BYTES + k;
+                        let number = |side: usize| {
+                            256 * i32::from(block.high[side][place]) + i32::from(block.low[side][place])
+                        };
+                        sum += i32::from(byte & 15) * number(0) + i32::from(byte >> 4) * number(1);
+                    }
+                    total += sum as f32 * (block.scale * scale.to_f32());
                 }
-                total += sum as f32 * (block.scale * scale.to_f32());
-            }
-            total
+                total
+            })
         })
     }
 }
@@ -336,9 +346,6 @@ struct Operands<'a, D> {
 impl<D: Dot> Dots for Operands<'_, D> {
     #[inline]
     fn dots<const R: usize, const N: usize>(&self, row: usize, outputs: [usize; N]) -> [[f32; R]; N] {
-        outputs.map(|n| {
-            let (nibbles, scales) = self.weight.row(n);
-            self.dot.dot(&self.x[row * self.blocks..], nibbles, scales)
-        })
+        self.dot.dot(&self.x[row * self.blocks..], outputs.map(|n| self.weight.row(n)))
     }
 }

@@ -3,13 +3,11 @@
 
 use std::arch::x86_64::*;
 
-use half::bf16;
-
 use crate::avx512::Avx512;
 use crate::int4::{self, Block, GROUP_BYTES, GROUPS};
-use crate::int8::{self, GROUP, OfOutput, Words};
+use crate::int8::{self, GROUP, OfOutput, Rows};
 use crate::kernel::OUTPUTS;
-use crate::line::{AHEAD, LANES, Line, prefetch};
+use crate::line::{AHEAD, Line, prefetch};
 use crate::peak::SUMS;
 
 /// Units of four bytes that a group has.
@@ -75,13 +73,23 @@ impl Vnni {
     }
 }
 
+/// Activations of a group of eight-bit weights: high bytes of 16-bit integers, then low ones, all with a sign.
+type Words = [[i8; GROUP]; 2];
+
 impl int8::Dot for Vnni {
+    type Words = Words;
+
+    fn write([high, low]: &mut Words, at: usize, integer: i16) {
+        low[at] = integer as i8;
+        high[at] = ((integer - i16::from(low[at])) >> 8) as i8;
+    }
+
     #[inline]
-    fn dot<const R: usize, const N: usize>(self, x: Words, w: [OfOutput; N]) -> [[f32; R]; N] {
+    fn dot<const R: usize, const N: usize>(self, x: Rows<Words>, w: [OfOutput; N]) -> [[f32; R]; N] {
         let groups = w[0].1.len();
         assert!(x.fit::<R>(groups, &w));
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
-        w.map(|(w, scales)| unsafe { dot::<R>(x.numbers, x.scales, x.corrections, w, scales) })
+        unsafe { dot8(x, w, groups) }
     }
 }
 
@@ -120,61 +128,75 @@ unsafe fn tile<const V: usize>(x: Quantised, w: Bytes, c: *mut Line, add: bool) 
     }
 }
 
-/// Numbers of a vector of 16-bit integers.
-const WORDS: usize = 2 * LANES;
+/// Numbers of a vector of bytes.
+const BYTES: usize = size_of::<Line>();
 
+/// As [`int8::Dot::dot`]. A lane sums eight products of 255 · 128 at most for each byte of the activations.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn dot<const R: usize>(
-    x: &[i16],
-    row_scales: &[f32],
-    corrections: &[i32],
-    w: &[u8],
-    scales: &[f32],
-) -> [f32; R] {
-    let groups = scales.len();
-    let mut totals = [_mm512_setzero_ps(); R];
-    for (group, &scale) in scales.iter().enumerate() {
-        // The correction stands in one lane.
-        let mut sums: [__m512i; R] =
-            std::array::from_fn(|r| _mm512_maskz_set1_epi32(1, corrections[r * groups + group]));
-        let bytes = w.len() - (group * GROUP).min(w.len());
-        for line in (0..GROUP).step_by(size_of::<Line>()) {
-            prefetch(w.as_ptr().wrapping_add(group * GROUP + line + AHEAD));
-        }
-        for k in (0..GROUP.min(bytes)).step_by(WORDS) {
-            let mask = if bytes - k >= WORDS { u32::MAX } else { (1 << (bytes - k)) - 1 };
-            // SAFETY: the mask keeps reads of `w` inside; the caller checked `x` for `R` rows of whole groups.
-            unsafe {
-                let weight = _mm256_maskz_loadu_epi8(mask, w.as_ptr().add(group * GROUP + k).cast());
-                let weight = _mm512_cvtepu8_epi16(weight);
-                for (r, sum) in sums.iter_mut().enumerate() {
-                    let row = _mm512_loadu_si512(x.as_ptr().add((r * groups + group) * GROUP + k).cast());
-                    *sum = _mm512_dpwssd_epi32(*sum, weight, row);
+unsafe fn dot8<const R: usize, const N: usize>(
+    x: Rows<Words>,
+    w: [OfOutput; N],
+    groups: usize,
+) -> [[f32; R]; N] {
+    let len = w[0].0.len();
+    let mut totals = [[_mm512_setzero_ps(); R]; N];
+    for group in 0..groups {
+        let from = group * GROUP;
+        // SAFETY: the caller checked `x` for `R` rows of `groups` groups, and that each of `w` has `len` bytes and `groups`
+        // scales. Bytes behind the last are not read, but asked for.
+        unsafe {
+            let weights: [[__m512i; 2]; N] = std::array::from_fn(|n| {
+                std::array::from_fn(|k| {
+                    let at = from + k * BYTES;
+                    let bytes = w[n].0.as_ptr().wrapping_add(at);
+                    prefetch(bytes.wrapping_add(AHEAD));
+                    match len.saturating_sub(at) {
+                        BYTES.. => _mm512_loadu_si512(bytes.cast()),
+                        left => _mm512_maskz_loadu_epi8((1 << left) - 1, bytes.cast()),
+                    }
+                })
+            });
+            for r in 0..R {
+                let at = r * groups + group;
+                let [high, low]: &Words = &*x.words.as_ptr().add(at);
+                // The correction stands in one lane.
+                let correction = _mm512_zextsi128_si512(_mm_cvtsi32_si128(*x.corrections.as_ptr().add(at)));
+                for (n, (_, scales)) in w.iter().enumerate() {
+                    let (mut upper, mut lower) = (_mm512_setzero_si512(), correction);
+                    for (k, &weights) in weights[n].iter().enumerate() {
+                        let number = |x: &[i8; GROUP]| _mm512_loadu_si512(x.as_ptr().add(k * BYTES).cast());
+                        upper = _mm512_dpbusd_epi32(upper, weights, number(high));
+                        lower = _mm512_dpbusd_epi32(lower, weights, number(low));
+                    }
+                    let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower);
+                    let scale = *scales.as_ptr().add(group) * *x.scales.as_ptr().add(at);
+                    totals[n][r] =
+                        _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale), totals[n][r]);
                 }
             }
         }
-        for (r, (total, &sum)) in totals.iter_mut().zip(&sums).enumerate() {
-            let scale = _mm512_set1_ps(scale * row_scales[r * groups + group]);
-            *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, *total);
-        }
     }
-    totals.map(|total| _mm512_reduce_add_ps(total))
+    totals.map(|totals| totals.map(|total| _mm512_reduce_add_ps(total)))
 }
 
 impl int4::Dot for Vnni {
     #[inline]
-    fn dot<const R: usize>(self, x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R] {
-        assert!(nibbles.len() == scales.len() * GROUP_BYTES);
-        assert!(x.len() >= R * scales.len().div_ceil(GROUPS));
+    fn dot<const R: usize, const N: usize>(self, x: &[Block], w: [int4::OfOutput; N]) -> [[f32; R]; N] {
+        let groups = w[0].1.len();
+        assert!(int4::fit::<R>(x, groups, &w));
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
-        unsafe { dot4::<R>(x, nibbles, scales) }
+        unsafe { dot4(x, w, groups) }
     }
 }
 
 /// As [`int4::Dot::dot`]. A lane sums the four bytes at its place, of both halves: all of one group.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn dot4<const R: usize>(x: &[Block], nibbles: &[u8], scales: &[bf16]) -> [f32; R] {
-    let blocks = scales.len().div_ceil(GROUPS);
+unsafe fn dot4<const R: usize, const N: usize>(
+    x: &[Block],
+    w: [int4::OfOutput; N],
+    groups: usize,
+) -> [[f32; R]; N] {
+    let blocks = groups.div_ceil(GROUPS);
     let halves = _mm512_set1_epi8(15);
     // Scale of group i becomes the upper half of lanes 4i to 4i + 3.
     let spread = _mm512_set_epi32(
@@ -195,40 +217,55 @@ unsafe fn dot4<const R: usize>(x: &[Block], nibbles: &[u8], scales: &[bf16]) -> 
         0,
         0,
     );
-    let mut totals = [_mm512_setzero_ps(); R];
+    let mut totals = [[_mm512_setzero_ps(); R]; N];
     for block in 0..blocks {
-        let groups = (scales.len() - block * GROUPS).min(GROUPS);
-        // SAFETY: the masks keep reads within the groups that are left; the caller checked `x` for `R` rows of blocks.
+        let left = (groups - block * GROUPS).min(GROUPS);
+        // SAFETY: the masks keep reads within the groups that are left, of which the caller checked each of `w`; it checked
+        // `x` for `R` rows of blocks.
         unsafe {
-            let bytes = nibbles.as_ptr().add(block * GROUPS * GROUP_BYTES);
-            prefetch(bytes.wrapping_add(AHEAD));
-            let bytes = match groups {
-                GROUPS => _mm512_loadu_si512(bytes.cast()),
-                _ => _mm512_maskz_loadu_epi32((1 << (4 * groups)) - 1, bytes.cast()),
-            };
-            let scales = scales.as_ptr().add(block * GROUPS);
-            let scales = match groups {
-                GROUPS => _mm_loadu_si64(scales.cast()),
-                _ => _mm_maskz_loadu_epi16((1 << groups) - 1, scales.cast()),
-            };
-            let scales = _mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, spread, _mm512_castsi128_si512(scales));
-            let low = _mm512_and_si512(bytes, halves);
-            let high = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), halves);
-            for (r, total) in totals.iter_mut().enumerate() {
-                let x = &x[r * blocks + block];
-                let load = |numbers: &[i8; 64]| _mm512_loadu_si512(numbers.as_ptr().cast());
-                let lower = _mm512_loadu_si512(x.corrections.as_ptr().cast());
-                let lower = _mm512_dpbusd_epi32(lower, low, load(&x.low[0]));
-                let lower = _mm512_dpbusd_epi32(lower, high, load(&x.low[1]));
-                let upper = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, load(&x.high[0]));
-                let upper = _mm512_dpbusd_epi32(upper, high, load(&x.high[1]));
-                let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower);
-                let scale = _mm512_mul_ps(_mm512_castsi512_ps(scales), _mm512_set1_ps(x.scale));
-                *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, *total);
+            let mut weights = [[_mm512_setzero_si512(); 2]; N];
+            let mut of_groups = [_mm512_setzero_ps(); N];
+            for (n, (nibbles, scales)) in w.iter().enumerate() {
+                let bytes = nibbles.as_ptr().add(block * GROUPS * GROUP_BYTES);
+                let scales = scales.as_ptr().add(block * GROUPS);
+                prefetch(bytes.wrapping_add(AHEAD));
+                let (bytes, scales) = match left {
+                    GROUPS => (_mm512_loadu_si512(bytes.cast()), _mm_loadu_si64(scales.cast())),
+                    _ => (
+                        _mm512_maskz_loadu_epi32((1 << (4 * left)) - 1, bytes.cast()),
+                        _mm_maskz_loadu_epi16((1 << left) - 1, scales.cast()),
+                    ),
+                };
+                weights[n] = [
+                    _mm512_and_si512(bytes, halves),
+                    _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), halves),
+                ];
+                of_groups[n] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(
+                    0xaaaa_aaaa,
+                    spread,
+                    _mm512_castsi128_si512(scales),
+                ));
+            }
+            for r in 0..R {
+                let x = &*x.as_ptr().add(r * blocks + block);
+                let load = |numbers: &[i8; 64]| _mm512_load_si512(numbers.as_ptr().cast());
+                let [high, low] = [x.high.each_ref().map(load), x.low.each_ref().map(load)];
+                let corrections = _mm512_load_si512(x.corrections.as_ptr().cast());
+                let scale = _mm512_set1_ps(x.scale);
+                for (n, weights) in weights.iter().enumerate() {
+                    let (mut upper, mut lower) = (_mm512_setzero_si512(), corrections);
+                    for ((&weights, &high), &low) in weights.iter().zip(&high).zip(&low) {
+                        upper = _mm512_dpbusd_epi32(upper, weights, high);
+                        lower = _mm512_dpbusd_epi32(lower, weights, low);
+                    }
+                    let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower);
+                    let scale = _mm512_mul_ps(of_groups[n], scale);
+                    totals[n][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[n][r]);
+                }
             }
         }
     }
-    totals.map(|total| _mm512_reduce_add_ps(total))
+    totals.map(|totals| totals.map(|total| _mm512_reduce_add_ps(total)))
 }
 
 /// As [`Vnni::spin`].

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::{GROUP, Int8Weight, OFFSET, integers};
 use crate::kernel::{Blocking, OUTPUTS};
-use crate::line::{LANES, Line};
+use crate::line::{Ahead, LANES, Line};
 use crate::product::{self, Sizes};
 use crate::vnni::{Bytes, GROUP_UNITS, Quantised, Vnni};
 
@@ -81,28 +81,39 @@ pub(crate) fn many(
     let blocking = Blocking { panel: PANEL, rows: 512, outputs: 96, depth: GROUPS * GROUP_UNITS };
     product::in_blocks(sizes, blocking, bias, y, scratch, |(units, scales), sums, block| {
         let panels = &panels[block.lines.start / PANEL..block.lines.end.div_ceil(PANEL)];
-        for from in (0..weight.groups()).step_by(GROUPS) {
+        let columns = |from: usize| from * GROUP..inputs.min((from + GROUPS) * GROUP);
+        let parts = (0..weight.groups()).step_by(GROUPS);
+        let steps =
+            parts.flat_map(|from| block.outputs.clone().step_by(OUTPUTS).map(move |first| (from, first)));
+        let mut steps = steps.peekable();
+        while let Some((from, first)) = steps.next() {
             let groups = from..weight.groups().min(from + GROUPS);
-            let columns = from * GROUP..inputs.min(groups.end * GROUP);
-            for first in block.outputs.clone().step_by(OUTPUTS) {
-                let rows = units.chunks_exact_mut(groups.len() * GROUP_UNITS);
-                for (n, (units, scales)) in
-                    rows.zip(scales.chunks_exact_mut(groups.len())).take(OUTPUTS).enumerate()
-                {
-                    if first + n < block.outputs.end {
-                        let (bytes, all) = weight.row(first + n);
-                        write_bytes(&bytes[columns.clone()], units);
-                        scales.copy_from_slice(&all[groups.clone()]);
-                    } else {
-                        scales.fill(0.0);
-                    }
+            let rows = units.chunks_exact_mut(groups.len() * GROUP_UNITS);
+            for (n, (units, scales)) in
+                rows.zip(scales.chunks_exact_mut(groups.len())).take(OUTPUTS).enumerate()
+            {
+                if first + n < block.outputs.end {
+                    let (bytes, all) = weight.row(first + n);
+                    write_bytes(&bytes[columns(from)], units);
+                    scales.copy_from_slice(&all[groups.clone()]);
+                } else {
+                    scales.fill(0.0);
                 }
-                let weights = Bytes { units, scales, groups: groups.len() };
-                for (at, panel) in panels.iter().enumerate() {
-                    let sums = &mut sums[at * PANEL * blocking.outputs..];
-                    let sums = &mut sums[(first - block.outputs.start) * panel.lines..];
-                    vnni.tile(panel.part(groups.clone()), weights, sums, from > 0);
-                }
+            }
+            // The next weights are asked for while these are multiplied: a few at a time, so that none of them waits.
+            let mut ahead = steps.peek().map_or(Ahead::NONE, |&(from, first)| {
+                let (bytes, _) = weight.row(first);
+                let columns = columns(from);
+                let rows = OUTPUTS.min(block.outputs.end - first);
+                Ahead::new(&raw const bytes[columns.start], inputs, rows, columns.len())
+            });
+            let share = ahead.share(panels.len());
+            let weights = Bytes { units, scales, groups: groups.len() };
+            for (at, panel) in panels.iter().enumerate() {
+                ahead.fetch(share);
+                let sums = &mut sums[at * PANEL * blocking.outputs..];
+                let sums = &mut sums[(first - block.outputs.start) * panel.lines..];
+                vnni.tile(panel.part(groups.clone()), weights, sums, from > 0);
             }
         }
     });

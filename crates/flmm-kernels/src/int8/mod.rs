@@ -23,7 +23,7 @@ use crate::kernel::Wide;
 use crate::product::{self, Sizes, WeightRows};
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use few::{Dot, Words, few};
+pub(crate) use few::{Dot, Rows, few};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use many::many;
 
