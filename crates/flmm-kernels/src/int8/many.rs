@@ -3,11 +3,12 @@
 use std::ops::Range;
 
 use half::bf16;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{GROUP, Int8Weight, OFFSET, integers};
 use crate::kernel::{Blocking, OUTPUTS};
-use crate::line::{Ahead, LANES, Line};
+use crate::line::{Ahead, LANES, Line, transpose};
 use crate::product::{self, Sizes};
 use crate::vnni::{Bytes, GROUP_UNITS, Quantised, Vnni};
 
@@ -37,19 +38,8 @@ impl Panel {
             corrections: vec![Line::ZERO; groups * lines],
             lines,
         };
-        for (row, x) in x.chunks_exact(inputs).enumerate() {
-            let (line, lane) = (row / LANES, row % LANES);
-            for (group, numbers) in x.chunks(GROUP).enumerate() {
-                let mut units = [0u32; GROUP_UNITS];
-                let (scale, sum) = integers(numbers, 127.0, |at, integer| {
-                    units[at / 4] |= u32::from(integer as i8 as u8) << (8 * (at % 4));
-                });
-                for (k, unit) in units.into_iter().enumerate() {
-                    panel.units[(group * GROUP_UNITS + k) * lines + line].0[lane] = unit;
-                }
-                panel.scales[group * lines + line].0[lane] = scale.to_bits();
-                panel.corrections[group * lines + line].0[lane] = (-OFFSET * sum) as u32;
-            }
+        for (line, rows) in x.chunks(LANES * inputs).enumerate() {
+            Arch::new().dispatch(Quantise { rows, inputs, line, panel: &mut panel });
         }
         panel
     }
@@ -62,6 +52,42 @@ impl Panel {
             scales: &self.scales[scales.clone()],
             corrections: &self.corrections[scales],
             lines: self.lines,
+        }
+    }
+}
+
+/// Writes up to sixteen rows into a line of a panel.
+struct Quantise<'a> {
+    rows: &'a [bf16],
+    inputs: usize,
+    line: usize,
+    panel: &'a mut Panel,
+}
+
+impl WithSimd for Quantise<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { rows, inputs, line, panel } = self;
+        let lines = panel.lines;
+        for group in 0..inputs.div_ceil(GROUP) {
+            let mut units = [[0u32; GROUP_UNITS]; LANES];
+            let at = group * lines + line;
+            for (lane, row) in rows.chunks_exact(inputs).enumerate() {
+                let mut bytes = [0i8; GROUP];
+                let numbers = &row[group * GROUP..inputs.min((group + 1) * GROUP)];
+                let (scale, sum) = integers(numbers, 127.0, |at, integer| bytes[at] = integer as i8);
+                units[lane] = bytemuck::cast(bytes);
+                panel.scales[at].0[lane] = scale.to_bits();
+                panel.corrections[at].0[lane] = (-OFFSET * sum) as u32;
+            }
+            let to = &mut panel.units[group * GROUP_UNITS * lines..][..GROUP_UNITS * lines];
+            for (part, to) in to.chunks_exact_mut(LANES * lines).enumerate() {
+                let mut block = units.map(|units| Line(units.as_chunks().0[part]));
+                transpose(&mut block);
+                block.iter().enumerate().for_each(|(k, from)| to[k * lines + line] = *from);
+            }
         }
     }
 }

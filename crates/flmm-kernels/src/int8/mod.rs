@@ -207,18 +207,23 @@ fn rounded_up(x: f32) -> f32 {
 
 /// The nearest integer, ties to even, to a number of at most 22 bits. `f32::round_ties_even` is a call of a function where
 /// instructions for it are not taken for granted.
+#[inline(always)]
 fn nearest(x: f32) -> i32 {
     // Adding this number rounds to a whole one.
     const ROUNDER: f32 = 12_582_912.0;
     (x + ROUNDER - ROUNDER) as i32
 }
 
-/// Largest of the numbers, without sign.
+/// Largest of the numbers, without sign; NaN if there is one.
+#[inline(always)]
 fn largest(numbers: &[bf16]) -> f32 {
-    numbers.iter().fold(0f32, |largest, x| largest.max(x.to_f32().abs()))
+    // As integers, whose order is that of the numbers, and of which several are compared at once.
+    let bits = numbers.iter().fold(0u16, |largest, x| largest.max(x.to_bits() & 0x7fff));
+    bf16::from_bits(bits).to_f32()
 }
 
 /// A group as integers up to `limit`: hands each to `write`, and returns scale and sum.
+#[inline(always)]
 pub(crate) fn integers(numbers: &[bf16], limit: f32, mut write: impl FnMut(usize, i32)) -> (f32, i32) {
     let largest = largest(numbers);
     // Without a finite quotient all numbers are zero, or as good as zero.
@@ -226,7 +231,7 @@ pub(crate) fn integers(numbers: &[bf16], limit: f32, mut write: impl FnMut(usize
     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
     let mut sum = 0;
     for (at, x) in numbers.iter().enumerate() {
-        let integer = nearest(x.to_f32() * inverse);
+        let integer = nearest(x.widen() * inverse);
         sum += integer;
         write(at, integer);
     }
