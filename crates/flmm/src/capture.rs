@@ -40,6 +40,12 @@ impl Capture {
         self.first..self.first + self.hidden.first().map_or(0, rows)
     }
 
+    /// Bytes of all that is kept.
+    pub fn bytes(&self) -> usize {
+        let pieces = [&self.queries, &self.lse, &self.hidden].into_iter().flatten().flatten();
+        pieces.map(|piece| piece.elem_count() * piece.dtype().size_in_bytes()).sum()
+    }
+
     /// The first row that is kept of those read from position `start` on, counted from there.
     pub(crate) fn first_from(&self, start: usize) -> usize {
         self.first.saturating_sub(start)

@@ -88,34 +88,35 @@ pub(crate) fn run(args: &GroundBenchArgs, talk: &Talk) -> Result<()> {
     for number in 0..args.warmup + args.rounds {
         let counts = number >= args.warmup;
         let machine = Machine::measure(&Machine::data());
-        // After the data above are gone, and what the last round did besides grounding.
-        let since_opening = memory::reset();
-        let mut pass = question.pass()?;
-        let mut watch = Watch::start(grounder.lmm().decoder().device());
-        grounder.ground(&image, &args.text, &choice, &GroundOptions::default())?;
-        let whole = watch.lap()?;
-        if counts {
-            talk.detail(format_args!("{:.3} s", whole.wall));
-            rounds.machine.push(machine);
-            rounds.stages.push(pass.stages.clone());
-            rounds.whole.push(whole);
-        }
-        // Before what is not part of grounding takes memory.
-        rounds.peak = memory::peak().filter(|_| since_opening).max(rounds.peak);
+        let (pass, state) = question.pass()?;
         if !args.pass_only {
             // Who comes first takes turns.
-            let first = question.prefill(&pass.read, number % 2 == 0)?;
-            let second = question.prefill(&pass.read, number % 2 == 1)?;
+            let first = question.prefill(&pass.read, &state, number % 2 == 0)?;
+            let second = question.prefill(&pass.read, &state, number % 2 == 1)?;
             if counts {
                 rounds.captured.push(if number % 2 == 0 { (second, first) } else { (first, second) });
             }
         }
         if args.decode > 0 {
-            let (ids, times) = question.continue_greedily(&mut pass.read, args.decode as usize)?;
+            let (ids, times) = question.continue_greedily(state, args.decode as usize)?;
             rounds.generated = ids;
             if counts {
                 rounds.decode.push(times);
             }
+        } else {
+            drop(state);
+        }
+        // What was read above is gone, and so is the machine's data.
+        let since_opening = memory::reset();
+        let mut watch = Watch::start(grounder.lmm().decoder().device());
+        grounder.ground(&image, &args.text, &choice, &GroundOptions::default())?;
+        let whole = watch.lap()?;
+        rounds.peak = memory::peak().filter(|_| since_opening).max(rounds.peak);
+        if counts {
+            talk.detail(format_args!("{:.3} s", whole.wall));
+            rounds.machine.push(machine);
+            rounds.stages.push(pass.stages.clone());
+            rounds.whole.push(whole);
         }
         last = Some(pass);
     }

@@ -73,6 +73,12 @@ pub(super) struct Read {
     /// Where the caption begins.
     pub(super) caption_start: usize,
     pub(super) image: ImageLayout,
+    /// Bytes kept of the attention rows and hidden states.
+    pub(super) captured: usize,
+}
+
+/// What the decoder knows of a text that was read.
+pub(super) struct State {
     /// The decoder's input `[tokens, hidden]`.
     pub(super) embeds: Tensor,
     cache: KvCache,
@@ -86,7 +92,7 @@ impl Question<'_> {
     }
 
     /// The steps of [`Grounder::ground`] for given phrases, one after the other.
-    pub(super) fn pass(&self) -> Result<Pass> {
+    pub(super) fn pass(&self) -> Result<(Pass, State)> {
         let (grounder, lmm) = (self.grounder, self.grounder.lmm());
         let decoder = lmm.decoder();
         let mut stages = Vec::with_capacity(STAGES.len());
@@ -145,31 +151,32 @@ impl Question<'_> {
         stages.push(watch.lap()?);
 
         let last = hidden.narrow(0, ids.len() - 1, 1).map_err(flmm::Error::from)?;
-        let read = Read { ids, caption_start, image: input.layout.clone(), embeds, cache, last };
-        Ok(Pass { stages, masks, observation, read, tower_rows })
+        let read = Read { ids, caption_start, image: input.layout.clone(), captured: capture.bytes() };
+        let state = State { embeds, cache, last };
+        Ok((Pass { stages, masks, observation, read, tower_rows }, state))
     }
 
     /// Reads the same embeddings again, with attention rows kept or not.
-    pub(super) fn prefill(&self, read: &Read, keep: bool) -> Result<Times> {
+    pub(super) fn prefill(&self, read: &Read, state: &State, keep: bool) -> Result<Times> {
         let decoder = self.grounder.lmm().decoder();
         let mut watch = Watch::start(self.device());
         let mut capture = Capture::from_position(read.caption_start);
         let mut cache = KvCache::new(decoder.config(), read.ids.len() + 256);
-        decoder.forward(&read.embeds, &mut cache, keep.then_some(&mut capture))?;
+        decoder.forward(&state.embeds, &mut cache, keep.then_some(&mut capture))?;
         watch.lap()
     }
 
     /// The likeliest `count` tokens behind the text, whatever they mean, and the time they took.
-    pub(super) fn continue_greedily(&self, read: &mut Read, count: usize) -> Result<(Vec<u32>, Times)> {
+    pub(super) fn continue_greedily(&self, state: State, count: usize) -> Result<(Vec<u32>, Times)> {
         let decoder = self.grounder.lmm().decoder();
         let mut ids = Vec::with_capacity(count);
         let mut watch = Watch::start(self.device());
-        let mut state = read.last.clone();
+        let State { mut cache, mut last, .. } = state;
         for _ in 0..count {
-            let likeliest = decoder.logits(&state)?.argmax(1).and_then(|id| id.to_vec1::<u32>());
+            let likeliest = decoder.logits(&last)?.argmax(1).and_then(|id| id.to_vec1::<u32>());
             ids.extend(likeliest.map_err(flmm::Error::from)?);
             let embeds = decoder.embed(&ids[ids.len() - 1..])?;
-            state = decoder.forward(&embeds, &mut read.cache, None)?;
+            last = decoder.forward(&embeds, &mut cache, None)?;
         }
         Ok((ids, watch.lap()?))
     }

@@ -99,6 +99,11 @@ fn as_table(rounds: &Rounds, pass: &Pass, machine: Machine, lines: &[Line]) -> S
         text +=
             &format!("\nkeeping attention rows: {wall:+.1} % of the prefill, by processor time {cpu:+.1} %");
     }
+    let kept = pass.read.captured as f64;
+    text += &format!("\nkept of the rows of the text: {:.1} MiB", kept / 2f64.powi(20));
+    if let Some(prefill) = lines.iter().find(|line| line.name == "prefill").and_then(|line| line.work) {
+        text += &format!(", {:.2} % of the decoder's weights", 100.0 * kept / prefill.bytes);
+    }
     let gib = |bytes: Option<u64>| {
         bytes.map_or("unknown".into(), |b| format!("{:.2} GiB", b as f64 / 2f64.powi(30)))
     };
@@ -144,6 +149,7 @@ fn as_json(
         "rounds": { "stages": rounds.stages, "whole": rounds.whole, "captured": rounds.captured,
                     "decode": rounds.decode },
         "capture_cost": capture,
+        "captured_bytes": read.captured,
         "peak_memory": { "opening": rounds.opening_peak, "grounding": rounds.peak },
         "read": { "token_ids": read.ids, "caption_start": read.caption_start,
                   "image_start": read.image.start, "image_tokens": read.image.tokens, "grid": [rows, columns],
