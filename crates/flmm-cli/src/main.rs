@@ -15,6 +15,7 @@ mod features;
 mod fetch;
 mod ground;
 mod inspect;
+mod memory;
 mod model;
 mod picture;
 mod report;
@@ -31,12 +32,8 @@ use args::{Cli, Command};
 use failure::{Failure, Result};
 use talk::Talk;
 
-// Every layer allocates and frees the same large buffers; the system allocator gives each back to the kernel and takes it
-// again.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
+    memory::set_up();
     let cli = Cli::parse();
     let talk = Talk::new(cli.global.quiet, cli.global.verbose);
     match run(&cli, &talk) {

@@ -100,9 +100,12 @@ pub(super) fn convolve(x: &[f32], [n, channels, h, w]: [usize; 4], kernel: &Pack
             out
         })
         .collect();
-    for ((image, at), out) in parts.into_iter().zip(done) {
-        for (output, values) in out.chunks_exact(width).enumerate() {
-            let y = &mut y[(image * outputs + output) * plane..][..plane];
+    y.par_chunks_exact_mut(plane).enumerate().for_each(|(at, y)| {
+        let (image, output) = (at / outputs, at % outputs);
+        let of_image = starts().count();
+        let tiles = parts.iter().zip(&done).skip(image * of_image).take(of_image);
+        for (&(_, at), tile) in tiles {
+            let values = &tile[output * width..][..width];
             // Runs of pixels up to the border's columns.
             let (mut i, end) = (0, width.min(h * row - at));
             while i < end {
@@ -112,7 +115,7 @@ pub(super) fn convolve(x: &[f32], [n, channels, h, w]: [usize; 4], kernel: &Pack
                 i += row - column;
             }
         }
-    }
+    });
     y
 }
 
