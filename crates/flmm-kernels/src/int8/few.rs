@@ -78,8 +78,7 @@ impl<K: Dot> Dots for Operands<'_, K> {
     fn dots<const R: usize, const N: usize>(&self, row: usize, outputs: [usize; N]) -> [[f32; R]; N] {
         let first = row * self.weight.groups();
         let Rows { words, scales, corrections } = self.x;
-        let x =
-            Rows { words: &words[first..], scales: &scales[first..], corrections: &corrections[first..] };
+        let x = Rows { words: &words[first..], scales: &scales[first..], corrections: &corrections[first..] };
         self.kernel.dot(x, outputs.map(|n| self.weight.row(n)))
     }
 }

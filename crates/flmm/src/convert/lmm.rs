@@ -1,18 +1,16 @@
 //! LMMs with their matrices in fewer bits.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
-use half::bf16;
+use candle_core::DType;
 
 use super::{Staging, listed};
 use crate::error::{Error, Result};
 use crate::lmm::{self, OpenOptions};
-use crate::nn::host::Elements;
 use crate::weights::{
-    CheckpointRead, Packed, Problem, WeightFormat, checkpoint_files, is_weight_file, load_checkpoint,
-    packed_metadata, rehearse, save_safetensors,
+    CheckpointRead, Problem, WeightFormat, checkpoint_files, is_weight_file, load_checkpoint_packed,
+    packed_metadata, rehearse, save_safetensors, scales_of,
 };
 
 /// What the conversion of an LMM did.
@@ -115,8 +113,10 @@ fn convert_checkpoint(from: &CheckpointRead, to: &Path, format: WeightFormat) ->
             1 => "model.safetensors".to_owned(),
             all => format!("model-{:05}-of-{all:05}.safetensors", number + 1),
         };
-        let read = load_checkpoint(file, Some(DType::BF16), &Device::Cpu)?;
-        let (tensors, packed) = pack(read, &from.matrices, file)?;
+        let tensors: BTreeMap<_, _> =
+            load_checkpoint_packed(file, &from.matrices, &mut |_| {})?.into_iter().collect();
+        let packed =
+            from.matrices.keys().filter(|name| tensors.contains_key(&scales_of(name))).count() as u64;
         let target = to.join(&name);
         save_safetensors(&target, &tensors, &packed_metadata(format))?;
         map.extend(tensors.into_keys().map(|tensor| (tensor, name.clone())));
@@ -128,39 +128,4 @@ fn convert_checkpoint(from: &CheckpointRead, to: &Path, format: WeightFormat) ->
         crate::atomic::write(to.join("model.safetensors.index.json"), |to| to.write_all(text.as_bytes()))?;
     }
     Ok(counts)
-}
-
-/// `tensors` of `file` with the matrices of linear layers packed, and the number of those.
-fn pack(
-    tensors: HashMap<String, Tensor>,
-    matrices: &HashMap<String, WeightFormat>,
-    file: &Path,
-) -> Result<(BTreeMap<String, Tensor>, u64)> {
-    let (mut all, mut packed) = (BTreeMap::new(), 0);
-    for (name, tensor) in tensors {
-        let format = matrices.get(&name).copied().unwrap_or_default();
-        if format == WeightFormat::AsLoaded {
-            all.insert(name, tensor);
-            continue;
-        }
-        let (_, inputs) = tensor.dims2()?;
-        let matrix = {
-            let elements = Elements::of(&tensor);
-            let numbers = elements.get_as::<bf16>()?;
-            if !numbers.iter().all(|number| number.is_finite()) {
-                let what = format!("tensor `{name}` has values that are not finite in bf16");
-                return Err(Error::weights(
-                    file,
-                    what,
-                    "its training failed, or the file is damaged: use another",
-                ));
-            }
-            Packed::quantise(format, numbers, inputs)
-        };
-        if let Some(matrix) = matrix {
-            all.extend(matrix.tensors(&name)?);
-            packed += 1;
-        }
-    }
-    Ok((all, packed))
 }

@@ -23,7 +23,8 @@ use crate::text::Decoder;
 use crate::text::chat::ChatFormat;
 use crate::text::tokenizer::Tokenizer;
 use crate::weights::{
-    WeightFormat, checkpoint_bytes, files, is_rehearsed, load_checkpoint_with, stored_format,
+    Packing, WeightFormat, checkpoint_bytes, files, is_rehearsed, load_checkpoint_packed,
+    load_checkpoint_with, stored_format,
 };
 
 pub use crate::text::chat::{Role, Shown, Turn, order_shown};
@@ -74,6 +75,8 @@ pub struct OpenOptions {
     pub image_size: Option<usize>,
     /// Told how far the weights are read.
     pub progress: Option<LoadProgress>,
+    /// Set by [`open_with`], so that a model is never in memory as it is stored and packed at the same time.
+    pub packing: Packing,
 }
 
 /// Receives bytes read and bytes in all while weights are read; called from the thread that opens the model.
@@ -98,6 +101,7 @@ impl OpenOptions {
             vision_tower_aux: None,
             image_size: None,
             progress: None,
+            packing: Packing::default(),
         }
     }
 
@@ -135,12 +139,16 @@ impl OpenOptions {
             self.check(path, stored_format(path)?)?;
         }
         let (total, mut done) = (checkpoint_bytes(path), 0);
-        load_checkpoint_with(path, Some(self.dtype), &self.device, &mut |bytes| {
+        let read = &mut |bytes| {
             done += bytes;
             if let Some(progress) = &self.progress {
                 (progress.0)(done, total.max(done));
             }
-        })
+        };
+        match self.packing.at(path).filter(|_| self.dtype == DType::BF16) {
+            Some(matrices) => load_checkpoint_packed(path, matrices, read),
+            None => load_checkpoint_with(path, Some(self.dtype), &self.device, read),
+        }
     }
 }
 
@@ -433,5 +441,9 @@ pub fn open_with(dir: &Path, options: &OpenOptions) -> Result<Box<dyn Lmm>> {
         ));
     }
     let entry = recognise(dir)?;
-    (entry.open)(&entry.spec, dir, options)
+    if options.weights == WeightFormat::AsLoaded || is_rehearsed() {
+        return (entry.open)(&entry.spec, dir, options);
+    }
+    let packing = Packing::of(|| (entry.open)(&entry.spec, dir, options));
+    (entry.open)(&entry.spec, dir, &OpenOptions { packing, ..options.clone() })
 }

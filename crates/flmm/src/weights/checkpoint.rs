@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::files;
 use super::outline::TensorInfo;
+use super::packed::{Stored, WeightFormat};
 use super::watch::Watch;
 use super::{pth, safetensors};
 use crate::error::{Error, Result};
@@ -62,7 +63,21 @@ pub fn load_checkpoint_some(
     device: &Device,
     keep: &dyn Fn(&str) -> bool,
 ) -> Result<HashMap<String, Tensor>> {
-    load(path.as_ref(), dtype, device, &mut Watch { keep, read: &mut |_| {} })
+    load(path.as_ref(), dtype, device, &mut Watch { keep, ..Watch::everything(&mut |_| {}) })
+}
+
+/// As [`load_checkpoint_with`], in bf16 on the processor; `matrices` become what a converted file has of them, each as soon
+/// as it is read, so that not all are ever in memory.
+///
+/// # Errors
+/// As [`load_checkpoint`], and [`Error::Weights`] for a matrix with values that are not finite.
+pub(crate) fn load_checkpoint_packed(
+    path: &Path,
+    matrices: &HashMap<String, WeightFormat>,
+    read: &mut dyn FnMut(u64),
+) -> Result<HashMap<String, Tensor>> {
+    let watch = &mut Watch { matrices: Some(matrices), ..Watch::everything(read) };
+    load(path, Some(DType::BF16), &Device::Cpu, watch)
 }
 
 fn load(
@@ -191,12 +206,12 @@ fn load_sharded(
             tensors.insert(name, tensor);
         }
     }
-    let missing: Vec<&str> = index
-        .names
-        .iter()
-        .filter(|n| (watch.keep)(n) && !tensors.contains_key(*n))
-        .map(|n| n.as_str())
-        .collect();
+    let is_there = |name: &String| {
+        let packed = || Stored::ALL.iter().any(|stored| tensors.contains_key(&stored.bytes_of(name)));
+        tensors.contains_key(name) || watch.packs(name) && packed()
+    };
+    let missing: Vec<&str> =
+        index.names.iter().filter(|n| (watch.keep)(n) && !is_there(n)).map(|n| n.as_str()).collect();
     if let Some(first) = missing.first() {
         let what = format!("{} tensors of the index are in no shard, the first is `{first}`", missing.len());
         return Err(Error::weights(

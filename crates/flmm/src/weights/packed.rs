@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use flmm_kernels::{Int4Weight, Int8Weight};
 use half::bf16;
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::checkpoint::{checkpoint_files, is_safetensors};
 use super::safetensors_metadata;
 use crate::error::{Error, Result};
+use crate::nn::host::Elements;
 
 /// How the matrices of frozen linear layers are kept.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +75,28 @@ impl Packed {
             WeightFormat::Int8 => Some(Self::Int8(Arc::new(Int8Weight::quantise(weight, inputs)))),
             WeightFormat::Int4 => Some(Self::Int4(Arc::new(Int4Weight::quantise(weight, inputs)))),
         }
+    }
+
+    /// The tensor `name` of `file` in `format`; none if that is as loaded, or if it is no matrix of bf16.
+    ///
+    /// # Errors
+    /// [`Error::Weights`] for values that are not finite.
+    pub(super) fn of(tensor: &Tensor, format: WeightFormat, name: &str, file: &Path) -> Result<Option<Self>> {
+        let (WeightFormat::Int8 | WeightFormat::Int4, DType::BF16, &[_, inputs]) =
+            (format, tensor.dtype(), tensor.dims())
+        else {
+            return Ok(None);
+        };
+        let elements = Elements::of(tensor);
+        let numbers = elements.get_as::<bf16>()?;
+        if !numbers.iter().all(|number| number.is_finite()) {
+            return Err(Error::weights(
+                file,
+                format!("tensor `{name}` has values that are not finite in bf16"),
+                "its training failed, or the file is damaged: use another",
+            ));
+        }
+        Ok(Self::quantise(format, numbers, inputs))
     }
 
     /// The matrix `[outputs, inputs]` from its parts; none if they are not those of such a matrix.
@@ -166,7 +189,7 @@ impl Stored {
 }
 
 /// Name of the scales of the matrix `name`.
-pub(super) fn scales_of(name: &str) -> String {
+pub(crate) fn scales_of(name: &str) -> String {
     format!("{name}.{SCALES}")
 }
 

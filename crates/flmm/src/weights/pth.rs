@@ -50,7 +50,7 @@ pub(super) fn load_file(
 ) -> Result<HashMap<String, Tensor>> {
     let bytes = map(file)?;
     let mut read = bytes.releasing(watch.read);
-    load_from(&bytes, file, dtype, device, &mut Watch { keep: watch.keep, read: &mut read })
+    load_from(&bytes, file, dtype, device, &mut Watch { read: &mut read, ..*watch })
 }
 
 /// Names, types and shapes of a file's tensors, from its description.
@@ -102,13 +102,15 @@ fn load_from(
                 let tensor = archive
                     .tensor(view, &mut budget, dtype, device)
                     .map_err(|e| e.into_error(file, &name))?;
-                views.insert(view, tensor.clone());
+                if !watch.packs(&name) {
+                    views.insert(view, tensor.clone());
+                }
                 (watch.read)((tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64);
                 tensor
             }
         };
         // As in Python, a later entry of the same name replaces an earlier one.
-        tensors.insert(name, tensor);
+        tensors.extend(watch.made(name, tensor, file)?);
     }
     Ok(tensors)
 }

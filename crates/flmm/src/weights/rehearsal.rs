@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, TensorId};
 
@@ -51,6 +52,23 @@ pub(crate) struct CheckpointRead {
     pub(crate) path: PathBuf,
     /// Of its tensors, by their names in it, those that are matrices of frozen linear layers, and how those are to be kept.
     pub(crate) matrices: HashMap<String, WeightFormat>,
+}
+
+/// Which matrices of which checkpoints are packed as soon as they are read.
+#[derive(Debug, Clone, Default)]
+pub struct Packing(Arc<Vec<CheckpointRead>>);
+
+impl Packing {
+    /// What `open` asks for as matrices of linear layers.
+    pub(crate) fn of<T>(open: impl FnOnce() -> T) -> Self {
+        let (_, findings) = rehearse(open);
+        Self(Arc::new(findings.checkpoints))
+    }
+
+    /// Those of the checkpoint at `path`.
+    pub(crate) fn at(&self, path: &Path) -> Option<&HashMap<String, WeightFormat>> {
+        self.0.iter().find(|read| read.path == path).map(|read| &read.matrices)
+    }
 }
 
 /// Ends the rehearsal even if `open` panics.

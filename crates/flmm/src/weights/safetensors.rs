@@ -52,7 +52,7 @@ pub(super) fn load_file(
 ) -> Result<()> {
     let bytes = map(file)?;
     let mut read = bytes.releasing(watch.read);
-    load_from(&bytes, file, dtype, device, tensors, &mut Watch { keep: watch.keep, read: &mut read })
+    load_from(&bytes, file, dtype, device, tensors, &mut Watch { read: &mut read, ..*watch })
 }
 
 /// Names, types and shapes of a file's tensors, from its header.
@@ -115,9 +115,11 @@ fn load_from(
             return Err(Error::weights(file, what, DAMAGED));
         }
         let tensor = element.tensor(view.data(), view.shape(), dtype, device)?;
-        if tensors.insert(name.to_owned(), tensor).is_some() {
-            let what = format!("tensor `{name}` is also in another of the files");
-            return Err(Error::weights(file, what, "load each shard once and remove stale shards"));
+        for (made, tensor) in watch.made(name.to_owned(), tensor, file)? {
+            if tensors.insert(made, tensor).is_some() {
+                let what = format!("tensor `{name}` is also in another of the files");
+                return Err(Error::weights(file, what, "load each shard once and remove stale shards"));
+            }
         }
         (watch.read)(view.data().len() as u64);
     }
