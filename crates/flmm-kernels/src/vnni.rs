@@ -139,7 +139,7 @@ unsafe fn dot8<const R: usize, const N: usize>(
     groups: usize,
 ) -> [[f32; R]; N] {
     let len = w[0].0.len();
-    let mut totals = [[_mm512_setzero_ps(); R]; N];
+    let mut totals = [[_mm512_setzero_ps(); N]; R];
     for group in 0..groups {
         let from = group * GROUP;
         // SAFETY: the caller checked `x` for `R` rows of `groups` groups, and that each of `w` has `len` bytes and `groups`
@@ -156,27 +156,26 @@ unsafe fn dot8<const R: usize, const N: usize>(
                     }
                 })
             });
-            for r in 0..R {
+            for (r, totals) in totals.iter_mut().enumerate() {
                 let at = r * groups + group;
                 let [high, low]: &Words = &*x.words.as_ptr().add(at);
                 // The correction stands in one lane.
                 let correction = _mm512_zextsi128_si512(_mm_cvtsi32_si128(*x.corrections.as_ptr().add(at)));
-                for (n, (_, scales)) in w.iter().enumerate() {
+                for ((total, weights), (_, scales)) in totals.iter_mut().zip(&weights).zip(&w) {
                     let (mut upper, mut lower) = (_mm512_setzero_si512(), correction);
-                    for (k, &weights) in weights[n].iter().enumerate() {
+                    for (k, &weights) in weights.iter().enumerate() {
                         let number = |x: &[i8; GROUP]| _mm512_loadu_si512(x.as_ptr().add(k * BYTES).cast());
                         upper = _mm512_dpbusd_epi32(upper, weights, number(high));
                         lower = _mm512_dpbusd_epi32(lower, weights, number(low));
                     }
                     let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower);
                     let scale = *scales.as_ptr().add(group) * *x.scales.as_ptr().add(at);
-                    totals[n][r] =
-                        _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale), totals[n][r]);
+                    *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale), *total);
                 }
             }
         }
     }
-    totals.map(|totals| totals.map(|total| _mm512_reduce_add_ps(total)))
+    std::array::from_fn(|n| std::array::from_fn(|r| _mm512_reduce_add_ps(totals[r][n])))
 }
 
 impl int4::Dot for Vnni {
@@ -217,7 +216,7 @@ unsafe fn dot4<const R: usize, const N: usize>(
         0,
         0,
     );
-    let mut totals = [[_mm512_setzero_ps(); R]; N];
+    let mut totals = [[_mm512_setzero_ps(); N]; R];
     for block in 0..blocks {
         let left = (groups - block * GROUPS).min(GROUPS);
         // SAFETY: the masks keep reads within the groups that are left, of which the caller checked each of `w`; it checked
@@ -246,26 +245,26 @@ unsafe fn dot4<const R: usize, const N: usize>(
                     _mm512_castsi128_si512(scales),
                 ));
             }
-            for r in 0..R {
+            for (r, totals) in totals.iter_mut().enumerate() {
                 let x = &*x.as_ptr().add(r * blocks + block);
                 let load = |numbers: &[i8; 64]| _mm512_load_si512(numbers.as_ptr().cast());
                 let [high, low] = [x.high.each_ref().map(load), x.low.each_ref().map(load)];
                 let corrections = _mm512_load_si512(x.corrections.as_ptr().cast());
                 let scale = _mm512_set1_ps(x.scale);
-                for (n, weights) in weights.iter().enumerate() {
+                for ((total, weights), &of_groups) in totals.iter_mut().zip(&weights).zip(&of_groups) {
                     let (mut upper, mut lower) = (_mm512_setzero_si512(), corrections);
                     for ((&weights, &high), &low) in weights.iter().zip(&high).zip(&low) {
                         upper = _mm512_dpbusd_epi32(upper, weights, high);
                         lower = _mm512_dpbusd_epi32(lower, weights, low);
                     }
                     let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower);
-                    let scale = _mm512_mul_ps(of_groups[n], scale);
-                    totals[n][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[n][r]);
+                    let scale = _mm512_mul_ps(of_groups, scale);
+                    *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, *total);
                 }
             }
         }
     }
-    totals.map(|totals| totals.map(|total| _mm512_reduce_add_ps(total)))
+    std::array::from_fn(|n| std::array::from_fn(|r| _mm512_reduce_add_ps(totals[r][n])))
 }
 
 /// As [`Vnni::spin`].

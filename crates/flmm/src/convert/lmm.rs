@@ -27,7 +27,7 @@ pub struct ConvertedLmm {
 /// Writes the folder `out` with the model of the folder `dir` as [`lmm::open_with`] would keep it in memory with `options`:
 /// bf16, and matrices in [`OpenOptions::weights`]. Opened with the same options, it computes the same numbers, bit for bit.
 ///
-/// One weight file is in memory at a time. Configuration and tokenizer are copied; weight files that the model does not
+/// What becomes of one weight file is in memory at a time. Configuration and tokenizer are copied; weight files that the model does not
 /// need are not. Nothing is written on an error.
 ///
 /// # Errors
