@@ -149,7 +149,10 @@ unsafe fn dot8<const R: usize, const N: usize>(
                 std::array::from_fn(|k| {
                     let at = from + k * BYTES;
                     let bytes = w[n].0.as_ptr().wrapping_add(at);
-                    prefetch(bytes.wrapping_add(AHEAD));
+                    // Its neighbour comes along.
+                    if k == 0 {
+                        prefetch(bytes.wrapping_add(AHEAD));
+                    }
                     match len.saturating_sub(at) {
                         BYTES.. => _mm512_loadu_si512(bytes.cast()),
                         left => _mm512_maskz_loadu_epi8((1 << left) - 1, bytes.cast()),
