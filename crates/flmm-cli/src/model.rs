@@ -64,7 +64,7 @@ pub(crate) fn open(args: &ModelArgs, talk: &Talk) -> Result<Model> {
         ..OpenOptions::new(dtype, &device)
     };
     let grounder = Grounder::open_with(&paths, &options)?;
-    crate::memory::settle();
+    crate::memory::give_back();
     drop(spinner);
     talk.detail(format_args!("loaded {name} in {:.1} s", clock.elapsed().as_secs_f64()));
     Ok(Model { grounder, name, precision, paths, options })

@@ -70,7 +70,7 @@ fn step(args: &TrainStepArgs, talk: &Talk) -> Result<()> {
         refiner: !args.no_refiner,
         ..StepConfig::default()
     };
-    crate::memory::settle();
+    crate::memory::keep();
     let rounds = {
         let _spinner = talk.during("training steps");
         train_step(&config, &args.device.open()?, args.warmup as usize, args.rounds as usize, |round| {

@@ -111,7 +111,7 @@ impl Watch for View<'_> {
     }
 
     fn begin(&mut self, step: u64, total: u64, per_epoch: u64) {
-        crate::memory::settle();
+        crate::memory::keep();
         self.spinner = None;
         (self.total, self.per_epoch) = (total, per_epoch.max(1));
         (self.last, self.first) = ((step, Instant::now()), (step, Instant::now()));
