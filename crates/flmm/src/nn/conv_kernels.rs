@@ -100,9 +100,9 @@ pub(super) fn convolve(x: &[f32], [n, channels, h, w]: [usize; 4], kernel: &Pack
             out
         })
         .collect();
+    let of_image = parts.len() / n;
     y.par_chunks_exact_mut(plane).enumerate().for_each(|(at, y)| {
         let (image, output) = (at / outputs, at % outputs);
-        let of_image = starts().count();
         let tiles = parts.iter().zip(&done).skip(image * of_image).take(of_image);
         for (&(_, at), tile) in tiles {
             let values = &tile[output * width..][..width];

@@ -26,7 +26,11 @@ impl<'a> Watch<'a> {
 
     /// Whether the tensor `name` becomes something else.
     pub(super) fn packs(&self, name: &str) -> bool {
-        self.matrices.is_some_and(|matrices| matrices.contains_key(name))
+        self.format(name) != WeightFormat::AsLoaded
+    }
+
+    fn format(&self, name: &str) -> WeightFormat {
+        self.matrices.and_then(|matrices| matrices.get(name)).copied().unwrap_or_default()
     }
 
     /// What is handed out for the tensor `name` of `file`: itself, or what a converted file has of it.
@@ -34,8 +38,7 @@ impl<'a> Watch<'a> {
     /// # Errors
     /// As [`Packed::of`].
     pub(super) fn made(&self, name: String, tensor: Tensor, file: &Path) -> Result<Vec<(String, Tensor)>> {
-        let format = self.matrices.and_then(|matrices| matrices.get(&name)).copied().unwrap_or_default();
-        Ok(match Packed::of(&tensor, format, &name, file)? {
+        Ok(match Packed::of(&tensor, self.format(&name), &name, file)? {
             Some(packed) => packed.tensors(&name)?.to_vec(),
             None => vec![(name, tensor)],
         })
