@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
+use crate::element::Float;
 use crate::int4::{self, Block, GROUP_BYTES, GROUPS};
 use crate::int8::{self, GROUP, OfOutput, Rows};
 use crate::line::{AHEAD, LANES, Line, prefetch};
@@ -55,10 +56,14 @@ unsafe fn dot4<const R: usize>(x: &[Block], nibbles: &[u8], scales: &[bf16]) -> 
             (bytes, of_groups) = (&last_bytes, &last_scales);
         }
         prefetch(bytes.as_ptr().wrapping_add(AHEAD));
+        if block % (LANES / 2) == 0 {
+            prefetch(of_groups.as_ptr().wrapping_add(AHEAD / GROUP_BYTES).cast());
+        }
         // SAFETY: there are four scales, and bytes of four groups; the caller checked `x` for `R` rows of blocks.
         unsafe {
             let of_groups = _mm_cvtepu16_epi32(_mm_loadl_epi64(of_groups.as_ptr().cast()));
             let of_groups = _mm256_castps128_ps256(_mm_castsi128_ps(_mm_slli_epi32::<16>(of_groups)));
+            let mut sums = [_mm256_setzero_ps(); R];
             for pair in 0..GROUPS / 2 {
                 let bytes = _mm256_loadu_si256(bytes.as_ptr().add(pair * 2 * GROUP_BYTES).cast());
                 let low = _mm256_and_si256(bytes, fifteen);
@@ -66,7 +71,7 @@ unsafe fn dot4<const R: usize>(x: &[Block], nibbles: &[u8], scales: &[bf16]) -> 
                 let spread = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
                 let spread = _mm256_add_epi32(spread, _mm256_set1_epi32(2 * pair as i32));
                 let scale = _mm256_permutevar8x32_ps(of_groups, spread);
-                for (r, total) in totals.iter_mut().enumerate() {
+                for (r, of_block) in sums.iter_mut().enumerate() {
                     let x = &*x.as_ptr().add(r * blocks + block);
                     let load = |numbers: &[i8; 64]| {
                         _mm256_loadu_si256(numbers.as_ptr().add(pair * 2 * GROUP_BYTES).cast())
@@ -80,9 +85,12 @@ unsafe fn dot4<const R: usize>(x: &[Block], nibbles: &[u8], scales: &[bf16]) -> 
                     let lower = _mm256_madd_epi16(product(&x.low), one);
                     let corrections = _mm256_loadu_si256(x.corrections.as_ptr().add(8 * pair).cast());
                     let sum = _mm256_add_epi32(upper, _mm256_add_epi32(lower, corrections));
-                    let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x.scale));
-                    *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, *total);
+                    *of_block = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, *of_block);
                 }
+            }
+            for (r, (total, &sum)) in totals.iter_mut().zip(&sums).enumerate() {
+                let scale = _mm256_set1_ps((*x.as_ptr().add(r * blocks + block)).scale);
+                *total = _mm256_fmadd_ps(sum, scale, *total);
             }
         }
     }
@@ -102,14 +110,23 @@ fn sum(lanes: __m256) -> f32 {
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
 }
 
-/// Activations of a group of eight-bit weights.
+/// Activations of a group of eight-bit weights: of every 32 first those at even places, then those at odd ones, as a vector of
+/// bytes comes apart.
 type Words = [i16; GROUP];
 
 impl int8::Dot for Avx2 {
     type Words = Words;
 
-    fn write(words: &mut Words, at: usize, integer: i16) {
-        words[at] = integer;
+    #[inline(always)]
+    fn words(group: &[i16; GROUP]) -> Words {
+        let mut words = [0; GROUP];
+        for (words, group) in words.as_chunks_mut::<BYTES>().0.iter_mut().zip(group.as_chunks::<BYTES>().0) {
+            let (even, odd) = words.split_at_mut(WORDS);
+            for ((even, odd), pair) in even.iter_mut().zip(odd).zip(group.as_chunks::<2>().0) {
+                [*even, *odd] = *pair;
+            }
+        }
+        words
     }
 
     #[inline]
@@ -121,8 +138,9 @@ impl int8::Dot for Avx2 {
     }
 }
 
-/// Numbers of a vector of 16-bit integers.
+/// Numbers of a vector of 16-bit integers, and of bytes.
 const WORDS: usize = 16;
+const BYTES: usize = 2 * WORDS;
 
 /// As [`int8::Dot::dot`]. A lane sums 16 products of 255 · 32639 at most, with the correction: what 32 bits hold.
 #[target_feature(enable = "avx2,fma")]
@@ -150,29 +168,33 @@ unsafe fn dot8<const R: usize, const N: usize>(
                 _mm256_loadu_si256(x.words.as_ptr().add(r * groups + group).cast::<i16>().add(k).cast())
             };
             if len - from >= GROUP {
-                for (bytes, _) in &w {
+                for (bytes, scales) in &w {
                     for line in (0..GROUP).step_by(size_of::<Line>()) {
                         prefetch(bytes.as_ptr().wrapping_add(from + line + AHEAD));
                     }
+                    if group % (2 * LANES) == 0 {
+                        prefetch(scales.as_ptr().wrapping_add(group + AHEAD / GROUP).cast());
+                    }
                 }
-                for k in (0..GROUP).step_by(WORDS) {
+                for k in (0..GROUP).step_by(BYTES) {
                     for ((bytes, _), sums) in w.iter().zip(&mut sums) {
-                        let bytes = _mm_loadu_si128(bytes.as_ptr().add(from + k).cast());
-                        add8(sums, bytes, |r| row(r, k));
+                        let bytes = _mm256_loadu_si256(bytes.as_ptr().add(from + k).cast());
+                        add8(sums, bytes, |r, half| row(r, k + half));
                     }
                 }
             } else {
                 for ((bytes, _), sums) in w.iter().zip(&mut sums) {
-                    for (at, bytes) in bytes[from..].chunks(WORDS).enumerate() {
-                        let mut all = [0u8; WORDS];
+                    for (at, bytes) in bytes[from..].chunks(BYTES).enumerate() {
+                        let mut all = [0u8; BYTES];
                         all[..bytes.len()].copy_from_slice(bytes);
-                        add8(sums, _mm_loadu_si128(all.as_ptr().cast()), |r| row(r, at * WORDS));
+                        add8(sums, _mm256_loadu_si256(all.as_ptr().cast()), |r, k| row(r, at * BYTES + k));
                     }
                 }
             }
             for ((totals, sums), (_, scales)) in totals.iter_mut().zip(&sums).zip(&w) {
                 for (r, (total, &sum)) in totals.iter_mut().zip(sums).enumerate() {
-                    let scale = *scales.as_ptr().add(group) * *x.scales.as_ptr().add(r * groups + group);
+                    let scale =
+                        scales.get_unchecked(group).widen() * *x.scales.as_ptr().add(r * groups + group);
                     *total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(scale), *total);
                 }
             }
@@ -187,13 +209,16 @@ unsafe fn dot8<const R: usize, const N: usize>(
     results
 }
 
-/// Adds the products of sixteen bytes of an output with the numbers of every row.
+/// Adds the products of 32 bytes of an output with the numbers of every row.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn add8<const R: usize>(sums: &mut [__m256i; R], bytes: __m128i, row: impl Fn(usize) -> __m256i) {
-    let weight = _mm256_cvtepu8_epi16(bytes);
+fn add8<const R: usize>(sums: &mut [__m256i; R], bytes: __m256i, row: impl Fn(usize, usize) -> __m256i) {
+    let even = _mm256_and_si256(bytes, _mm256_set1_epi16(0xff));
+    let odd = _mm256_srli_epi16::<8>(bytes);
     for (r, sum) in sums.iter_mut().enumerate() {
-        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(weight, row(r)));
+        let products =
+            _mm256_add_epi32(_mm256_madd_epi16(even, row(r, 0)), _mm256_madd_epi16(odd, row(r, WORDS)));
+        *sum = _mm256_add_epi32(*sum, products);
     }
 }
 

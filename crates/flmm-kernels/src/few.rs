@@ -16,8 +16,10 @@ use crate::product::{Sizes, WeightRows};
 pub(crate) const FEW: usize = 8;
 /// Rows of `x` that share one reading of a row of weights, or rows of weights that share one row of `x`.
 pub(crate) const TOGETHER: usize = 4;
-/// Weights that a thread takes at once.
-const CHUNK: usize = 1 << 18;
+/// The least and the most weights that a thread takes at once. Where a part begins nothing was asked for yet, so few large
+/// parts are better, of which every thread should have [`PARTS`].
+const CHUNK: [usize; 2] = [1 << 18, 1 << 21];
+const PARTS: usize = 8;
 
 /// Computes products of a few rows.
 pub(crate) trait Few<T>: Copy + Send + Sync {
@@ -57,7 +59,8 @@ pub(crate) fn in_chunks<T: Float>(
     let Sizes { rows, inputs, outputs } = sizes;
     // `[outputs, rows]`
     let mut sums = vec![0f32; rows * outputs];
-    let chunk = (CHUNK / inputs).max(1);
+    let [least, most] = CHUNK.map(|weights| (weights / inputs).max(1));
+    let chunk = (outputs / (PARTS * rayon::current_num_threads())).clamp(least, most);
     sums.par_chunks_mut(chunk * rows).enumerate().for_each(|(at, sums)| {
         let first = at * chunk;
         fill(first..first + sums.len() / rows, sums);

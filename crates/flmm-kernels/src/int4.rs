@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use crate::element::Pairs;
 use crate::element::{Float, Singles};
 use crate::few::{Dots, FEW, in_chunks, sums_by};
-use crate::int8::integers;
+use crate::int8;
 use crate::kernel::Wide;
 use crate::product::{self, Sizes, WeightRows};
 
@@ -259,19 +259,25 @@ pub(crate) struct Block {
 
 impl Block {
     /// Up to [`BLOCK`] activations; what is missing is zero.
+    #[inline(always)]
     fn new(numbers: &[bf16]) -> Self {
         let half = [0; BLOCK / 2];
         let mut block = Self { high: [half; 2], low: [half; 2], corrections: [0; 4 * GROUPS], scale: 0.0 };
+        let mut integers = [0; BLOCK];
         // The largest number whose two bytes both have a sign.
-        let (scale, _) = integers(numbers, f32::from(0x7f7f_i16), |at, integer| {
-            let (group, within) = (at / GROUP, at % GROUP);
-            let (side, place) = (within / GROUP_BYTES, group * GROUP_BYTES + within % GROUP_BYTES);
-            let low = integer as i8;
-            block.low[side][place] = low;
-            block.high[side][place] = ((integer - i32::from(low)) >> 8) as i8;
-            block.corrections[4 * group] -= OFFSET * integer;
-        });
-        block.scale = scale;
+        let limit = f32::from(0x7f7f_i16);
+        (block.scale, _) = int8::integers(numbers, limit, &mut integers, |integer| integer as i16);
+        for (group, numbers) in integers.as_chunks::<GROUP>().0.iter().enumerate() {
+            for (side, numbers) in numbers.as_chunks::<GROUP_BYTES>().0.iter().enumerate() {
+                let places = group * GROUP_BYTES..(group + 1) * GROUP_BYTES;
+                let bytes = block.high[side][places.clone()].iter_mut().zip(&mut block.low[side][places]);
+                for ((high, low), &integer) in bytes.zip(numbers) {
+                    [*high, *low] = int8::halves(integer);
+                }
+            }
+            let sum: i32 = numbers.iter().map(|&integer| i32::from(integer)).sum();
+            block.corrections[4 * group] = -OFFSET * sum;
+        }
         block
     }
 }
@@ -328,11 +334,29 @@ pub(crate) fn few(
     y: &mut [bf16],
 ) {
     let blocks = sizes.inputs.div_ceil(BLOCK);
-    let x: Vec<Block> =
-        x.chunks_exact(sizes.inputs).flat_map(|row| row.chunks(BLOCK).map(Block::new)).collect();
+    let x = Arch::new().dispatch(Prepare { x, inputs: sizes.inputs });
     in_chunks(sizes, bias, y, |outputs, sums| {
         sums_by(&Operands { dot, x: &x, blocks, weight }, sizes.rows, outputs.start, sums);
     });
+}
+
+/// Turns rows into integers.
+struct Prepare<'a> {
+    x: &'a [bf16],
+    inputs: usize,
+}
+
+impl WithSimd for Prepare<'_> {
+    type Output = Vec<Block>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Vec<Block> {
+        let mut blocks = Vec::with_capacity(self.x.len().div_ceil(BLOCK));
+        for numbers in self.x.chunks_exact(self.inputs).flat_map(|row| row.chunks(BLOCK)) {
+            blocks.push(Block::new(numbers));
+        }
+        blocks
+    }
 }
 
 struct Operands<'a, D> {

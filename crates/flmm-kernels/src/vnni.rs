@@ -4,10 +4,11 @@
 use std::arch::x86_64::*;
 
 use crate::avx512::Avx512;
+use crate::element::Float;
 use crate::int4::{self, Block, GROUP_BYTES, GROUPS};
 use crate::int8::{self, GROUP, OfOutput, Rows};
 use crate::kernel::OUTPUTS;
-use crate::line::{AHEAD, Line, prefetch};
+use crate::line::{AHEAD, LANES, Line, prefetch};
 use crate::peak::SUMS;
 
 /// Units of four bytes that a group has.
@@ -79,9 +80,9 @@ type Words = [[i8; GROUP]; 2];
 impl int8::Dot for Vnni {
     type Words = Words;
 
-    fn write([high, low]: &mut Words, at: usize, integer: i16) {
-        low[at] = integer as i8;
-        high[at] = ((integer - i16::from(low[at])) >> 8) as i8;
+    #[inline(always)]
+    fn words(group: &[i16; GROUP]) -> Words {
+        [group.map(|integer| int8::halves(integer)[0]), group.map(|integer| int8::halves(integer)[1])]
     }
 
     #[inline]
@@ -142,6 +143,10 @@ unsafe fn dot8<const R: usize, const N: usize>(
     let mut totals = [[_mm512_setzero_ps(); N]; R];
     for group in 0..groups {
         let from = group * GROUP;
+        if group % (2 * LANES) == 0 {
+            w.iter()
+                .for_each(|(_, scales)| prefetch(scales.as_ptr().wrapping_add(group + AHEAD / GROUP).cast()));
+        }
         // SAFETY: the caller checked `x` for `R` rows of `groups` groups, and that each of `w` has `len` bytes and `groups`
         // scales. Bytes behind the last are not read, but asked for.
         unsafe {
@@ -172,7 +177,7 @@ unsafe fn dot8<const R: usize, const N: usize>(
                         lower = _mm512_dpbusd_epi32(lower, weights, number(low));
                     }
                     let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower);
-                    let scale = *scales.as_ptr().add(group) * *x.scales.as_ptr().add(at);
+                    let scale = scales.get_unchecked(group).widen() * *x.scales.as_ptr().add(at);
                     *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale), *total);
                 }
             }
@@ -231,6 +236,9 @@ unsafe fn dot4<const R: usize, const N: usize>(
                 let bytes = nibbles.as_ptr().add(block * GROUPS * GROUP_BYTES);
                 let scales = scales.as_ptr().add(block * GROUPS);
                 prefetch(bytes.wrapping_add(AHEAD));
+                if block % (LANES / 2) == 0 {
+                    prefetch(scales.wrapping_add(AHEAD / GROUP_BYTES).cast());
+                }
                 let (bytes, scales) = match left {
                     GROUPS => (_mm512_loadu_si512(bytes.cast()), _mm_loadu_si64(scales.cast())),
                     _ => (

@@ -1,7 +1,7 @@
 //! Few rows, in 16-bit integers.
 
-use bytemuck::Zeroable;
 use half::bf16;
+use pulp::{Arch, Simd, WithSimd};
 
 use super::{GROUP, Int8Weight, OFFSET, OfOutput, integers};
 use crate::few::{Dots, in_chunks, sums_by};
@@ -13,10 +13,10 @@ const LIMIT: i16 = 0x7f7f;
 /// Products of eight-bit weights and 16-bit activations.
 pub(crate) trait Dot: Copy + Send + Sync {
     /// Activations of a group, up to [`LIMIT`] in size, as they are read.
-    type Words: Zeroable + Copy + Send + Sync;
+    type Words: Copy + Send + Sync;
 
-    /// Writes activation `at` of a group.
-    fn write(words: &mut Self::Words, at: usize, integer: i16);
+    /// A group, in the order of its activations.
+    fn words(group: &[i16; GROUP]) -> Self::Words;
 
     /// `Σ_group scale(row) · scale(n) · Σ_k x[row][k] · w[n][k]` for the first `R` rows.
     fn dot<const R: usize, const N: usize>(self, x: Rows<Self::Words>, w: [OfOutput; N]) -> [[f32; R]; N];
@@ -53,18 +53,36 @@ pub(crate) fn few<K: Dot>(
     y: &mut [bf16],
 ) {
     let (mut words, mut scales, mut corrections) = (Vec::new(), Vec::new(), Vec::new());
-    for numbers in x.chunks_exact(sizes.inputs).flat_map(|row| row.chunks(GROUP)) {
-        let mut group = K::Words::zeroed();
-        let (scale, sum) =
-            integers(numbers, f32::from(LIMIT), |at, integer| K::write(&mut group, at, integer as i16));
-        words.push(group);
-        scales.push(scale);
-        corrections.push(-OFFSET * sum);
-    }
+    let prepare = Prepare::<K> { x, inputs: sizes.inputs, to: (&mut words, &mut scales, &mut corrections) };
+    Arch::new().dispatch(prepare);
     let x = Rows { words: &words, scales: &scales, corrections: &corrections };
     in_chunks(sizes, bias, y, |outputs, sums| {
         sums_by(&Operands { kernel, x, weight }, sizes.rows, outputs.start, sums);
     });
+}
+
+/// Turns rows into integers.
+struct Prepare<'a, K: Dot> {
+    x: &'a [bf16],
+    inputs: usize,
+    /// Words, scales and corrections.
+    to: (&'a mut Vec<K::Words>, &'a mut Vec<f32>, &'a mut Vec<i32>),
+}
+
+impl<K: Dot> WithSimd for Prepare<'_, K> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let (words, scales, corrections) = self.to;
+        for numbers in self.x.chunks_exact(self.inputs).flat_map(|row| row.chunks(GROUP)) {
+            let mut group = [0; GROUP];
+            let (scale, sum) = integers(numbers, f32::from(LIMIT), &mut group, |integer| integer as i16);
+            words.push(K::words(&group));
+            scales.push(scale);
+            corrections.push(sum.wrapping_mul(-OFFSET));
+        }
+    }
 }
 
 struct Operands<'a, K: Dot> {

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use half::bf16;
+use half::slice::HalfFloatSliceExt;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -77,10 +78,10 @@ impl WithSimd for Quantise<'_> {
             for (lane, row) in rows.chunks_exact(inputs).enumerate() {
                 let mut bytes = [0i8; GROUP];
                 let numbers = &row[group * GROUP..inputs.min((group + 1) * GROUP)];
-                let (scale, sum) = integers(numbers, 127.0, |at, integer| bytes[at] = integer as i8);
+                let (scale, sum) = integers(numbers, 127.0, &mut bytes, |integer| integer as i8);
                 units[lane] = bytemuck::cast(bytes);
                 panel.scales[at].0[lane] = scale.to_bits();
-                panel.corrections[at].0[lane] = (-OFFSET * sum) as u32;
+                panel.corrections[at].0[lane] = sum.wrapping_mul(-OFFSET) as u32;
             }
             let to = &mut panel.units[group * GROUP_UNITS * lines..][..GROUP_UNITS * lines];
             for (part, to) in to.chunks_exact_mut(LANES * lines).enumerate() {
@@ -121,7 +122,7 @@ pub(crate) fn many(
                 if first + n < block.outputs.end {
                     let (bytes, all) = weight.row(first + n);
                     write_bytes(&bytes[columns(from)], units);
-                    scales.copy_from_slice(&all[groups.clone()]);
+                    all[groups.clone()].convert_to_f32_slice(scales);
                 } else {
                     scales.fill(0.0);
                 }

@@ -33,15 +33,15 @@ pub(crate) const GROUP: usize = 128;
 pub(crate) const OFFSET: i32 = 128;
 
 /// Bytes and scales of an output.
-pub(crate) type OfOutput<'a> = (&'a [u8], &'a [f32]);
+pub(crate) type OfOutput<'a> = (&'a [u8], &'a [bf16]);
 
 /// A weight `[outputs, inputs]` in eight bits: `(byte − 128) · scale of its group`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Int8Weight {
     /// `[outputs, inputs]`
     bytes: Vec<u8>,
-    /// `[outputs, groups]`, all of which a bf16 holds
-    scales: Vec<f32>,
+    /// `[outputs, groups]`
+    scales: Vec<bf16>,
     inputs: usize,
 }
 
@@ -58,16 +58,16 @@ impl Int8Weight {
             weight.len()
         );
         let (outputs, groups) = (weight.len() / inputs, inputs.div_ceil(GROUP));
-        let (mut bytes, mut scales) = (vec![0u8; weight.len()], vec![0f32; outputs * groups]);
+        let (mut bytes, mut scales) = (vec![0u8; weight.len()], vec![bf16::ZERO; outputs * groups]);
         let rows =
             bytes.par_chunks_mut(inputs).zip(scales.par_chunks_mut(groups)).zip(weight.par_chunks(inputs));
         rows.for_each(|((bytes, scales), weight)| {
             for ((bytes, scale), weight) in bytes.chunks_mut(GROUP).zip(scales).zip(weight.chunks(GROUP)) {
                 *scale = rounded_up(largest(weight) / 127.0);
-                let inverse = scale.recip();
+                let inverse = scale.widen().recip();
                 let inverse = if inverse.is_finite() { inverse } else { 0.0 };
                 for (byte, x) in bytes.iter_mut().zip(weight) {
-                    *byte = (nearest(x.to_f32() * inverse) + OFFSET) as u8;
+                    *byte = nearest(x.to_f32() * inverse).wrapping_add(OFFSET) as u8;
                 }
             }
         });
@@ -76,19 +76,17 @@ impl Int8Weight {
 
     /// A weight of `[outputs, inputs]` from its bytes, `[outputs, inputs]`, and scales, `[outputs, groups]`, as
     /// [`Int8Weight::parts`] gave them; `None` if the lengths do not fit.
-    pub fn from_parts(bytes: Vec<u8>, scales: &[bf16], [outputs, inputs]: [usize; 2]) -> Option<Self> {
+    pub fn from_parts(bytes: Vec<u8>, scales: Vec<bf16>, [outputs, inputs]: [usize; 2]) -> Option<Self> {
         let [width, groups] = Self::part_sizes(inputs);
         let fits = inputs > 0
             && Some(bytes.len()) == outputs.checked_mul(width)
             && Some(scales.len()) == outputs.checked_mul(groups);
-        let scales = scales.iter().map(|scale| scale.to_f32()).collect();
         fits.then_some(Self { bytes, scales, inputs })
     }
 
     /// Bytes `[outputs, inputs]` and scales `[outputs, groups]`.
-    pub fn parts(&self) -> (&[u8], Vec<bf16>) {
-        // They were rounded when they were made.
-        (&self.bytes, self.scales.iter().map(|&scale| bf16::from_f32(scale)).collect())
+    pub fn parts(&self) -> (&[u8], &[bf16]) {
+        (&self.bytes, &self.scales)
     }
 
     /// Bytes and scales that an output of `inputs` has.
@@ -108,7 +106,7 @@ impl Int8Weight {
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        self.bytes.len() + 4 * self.scales.len()
+        self.bytes.len() + size_of_val(&self.scales[..])
     }
 
     /// `y = x·weightᵀ + bias` in bf16: `x [rows, inputs]`, `bias [outputs]`, `y [rows, outputs]`.
@@ -182,7 +180,7 @@ impl WeightRows<bf16> for Int8Weight {
 /// Writes an output's weights as bf16.
 struct Widen<'a> {
     bytes: &'a [u8],
-    scales: &'a [f32],
+    scales: &'a [bf16],
     to: &'a mut [bf16],
 }
 
@@ -193,6 +191,7 @@ impl WithSimd for Widen<'_> {
     fn with_simd<S: Simd>(self, _: S) {
         let groups = self.to.chunks_mut(GROUP).zip(self.bytes.chunks(GROUP)).zip(self.scales);
         for ((to, bytes), scale) in groups {
+            let scale = scale.widen();
             for (to, &byte) in to.iter_mut().zip(bytes) {
                 *to = <bf16 as Float>::round((i32::from(byte) - OFFSET) as f32 * scale);
             }
@@ -201,17 +200,18 @@ impl WithSimd for Widen<'_> {
 }
 
 /// The smallest bf16 that is not less than `x`, a number without sign.
-fn rounded_up(x: f32) -> f32 {
-    f32::from_bits(x.to_bits().saturating_add(0xffff) & 0xffff_0000)
+fn rounded_up(x: f32) -> bf16 {
+    bf16::from_bits((x.to_bits().saturating_add(0xffff) >> 16) as u16)
 }
 
-/// The nearest integer, ties to even, to a number of at most 22 bits. `f32::round_ties_even` is a call of a function where
-/// instructions for it are not taken for granted.
+/// The nearest integer, ties to even, to a number of at most 22 bits; any integer for one that is not finite. Neither
+/// `f32::round_ties_even`, a call of a function where instructions for it are not taken for granted, nor `as`, which looks
+/// for what does not fit.
 #[inline(always)]
 fn nearest(x: f32) -> i32 {
-    // Adding this number rounds to a whole one.
+    // Adding this number leaves the integer in the lowest bits.
     const ROUNDER: f32 = 12_582_912.0;
-    (x + ROUNDER - ROUNDER) as i32
+    (x + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()) as i32
 }
 
 /// Largest of the numbers, without sign; NaN if there is one.
@@ -222,18 +222,30 @@ fn largest(numbers: &[bf16]) -> f32 {
     bf16::from_bits(bits).to_f32()
 }
 
-/// A group as integers up to `limit`: hands each to `write`, and returns scale and sum.
+/// An integer up to 0x7f7f in size as two bytes with a sign, `256 · high + low`.
 #[inline(always)]
-pub(crate) fn integers(numbers: &[bf16], limit: f32, mut write: impl FnMut(usize, i32)) -> (f32, i32) {
+pub(crate) fn halves(integer: i16) -> [i8; 2] {
+    let low = integer as i8;
+    [((integer - i16::from(low)) >> 8) as i8, low]
+}
+
+/// Writes `numbers` as integers up to `limit`, each as `narrow` makes it, and returns scale and sum.
+#[inline(always)]
+pub(crate) fn integers<T>(
+    numbers: &[bf16],
+    limit: f32,
+    to: &mut [T; GROUP],
+    narrow: impl Fn(i32) -> T,
+) -> (f32, i32) {
     let largest = largest(numbers);
     // Without a finite quotient all numbers are zero, or as good as zero.
     let inverse = limit / largest;
     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
-    let mut sum = 0;
-    for (at, x) in numbers.iter().enumerate() {
+    let mut sum = 0i32;
+    for (to, x) in to.iter_mut().zip(numbers) {
         let integer = nearest(x.widen() * inverse);
-        sum += integer;
-        write(at, integer);
+        sum = integer.wrapping_add(sum);
+        *to = narrow(integer);
     }
     (largest / limit, sum)
 }

@@ -17,9 +17,9 @@ fn check_int8(sizes: Sizes, biased: bool) -> Result<(), TestCaseError> {
     let int8 = Int8Weight::quantise(&weight, inputs);
     prop_assert_eq!((int8.inputs(), int8.outputs()), (inputs, outputs));
     let (bytes, scales) = int8.parts();
-    let again = Int8Weight::from_parts(bytes.to_vec(), &scales, [outputs, inputs]);
+    let again = Int8Weight::from_parts(bytes.to_vec(), scales.to_vec(), [outputs, inputs]);
     prop_assert_eq!(again.as_ref(), Some(&int8));
-    prop_assert!(Int8Weight::from_parts(bytes.to_vec(), &scales, [outputs, inputs + 1]).is_none());
+    prop_assert!(Int8Weight::from_parts(bytes.to_vec(), scales.to_vec(), [outputs, inputs + 1]).is_none());
     let space = &mut Vec::new();
     let near = int8.rows(0..outputs, inputs, space);
     for (near, weight) in near.iter().zip(&weight) {

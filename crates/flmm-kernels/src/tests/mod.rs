@@ -143,16 +143,24 @@ fn results_do_not_depend_on_other_rows() {
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
-    let sizes = Sizes { rows: 70, inputs: 600, outputs: 500 };
-    let (x, weight) =
-        (numbers::<bf16>(sizes.rows * sizes.inputs, 1), numbers::<bf16>(sizes.outputs * sizes.inputs, 2));
-    let results = [1, 3].map(|threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let mut y = vec![bf16::ZERO; sizes.rows * sizes.outputs];
-        pool.install(|| crate::linear_bf16(&x, &weight, None, sizes, &mut y));
-        y
-    });
-    assert!(results[0] == results[1]);
+    // One row's outputs are cut into parts for all threads.
+    for sizes in
+        [Sizes { rows: 70, inputs: 600, outputs: 500 }, Sizes { rows: 1, inputs: 2100, outputs: 2501 }]
+    {
+        let Sizes { rows, inputs, outputs } = sizes;
+        let (x, weight) = (numbers::<bf16>(rows * inputs, 1), numbers::<bf16>(outputs * inputs, 2));
+        let int8 = crate::Int8Weight::quantise(&weight, inputs);
+        let results = [1, 3].map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut y = [(); 2].map(|()| vec![bf16::ZERO; rows * outputs]);
+            pool.install(|| {
+                crate::linear_bf16(&x, &weight, None, sizes, &mut y[0]);
+                int8.multiply(&x, None, &mut y[1]);
+            });
+            y
+        });
+        assert!(results[0] == results[1]);
+    }
 }
 
 #[test]

@@ -110,7 +110,7 @@ impl Packed {
             (bytes.flatten_all()?.to_vec1::<u8>()?, scales.flatten_all()?.to_vec1::<bf16>()?);
         Ok(match stored {
             Stored::Int8 => {
-                Int8Weight::from_parts(bytes, &scales, shape).map(|weight| Self::Int8(Arc::new(weight)))
+                Int8Weight::from_parts(bytes, scales, shape).map(|weight| Self::Int8(Arc::new(weight)))
             }
             Stored::Int4 => {
                 Int4Weight::from_parts(bytes, scales, shape).map(|weight| Self::Int4(Arc::new(weight)))
@@ -127,12 +127,12 @@ impl Packed {
             }
             Self::Int4(weight) => {
                 let (bytes, scales) = weight.parts();
-                (Stored::Int4, bytes, scales.to_vec())
+                (Stored::Int4, bytes, scales)
             }
         };
         let [width, groups] = stored.part_sizes(self.inputs());
         let bytes = Tensor::from_slice(bytes, (self.outputs(), width), &Device::Cpu)?;
-        let scales = Tensor::from_vec(scales, (self.outputs(), groups), &Device::Cpu)?;
+        let scales = Tensor::from_slice(scales, (self.outputs(), groups), &Device::Cpu)?;
         Ok([(stored.bytes_of(name), bytes), (scales_of(name), scales)])
     }
 
