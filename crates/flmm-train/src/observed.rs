@@ -55,7 +55,7 @@ impl Observed<'_> {
     /// What the frozen models see of `text`.
     pub fn observe(&self, text: &LabelledText) -> Result<HeadSample> {
         let grounder = self.frozen.grounder()?;
-        let mut session = grounder.start(&self.picture(text)?)?;
+        let mut session = grounder.start(&self.picture(text)?)?.once();
         let turns = [Turn::user(text.instruction)];
         let observation = grounder.observe_in(&mut session, &turns, &text.caption)?;
         let device = observation.maps.device();

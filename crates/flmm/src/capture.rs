@@ -3,35 +3,71 @@
 //! Kept per layer: the rotated queries and the log-sum-exp of the score rows, and the hidden states. Keys stay
 //! in the KV cache. When the phrases are known, the probabilities of just their rows on just the image's
 //! columns are `exp(q·k / √d − lse)`, so no attention matrix is ever stored and no second pass is needed.
+//! Where they are known before the pass, each layer's maps are made within it, and neither rows nor keys are kept.
 
 use std::ops::Range;
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 
 use crate::error::{Error, Result};
-use crate::layout::{ImageLayout, Merge};
+use crate::layout::{Folding, ImageLayout, Merge};
 use crate::nn::softmax_last_dim;
 use crate::text::{KvCache, round_to, scaled_scores};
 
 /// Raised whenever maps or hidden states of the same model change: feature caches of another version are refused.
 pub const VERSION: u32 = 1;
 
-/// Queries, log-sum-exps and hidden states of the rows at positions `first..first + len`.
+/// Attention rows and hidden states of the tokens at positions `first..first + len`.
 #[derive(Debug, Clone, Default)]
 pub struct Capture {
     first: usize,
-    /// Per layer: pieces `[heads, t, head_dim]`.
-    queries: Vec<Vec<Tensor>>,
-    /// Per layer: pieces `[heads, t]`, f32.
-    lse: Vec<Vec<Tensor>>,
+    attention: Kept,
     /// Embeddings, outputs of layers 1..L−1, final-normed output of layer L: pieces `[t, hidden]`.
     hidden: Vec<Vec<Tensor>>,
+}
+
+/// What is kept of the attention.
+#[derive(Debug, Clone)]
+enum Kept {
+    Rows {
+        /// Per layer: pieces `[heads, t, head_dim]`.
+        queries: Vec<Vec<Tensor>>,
+        /// Per layer: pieces `[heads, t]`, f32.
+        lse: Vec<Vec<Tensor>>,
+    },
+    /// Maps of phrases that were known before the pass.
+    Maps {
+        image: ImageLayout,
+        /// Positions of the phrases' tokens.
+        phrases: Vec<Vec<usize>>,
+        merge: Merge,
+        /// Begun with the first layer, which tells the model's type.
+        folding: Option<Folding>,
+    },
+}
+
+impl Default for Kept {
+    fn default() -> Self {
+        Self::Rows { queries: Vec::new(), lse: Vec::new() }
+    }
 }
 
 impl Capture {
     /// Keeps every row at position `first` or later.
     pub fn from_position(first: usize) -> Self {
         Self { first, ..Self::default() }
+    }
+
+    /// Keeps the maps of `phrases`, positions of tokens, on `image`, and of every row at position `first` or later the hidden
+    /// states. Nothing else can be asked for afterwards, and the KV cache need not keep the keys ([`KvCache::passing`]).
+    pub fn of_phrases(first: usize, image: ImageLayout, phrases: Vec<Vec<usize>>, merge: Merge) -> Self {
+        let attention = Kept::Maps { image, phrases, merge, folding: None };
+        Self { first, attention, ..Self::default() }
+    }
+
+    /// Whether maps are made from the KV cache's keys after the pass.
+    pub(crate) fn needs_keys(&self) -> bool {
+        matches!(self.attention, Kept::Rows { .. })
     }
 
     /// Positions of the rows kept.
@@ -42,8 +78,14 @@ impl Capture {
 
     /// Bytes of all that is kept.
     pub fn bytes(&self) -> usize {
-        let pieces = [&self.queries, &self.lse, &self.hidden].into_iter().flatten().flatten();
-        pieces.map(|piece| piece.elem_count() * piece.dtype().size_in_bytes()).sum()
+        let bytes = |lists: &[Vec<Tensor>]| -> usize {
+            lists.iter().flatten().map(|piece| piece.elem_count() * piece.dtype().size_in_bytes()).sum()
+        };
+        let attention = match &self.attention {
+            Kept::Rows { queries, lse } => bytes(queries) + bytes(lse),
+            Kept::Maps { folding, .. } => folding.as_ref().map_or(0, Folding::bytes),
+        };
+        attention + bytes(&self.hidden)
     }
 
     /// The first row that is kept of those read from position `start` on, counted from there.
@@ -51,10 +93,14 @@ impl Capture {
         self.first.saturating_sub(start)
     }
 
-    /// Forgets the rows at position `end` and later.
+    /// Forgets the rows at position `end` and later; maps that were made of them stay.
     pub fn truncate(&mut self, end: usize) -> Result<()> {
         let keep = end.saturating_sub(self.first);
-        for (lists, axis) in [(&mut self.queries, 1), (&mut self.lse, 1), (&mut self.hidden, 0)] {
+        let mut kept = vec![(&mut self.hidden, 0)];
+        if let Kept::Rows { queries, lse } = &mut self.attention {
+            kept.extend([(queries, 1), (lse, 1)]);
+        }
+        for (lists, axis) in kept {
             for pieces in lists.iter_mut() {
                 let mut left = keep;
                 for piece in pieces.iter_mut() {
@@ -68,19 +114,36 @@ impl Capture {
         Ok(())
     }
 
-    /// Keeps the wanted rows of `queries [heads, T, d]` and `lse [heads, T]`, whose first row is at `start`.
+    /// Keeps what is wanted of the rows of `queries [heads, T, d]` and `lse [heads, T]`, whose first is at `start`, on
+    /// `keys [kv heads, S, d]`, which begin at position 0. Layers come in their order.
     pub(crate) fn keep_attention(
         &mut self,
         layer: usize,
         start: usize,
         queries: &Tensor,
         lse: &Tensor,
+        keys: &Tensor,
     ) -> Result<()> {
-        let Some(skip) = self.skip(start, queries.dim(1)?) else { return Ok(()) };
-        let wanted = queries.dim(1)? - skip;
-        // Copied, so that the rows before the answer are not kept alive.
-        push(&mut self.queries, layer, queries.narrow(1, skip, wanted)?.force_contiguous()?);
-        push(&mut self.lse, layer, lse.narrow(1, skip, wanted)?.force_contiguous()?);
+        let skip = self.skip(start, queries.dim(1)?);
+        match &mut self.attention {
+            Kept::Rows { queries: kept, lse: kept_lse } => {
+                let Some(skip) = skip else { return Ok(()) };
+                let wanted = queries.dim(1)? - skip;
+                // Copied, so that the rows before the answer are not kept alive.
+                push(kept, layer, queries.narrow(1, skip, wanted)?.force_contiguous()?);
+                push(kept_lse, layer, lse.narrow(1, skip, wanted)?.force_contiguous()?);
+            }
+            Kept::Maps { image, phrases, merge, folding } => {
+                let rows = start..start + queries.dim(1)?;
+                let indices = phrases.iter().map(|phrase| row_index(phrase, &rows, lse.device()));
+                let indices = indices.collect::<Result<Vec<_>>>()?;
+                let keys = keys.narrow(1, image.start, image.tokens)?;
+                let rows = indices.iter().map(|index| probabilities(queries, lse, index, &keys));
+                let folding =
+                    folding.get_or_insert_with(|| Folding::new(image.clone(), *merge, queries.dtype()));
+                folding.push(&rows.collect::<Result<Vec<_>>>()?)?;
+            }
+        }
         Ok(())
     }
 
@@ -131,6 +194,8 @@ impl Capture {
 
     /// The mask head's input `[N, C, gh, gw]` in f32: per phrase, the merged attention of the rows at its
     /// positions on the image's tokens, for every layer and head (`spec/pipeline.md` §2.2).
+    ///
+    /// A capture [of phrases](Capture::of_phrases) has the maps already, of those phrases alone.
     pub fn phrase_maps(
         &self,
         cache: &KvCache,
@@ -138,9 +203,18 @@ impl Capture {
         phrases: &[Vec<usize>],
         merge: Merge,
     ) -> Result<Tensor> {
+        let queries = match &self.attention {
+            Kept::Rows { queries, .. } => queries,
+            Kept::Maps { image: of, phrases: known, merge: by, folding: Some(folding) }
+                if (of, &known[..], *by) == (image, phrases, merge) =>
+            {
+                return folding.maps();
+            }
+            Kept::Maps { .. } => return Err(not_kept("maps of other phrases than those it was told before")),
+        };
         let indices = phrases.iter().map(|positions| self.index(positions)).collect::<Result<Vec<_>>>()?;
-        let dtype = self.queries.first().and_then(|pieces| pieces.first()).map_or(DType::F32, Tensor::dtype);
-        let maps = image.fold(self.queries.len(), merge, dtype, |layer| {
+        let dtype = queries.first().and_then(|pieces| pieces.first()).map_or(DType::F32, Tensor::dtype);
+        let maps = image.fold(queries.len(), merge, dtype, |layer| {
             let (queries, lse) = self.rows(layer)?;
             let keys = cache.keys(layer, image.start, image.tokens)?;
             indices.iter().map(|index| probabilities(&queries, &lse, index, &keys)).collect()
@@ -150,25 +224,35 @@ impl Capture {
 
     /// All kept queries `[heads, rows, head_dim]` and log-sum-exps `[heads, rows]` of `layer`.
     fn rows(&self, layer: usize) -> Result<(Tensor, Tensor)> {
-        match (self.queries.get(layer), self.lse.get(layer)) {
-            (Some(queries), Some(lse)) => Ok((Tensor::cat(queries, 1)?, Tensor::cat(lse, 1)?)),
-            _ => Err(candle_core::Error::Msg(format!("no rows were kept of layer {layer}")).into()),
+        match &self.attention {
+            Kept::Rows { queries, lse } if layer < queries.len().min(lse.len()) => {
+                Ok((Tensor::cat(&queries[layer], 1)?, Tensor::cat(&lse[layer], 1)?))
+            }
+            _ => Err(not_kept(&format!("rows of layer {layer}"))),
         }
     }
 
     /// `positions` as row numbers of the kept tensors.
     fn index(&self, positions: &[usize]) -> Result<Tensor> {
-        let kept = self.positions();
-        if let Some(position) = positions.iter().find(|position| !kept.contains(position)) {
-            return Err(Error::request(
-                format!("token {position} has no attention row: rows {}..{} were kept", kept.start, kept.end),
-                "ground only tokens of the answer that were fed to the model",
-            ));
-        }
-        let rows: Vec<u32> = positions.iter().map(|position| (position - self.first) as u32).collect();
-        let device = self.lse.first().and_then(|pieces| pieces.first()).map(Tensor::device);
-        Ok(Tensor::from_vec(rows, positions.len(), device.unwrap_or(&candle_core::Device::Cpu))?)
+        let state = self.hidden.first().and_then(|pieces| pieces.first()).map(Tensor::device);
+        row_index(positions, &self.positions(), state.unwrap_or(&Device::Cpu))
     }
+}
+
+/// `positions` counted from the first of `rows`, which must hold them.
+fn row_index(positions: &[usize], rows: &Range<usize>, device: &Device) -> Result<Tensor> {
+    if let Some(position) = positions.iter().find(|position| !rows.contains(position)) {
+        return Err(Error::request(
+            format!("token {position} has no attention row: rows {}..{} were kept", rows.start, rows.end),
+            "ground only tokens of the answer that were fed to the model",
+        ));
+    }
+    let numbers: Vec<u32> = positions.iter().map(|position| (position - rows.start) as u32).collect();
+    Ok(Tensor::from_vec(numbers, positions.len(), device)?)
+}
+
+fn not_kept(what: &str) -> Error {
+    candle_core::Error::Msg(format!("the pass did not keep {what}")).into()
 }
 
 /// Rows `from..to` of `pieces [t, hidden]`, counted through.
@@ -213,8 +297,6 @@ pub fn weighted_hidden(hidden: &Tensor, text_layer_weights: &Tensor) -> Result<T
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     #[test]

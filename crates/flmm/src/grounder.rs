@@ -115,7 +115,7 @@ impl Grounder {
     /// One teacher-forced pass over the grounding prompt and the caption (`spec/pipeline.md` §2). Nothing of the
     /// result can be differentiated.
     pub fn observe(&self, picture: &RgbImage, caption: &Caption) -> Result<Observation> {
-        self.observe_in(&mut self.start(picture)?, &[Turn::user(GROUNDING_INSTRUCTION)], caption)
+        self.observe_in(&mut self.start(picture)?.once(), &[Turn::user(GROUNDING_INSTRUCTION)], caption)
     }
 
     /// As [`Grounder::observe`], behind the prompt of any conversation, about the session's first picture, and reusing
@@ -165,7 +165,7 @@ impl Grounder {
         session.input(image)?;
         caption.phrases()?;
         let mut caption = caption.clone();
-        let capture = self.read_caption(session, prompt, &mut caption)?;
+        let capture = self.read_caption(session, image, prompt, &mut caption)?;
         self.observation(session, image, &capture, caption.phrases()?)
     }
 
@@ -173,7 +173,7 @@ impl Grounder {
     /// selector needs, without SAM and without attention maps. The caption may have no phrase at all.
     pub fn hidden_in(&self, session: &mut Session, turns: &[Turn], caption: &Caption) -> Result<Tensor> {
         let prompt = session.prompt(self.lmm(), turns)?;
-        let capture = self.read_caption(session, prompt, &mut caption.clone())?;
+        let capture = self.read_caption(session, 0, prompt, &mut caption.clone())?;
         capture.hidden_rows(&capture.positions().collect::<Vec<_>>())
     }
 

@@ -185,55 +185,94 @@ impl ImageLayout {
         dtype: DType,
         mut rows: impl FnMut(usize) -> Result<Vec<Tensor>>,
     ) -> Result<Tensor> {
-        let (height, width) = self.size();
-        // merged[plane][phrase] lists `[heads, h, w]` of every layer.
-        let mut merged: Vec<Vec<Vec<Tensor>>> = vec![Vec::new(); self.planes.len()];
+        let mut folding = Folding::new(self.clone(), merge, dtype);
         for layer in 0..layers {
-            for (phrase, rows) in rows(layer)?.iter().enumerate() {
-                if rows.dim(1)? == 0 {
-                    return Err(Error::request(
-                        format!("phrase {phrase} has no tokens"),
-                        "every phrase must cover at least one token of the text",
-                    ));
-                }
-                for (plane, stacks) in self.planes.iter().zip(&mut merged) {
-                    let mut maps = plane.gather(rows)?;
-                    if self.stacking == Stacking::PlanesWithinLayers {
-                        maps = resize(&maps, height, width)?;
-                        maps = round_to(&maps, dtype)?;
-                    }
-                    let map = match merge {
-                        Merge::Mean => maps.mean(1)?,
-                        Merge::Max => maps.max(1)?,
-                    };
-                    if layer == 0 {
-                        stacks.push(Vec::with_capacity(layers));
-                    }
-                    stacks[phrase].push(round_to(&map, dtype)?);
-                }
-            }
+            folding.push(&rows(layer)?)?;
         }
-        let phrases = merged.first().map_or(0, Vec::len);
+        folding.maps()
+    }
+}
+
+/// [`ImageLayout::fold`] layer by layer, for rows that need not be kept.
+#[derive(Debug, Clone)]
+pub struct Folding {
+    layout: ImageLayout,
+    merge: Merge,
+    dtype: DType,
+    /// `layers[layer][phrase][plane]`: `[heads, h, w]`, merged, in f32.
+    layers: Vec<Vec<Vec<Tensor>>>,
+}
+
+impl Folding {
+    /// Nothing folded yet.
+    pub fn new(layout: ImageLayout, merge: Merge, dtype: DType) -> Self {
+        Self { layout, merge, dtype, layers: Vec::new() }
+    }
+
+    /// Folds the next layer: for every phrase, the probabilities of its tokens on the image's tokens `[heads, T_n, tokens]`,
+    /// already rounded to the type and held in f32. A phrase without tokens is an error.
+    pub fn push(&mut self, phrases: &[Tensor]) -> Result<()> {
+        let merged = phrases.iter().enumerate().map(|(phrase, rows)| {
+            if rows.dim(1)? == 0 {
+                return Err(Error::request(
+                    format!("phrase {phrase} has no tokens"),
+                    "every phrase must cover at least one token of the text",
+                ));
+            }
+            self.layout.planes.iter().map(|plane| self.merged(plane, rows)).collect()
+        });
+        self.layers.push(merged.collect::<Result<_>>()?);
+        Ok(())
+    }
+
+    /// One plane's map of one phrase: `[heads, h, w]`.
+    fn merged(&self, plane: &Plane, rows: &Tensor) -> Result<Tensor> {
+        let mut maps = plane.gather(rows)?;
+        if self.layout.stacking == Stacking::PlanesWithinLayers {
+            let (height, width) = self.layout.size();
+            maps = round_to(&resize(&maps, height, width)?, self.dtype)?;
+        }
+        let map = match self.merge {
+            Merge::Mean => maps.mean(1)?,
+            Merge::Max => maps.max(1)?,
+        };
+        round_to(&map, self.dtype)
+    }
+
+    /// The maps of all layers folded so far: `[N, C, gh, gw]`, f32.
+    pub fn maps(&self) -> Result<Tensor> {
+        let phrases = self.layers.first().map_or(0, Vec::len);
         if phrases == 0 {
             return Err(Error::request("there is no phrase to ground", "name at least one phrase"));
         }
+        let (height, width) = self.layout.size();
         let mut stacked = Vec::with_capacity(phrases);
         for phrase in 0..phrases {
-            let maps: Vec<Tensor> = match self.stacking {
+            let of = |layer: &Vec<Vec<Tensor>>, plane: usize| layer[phrase][plane].clone();
+            let planes = 0..self.layout.planes.len();
+            let maps: Vec<Tensor> = match self.layout.stacking {
                 Stacking::PlanesOutermost => {
-                    let planes = merged.iter().map(|plane| {
-                        let stack = Tensor::cat(&plane[phrase], 0)?.unsqueeze(0)?;
+                    let stacks = planes.map(|plane| {
+                        let layers: Vec<Tensor> = self.layers.iter().map(|layer| of(layer, plane)).collect();
+                        let stack = Tensor::cat(&layers, 0)?.unsqueeze(0)?;
                         Ok(resize(&stack, height, width)?.squeeze(0)?)
                     });
-                    planes.collect::<Result<_>>()?
+                    stacks.collect::<Result<_>>()?
                 }
-                Stacking::PlanesWithinLayers => (0..layers)
-                    .flat_map(|layer| merged.iter().map(move |plane| plane[phrase][layer].clone()))
-                    .collect(),
+                Stacking::PlanesWithinLayers => {
+                    let layers = self.layers.iter();
+                    layers.flat_map(|layer| planes.clone().map(move |plane| of(layer, plane))).collect()
+                }
             };
             stacked.push(Tensor::cat(&maps, 0)?);
         }
         Ok(Tensor::stack(&stacked, 0)?)
+    }
+
+    /// Bytes of all maps held.
+    pub fn bytes(&self) -> usize {
+        let maps = self.layers.iter().flatten().flatten();
+        maps.map(|map| map.elem_count() * map.dtype().size_in_bytes()).sum()
     }
 }
 

@@ -232,6 +232,20 @@ fn answering_grounding_and_training_give_the_same_masks() -> TestResult {
         assert_eq!(common::max_abs_diff(maps, &observation.maps.get(number)?)?, 0.0);
     }
 
+    // A text that is read once leaves no keys and values behind, and is seen the same.
+    let turns = [Turn::user(GROUNDING_INSTRUCTION)];
+    let (mut kept, mut once) = (grounder.start(&picture)?, grounder.start(&picture)?.once());
+    let seen = grounder.observe_in(&mut kept, &turns, &caption)?;
+    let seen_once = grounder.observe_in(&mut once, &turns, &caption)?;
+    assert_eq!(common::max_abs_diff(&seen_once.maps, &seen.maps)?, 0.0);
+    assert_eq!(common::max_abs_diff(&seen_once.hidden, &seen.hidden)?, 0.0);
+    let config = grounder.lmm().decoder().config();
+    let keys_and_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size_of::<f32>();
+    assert!(once.bytes() + seen.hidden.dim(1)? * keys_and_values < kept.bytes());
+    // Of a text whose phrases only the selector finds, they are needed.
+    grounder.ground_in(&mut once, TEXT, &PhraseChoice::Keywords, &keep)?;
+    assert!(once.bytes() > once.layout().tokens * keys_and_values);
+
     // The same from a session that has already read other texts about the picture.
     let mut session = grounder.start(&picture)?;
     grounder.ground_in(&mut session, "Sky.", &PhraseChoice::Keywords, &keep)?;

@@ -26,9 +26,9 @@ impl Grounder {
     pub fn attention(&self, picture: &RgbImage, caption: &Caption) -> Result<Attention> {
         caption.phrases()?;
         let mut caption = caption.clone();
-        let mut session = self.start(picture)?;
+        let mut session = self.start(picture)?.once();
         let prompt = session.prompt(self.lmm(), &[Turn::user(GROUNDING_INSTRUCTION)])?;
-        let capture = self.read_caption(&mut session, prompt, &mut caption)?;
+        let capture = self.read_caption(&mut session, 0, prompt, &mut caption)?;
         let (maps, input) = session.phrase_maps(0, &capture, &caption.phrases()?)?;
         Ok(Attention { maps, geometry: input.geometry, layout: input.layout.clone() })
     }
@@ -72,7 +72,7 @@ impl Grounder {
         }
         let prompt = session.prompt(self.lmm(), turns)?;
         let first = prompt.len();
-        let capture = self.read_caption(session, prompt, &mut caption)?;
+        let capture = self.read_caption(session, image, prompt, &mut caption)?;
         // Of a text that is too long for the model only the beginning was read.
         let tokens = chosen("token", &choice.tokens, caption.token_ids.len())?;
         let positions: Vec<usize> = tokens.iter().map(|token| first + token).collect();

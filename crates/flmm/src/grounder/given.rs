@@ -23,7 +23,7 @@ impl Grounder {
         choice: &PhraseChoice,
         options: &GroundOptions,
     ) -> Result<GroundedAnswer> {
-        self.ground_in(&mut self.start(picture)?, text, choice, options)
+        self.ground_in(&mut self.start(picture)?.once(), text, choice, options)
     }
 
     /// As [`Grounder::ground`], for a session: other texts about its picture reuse what is already computed.
@@ -70,7 +70,7 @@ impl Grounder {
         };
         let clock = Instant::now();
         let prompt = session.prompt(self.lmm(), &[Turn::user(GROUNDING_INSTRUCTION)])?;
-        let capture = self.read_caption(session, prompt, &mut caption)?;
+        let capture = self.read_caption(session, options.image, prompt, &mut caption)?;
         let timings = Timings { read: clock.elapsed(), ..Timings::default() };
 
         let positions: Vec<usize> = capture.positions().collect();
@@ -101,11 +101,12 @@ impl Grounder {
         Ok(result)
     }
 
-    /// Reads the ids of a prompt and a caption; the capture holds the caption's rows. A caption that is too long for a model that
-    /// cuts sequences off is cut.
+    /// Reads the ids of a prompt and a caption, whose phrases are sought in picture number `image`; the capture holds the
+    /// caption's rows. A caption that is too long for a model that cuts sequences off is cut.
     pub(super) fn read_caption(
         &self,
         session: &mut Session,
+        image: usize,
         prompt: Vec<u32>,
         caption: &mut Caption,
     ) -> Result<Capture> {
@@ -119,7 +120,7 @@ impl Grounder {
         if let Some(limit) = self.lmm.reads_at_most() {
             caption.cut(limit.saturating_sub(ids.len()))?;
         }
-        let mut capture = Capture::from_position(ids.len());
+        let mut capture = session.capture(image, ids.len(), &caption.phrases()?)?;
         ids.extend_from_slice(&caption.token_ids);
         session.read(self.lmm(), &ids, Some(&mut capture))?;
         Ok(capture)

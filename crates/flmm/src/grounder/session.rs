@@ -28,6 +28,7 @@ pub struct Session {
     /// How many tokens the last reading found in the cache.
     reused: usize,
     coarse_only: bool,
+    once: bool,
 }
 
 /// One picture; the layout in `input` is where the last prompt shows it.
@@ -69,7 +70,15 @@ impl Session {
         let pictures = pictures.collect::<Result<Vec<_>>>()?;
         let tokens: usize = pictures.iter().map(|picture| picture.input.layout.tokens).sum();
         let cache = KvCache::new(lmm.decoder().config(), tokens + 256);
-        Ok(Self { turns: Vec::new(), cache, pictures, read: Vec::new(), reused: 0, coarse_only: false })
+        Ok(Self {
+            turns: Vec::new(),
+            cache,
+            pictures,
+            read: Vec::new(),
+            reused: 0,
+            coarse_only: false,
+            once: false,
+        })
     }
 
     /// Adds a picture; what is computed of the others is kept.
@@ -82,6 +91,13 @@ impl Session {
     /// SAM does not look at the pictures: for those who want coarse masks alone. Refining what is then observed fails.
     pub fn coarse_only(mut self) -> Self {
         self.coarse_only = true;
+        self
+    }
+
+    /// Of a text whose phrases are known before it is read, no keys and values are kept, which take gigabytes where pictures
+    /// are thousands of tokens: for those who read a single text.
+    pub fn once(mut self) -> Self {
+        self.once = true;
         self
     }
 
@@ -126,9 +142,7 @@ impl Session {
         capture: &Capture,
         phrases: &[Vec<usize>],
     ) -> Result<(Tensor, &ImageInput)> {
-        let first = capture.positions().start;
-        let positions: Vec<Vec<usize>> =
-            phrases.iter().map(|phrase| phrase.iter().map(|token| first + token).collect()).collect();
+        let positions = positions(phrases, capture.positions().start);
         let input = self.input(image)?;
         Ok((capture.phrase_maps(&self.cache, &input.layout, &positions, Merge::Mean)?, input))
     }
@@ -211,14 +225,29 @@ impl Session {
         Ok(prepared.token_ids)
     }
 
+    /// Keeps what is needed to ground `phrases`, token numbers of the text behind `prompt`, in picture number `image`.
+    pub(super) fn capture(&self, image: usize, prompt: usize, phrases: &[Vec<usize>]) -> Result<Capture> {
+        if !self.once || phrases.is_empty() {
+            return Ok(Capture::from_position(prompt));
+        }
+        let image = self.input(image)?.layout.clone();
+        Ok(Capture::of_phrases(prompt, image, positions(phrases, prompt), Merge::Mean))
+    }
+
     /// Reads `ids`, keeping what of them is already in the cache, and returns the final-normed state of the last
-    /// one, `[1, hidden]`. Rows that `capture` wants are always read anew.
+    /// one, `[1, hidden]`. Rows that `capture` wants are always read anew; for one that needs no keys, all is read and nothing kept.
     pub(super) fn read(
         &mut self,
         lmm: &dyn Lmm,
         ids: &[u32],
         capture: Option<&mut Capture>,
     ) -> Result<Tensor> {
+        if capture.as_ref().is_some_and(|capture| !capture.needs_keys()) {
+            self.reused = 0;
+            let embeds = self.embed(lmm, ids, 0)?;
+            let mut cache = KvCache::passing(lmm.decoder().config());
+            return lmm.decoder().read(&embeds, &mut cache, capture);
+        }
         let tokens = self.tokens(ids);
         let wanted = capture.as_ref().map_or(ids.len(), |capture| capture.positions().start);
         let shared = self.read.iter().zip(&tokens).take_while(|(old, new)| old == new).count();
@@ -270,6 +299,11 @@ impl Session {
         }
         embed_with_images(lmm.decoder(), &ids[from..], images)
     }
+}
+
+/// Positions of the token numbers `phrases` of a text that begins at `first`.
+fn positions(phrases: &[Vec<usize>], first: usize) -> Vec<Vec<usize>> {
+    phrases.iter().map(|phrase| phrase.iter().map(|token| first + token).collect()).collect()
 }
 
 impl Picture {

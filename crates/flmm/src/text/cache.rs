@@ -7,9 +7,10 @@ use crate::text::DecoderConfig;
 
 /// Keys and values of every layer, kept in buffers that are allocated once and doubled when full.
 ///
-/// The cache is not `Clone`: two copies would share and overwrite one buffer.
+/// One made by [`KvCache::passing`] keeps none. The cache is not `Clone`: two copies would share and overwrite one buffer.
 #[derive(Debug)]
 pub struct KvCache {
+    passing: bool,
     layers: Vec<Option<Buffers>>,
     heads: usize,
     head_dim: usize,
@@ -30,6 +31,7 @@ impl KvCache {
     /// An empty cache with room for `capacity` tokens; it grows up to the context of `config`.
     pub fn new(config: &DecoderConfig, capacity: usize) -> Self {
         Self {
+            passing: false,
             layers: (0..config.num_layers).map(|_| None).collect(),
             heads: config.num_kv_heads,
             head_dim: config.head_dim,
@@ -37,6 +39,12 @@ impl KvCache {
             capacity: capacity.clamp(1, config.max_positions),
             limit: config.max_positions,
         }
+    }
+
+    /// A cache that stays empty: keys and values of a layer are let go when the next one begins. For a text that is read
+    /// once and in one piece; nothing can be read behind it.
+    pub fn passing(config: &DecoderConfig) -> Self {
+        Self { passing: true, ..Self::new(config, 1) }
     }
 
     /// Number of tokens held.
@@ -68,6 +76,9 @@ impl KvCache {
         keys: &Tensor,
         values: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
+        if self.passing {
+            return Ok((keys.clone(), values.clone()));
+        }
         let len = self.len + keys.dim(1)?;
         if len > self.capacity {
             self.grow(len)?;
@@ -88,7 +99,9 @@ impl KvCache {
 
     /// Counts `tokens` that every layer has appended.
     pub(crate) fn advance(&mut self, tokens: usize) {
-        self.len += tokens;
+        if !self.passing {
+            self.len += tokens;
+        }
     }
 
     /// The keys of `layer` at positions `start..start + len`: `[kv heads, len, head_dim]`.

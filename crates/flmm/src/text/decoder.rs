@@ -226,7 +226,7 @@ impl Attention {
         let (keys, values) = cache.append(index, &k, &v)?;
         let (mixed, lse) = attend(&q, &keys, &values, capture.is_some())?;
         if let (Some(capture), Some(lse)) = (capture, lse) {
-            capture.keep_attention(index, start, &q, &lse)?;
+            capture.keep_attention(index, start, &q, &lse, &keys)?;
         }
         self.o_proj.forward(&mixed)
     }

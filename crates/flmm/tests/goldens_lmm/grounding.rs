@@ -118,7 +118,8 @@ pub(crate) fn check_grounding(case: &mut Case, opened: &Opened) -> TestResult {
     let read = Prepared { token_ids: ids, images: prepared.images };
     let mut cache = KvCache::new(lmm.decoder().config(), 8);
     let mut capture = Capture::from_position(start);
-    let hidden = lmm.decoder().forward(&lmm.embed(&read)?, &mut cache, Some(&mut capture))?;
+    let embeds = lmm.embed(&read)?;
+    let hidden = lmm.decoder().forward(&embeds, &mut cache, Some(&mut capture))?;
 
     let rows: Vec<usize> = case.list("hidden_row_positions")?;
     if let Ok(expected) = case.golden.get("hidden_rows").cloned() {
@@ -143,6 +144,19 @@ pub(crate) fn check_grounding(case: &mut Case, opened: &Opened) -> TestResult {
         phrases.iter().map(|phrase| phrase.iter().map(|token| start + token).collect()).collect();
     let maps = capture.phrase_maps(&cache, &read.images[0].layout, &positions, Merge::Mean)?;
     case.check("attn_merged", &maps, 2e-5, 0.12)?;
+
+    // The same bits where the maps are made within the pass and no keys are kept.
+    let layout = &read.images[0].layout;
+    let mut cache = KvCache::passing(lmm.decoder().config());
+    let mut passing = Capture::of_phrases(start, layout.clone(), positions.clone(), Merge::Mean);
+    let again = lmm.decoder().forward(&embeds, &mut cache, Some(&mut passing))?;
+    assert_eq!((max_abs_diff(&again, &hidden)?, cache.len(), cache.bytes()), (0.0, 0, 0));
+    let made = passing.phrase_maps(&cache, layout, &positions, Merge::Mean)?;
+    assert_eq!(max_abs_diff(&made, &maps)?, 0.0);
+    assert_eq!(max_abs_diff(&passing.hidden_rows(&rows)?, &capture.hidden_rows(&rows)?)?, 0.0);
+    assert!(passing.phrase_maps(&cache, layout, &positions[..1], Merge::Max).is_err());
+    assert!(passing.image_attention(&cache, 0, layout, &positions[0]).is_err());
+
     if let Opened::Whole(grounder) = opened {
         check_head(case, grounder, (&picture, &caption), &capture.hidden_rows(&rows)?)?;
     }
