@@ -114,8 +114,8 @@ def bytes_each(part, name, axes, dtype, sam_dtype):
     """Bytes of each number of a tensor in flmm's memory."""
     matrix = axes == 2 and name.endswith(".weight")
     if part == "lmm":
-        # Of eight-bit weights 128 share a scale of four bytes; tables stay bf16.
-        return 1 + 4 / 128 if dtype == "int8" and matrix and "embed" not in name else 2
+        # Of eight-bit weights 128 share a scale of two bytes; tables stay bf16.
+        return 1 + 2 / 128 if dtype == "int8" and matrix and "embed" not in name else 2
     if part == "sam" and not name.startswith("image_encoder."):
         return 0  # the head's prompt encoder and mask decoder take their place
     return 2 if part == "sam" and sam_dtype == "bf16" and matrix else 4

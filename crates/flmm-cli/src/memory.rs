@@ -32,7 +32,8 @@ pub(crate) fn keep() {
     set(PURGE_DELAY, -1);
 }
 
+/// Unless the option's variable of the environment (`MIMALLOC_PURGE_DELAY`) says otherwise.
 fn set(option: mimalloc::mi_option_t, value: c_long) {
     // SAFETY: sets a number.
-    unsafe { mimalloc::mi_option_set(option, value) };
+    unsafe { mimalloc::mi_option_set_default(option, value) };
 }

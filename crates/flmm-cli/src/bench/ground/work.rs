@@ -93,9 +93,9 @@ pub(super) fn of(model: &Model, args: &ModelArgs, pass: &Pass) -> Result<([Optio
     let (unit, size) = match model.precision {
         Precision::F32 => (Unit::F32, 4.0),
         Precision::Bf16 => (Unit::Bf16, 2.0),
-        // 128 weights share a scale of four bytes.
-        Precision::Int8 => (Unit::Int8, 1.0 + 4.0 / 128.0),
-        // 32 weights share a scale of two bytes; for products of many rows they are widened.
+        // 128 weights share a scale of two bytes.
+        Precision::Int8 => (Unit::Int8, 1.0 + 2.0 / 128.0),
+        // 32 do; for products of many rows they are widened.
         Precision::Int4 => (Unit::Bf16, 0.5 + 2.0 / 32.0),
     };
     let layers = decoder.layer_weights();
