@@ -57,10 +57,26 @@ pub(crate) fn in_chunks<T: Float>(
     fill: impl Fn(Range<usize>, &mut [f32]) + Sync,
 ) {
     let Sizes { rows, inputs, outputs } = sizes;
-    // `[outputs, rows]`
-    let mut sums = vec![0f32; rows * outputs];
     let [least, most] = CHUNK.map(|weights| (weights / inputs).max(1));
     let chunk = (outputs / (PARTS * rayon::current_num_threads())).clamp(least, most);
+    if rows == 1 {
+        // Rounded by the thread that summed, as vectors.
+        return y.par_chunks_mut(chunk).enumerate().for_each(|(at, y)| {
+            let columns = at * chunk..at * chunk + y.len();
+            let mut sums = vec![0f32; y.len()];
+            fill(columns.clone(), &mut sums);
+            match bias.map(|bias| &bias[columns]) {
+                Some(bias) => {
+                    for ((y, sum), bias) in y.iter_mut().zip(&sums).zip(bias) {
+                        *y = T::round(sum + bias.widen());
+                    }
+                }
+                None => y.iter_mut().zip(&sums).for_each(|(y, &sum)| *y = T::round(sum)),
+            }
+        });
+    }
+    // `[outputs, rows]`
+    let mut sums = vec![0f32; rows * outputs];
     sums.par_chunks_mut(chunk * rows).enumerate().for_each(|(at, sums)| {
         let first = at * chunk;
         fill(first..first + sums.len() / rows, sums);
