@@ -41,6 +41,9 @@ enum Kept {
         /// Positions of the phrases' tokens.
         phrases: Vec<Vec<usize>>,
         merge: Merge,
+        /// The phrases' rows, counted from the first row of a layer, which is at this position: the last layer may leave rows
+        /// out. Kept, because every copy to a device waits for it.
+        indices: Option<(usize, Vec<Tensor>)>,
         /// Begun with the first layer, which tells the model's type.
         folding: Option<Folding>,
     },
@@ -61,7 +64,7 @@ impl Capture {
     /// Keeps the maps of `phrases`, positions of tokens, on `image`, and of every row at position `first` or later the hidden
     /// states. Nothing else can be asked for afterwards, and the KV cache need not keep the keys ([`KvCache::passing`]).
     pub fn of_phrases(first: usize, image: ImageLayout, phrases: Vec<Vec<usize>>, merge: Merge) -> Self {
-        let attention = Kept::Maps { image, phrases, merge, folding: None };
+        let attention = Kept::Maps { image, phrases, merge, indices: None, folding: None };
         Self { first, attention, ..Self::default() }
     }
 
@@ -133,10 +136,15 @@ impl Capture {
                 push(kept, layer, queries.narrow(1, skip, wanted)?.force_contiguous()?);
                 push(kept_lse, layer, lse.narrow(1, skip, wanted)?.force_contiguous()?);
             }
-            Kept::Maps { image, phrases, merge, folding } => {
-                let rows = start..start + queries.dim(1)?;
-                let indices = phrases.iter().map(|phrase| row_index(phrase, &rows, lse.device()));
-                let indices = indices.collect::<Result<Vec<_>>>()?;
+            Kept::Maps { image, phrases, merge, indices, folding } => {
+                let indices = match indices {
+                    Some((first, indices)) if *first == start => &*indices,
+                    _ => {
+                        let rows = start..start + queries.dim(1)?;
+                        let made = phrases.iter().map(|phrase| row_index(phrase, &rows, lse.device()));
+                        &indices.insert((start, made.collect::<Result<_>>()?)).1
+                    }
+                };
                 let keys = keys.narrow(1, image.start, image.tokens)?;
                 let rows = indices.iter().map(|index| probabilities(queries, lse, index, &keys));
                 let folding =
@@ -205,7 +213,7 @@ impl Capture {
     ) -> Result<Tensor> {
         let queries = match &self.attention {
             Kept::Rows { queries, .. } => queries,
-            Kept::Maps { image: of, phrases: known, merge: by, folding: Some(folding) }
+            Kept::Maps { image: of, phrases: known, merge: by, folding: Some(folding), .. }
                 if (of, &known[..], *by) == (image, phrases, merge) =>
             {
                 return folding.maps();
