@@ -8,6 +8,7 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::element::Float;
+use crate::finish::round;
 use crate::kernel::Wide;
 use crate::line::{AHEAD, prefetch};
 use crate::product::{Sizes, WeightRows};
@@ -65,14 +66,7 @@ pub(crate) fn in_chunks<T: Float>(
             let columns = at * chunk..at * chunk + y.len();
             let mut sums = vec![0f32; y.len()];
             fill(columns.clone(), &mut sums);
-            match bias.map(|bias| &bias[columns]) {
-                Some(bias) => {
-                    for ((y, sum), bias) in y.iter_mut().zip(&sums).zip(bias) {
-                        *y = T::round(sum + bias.widen());
-                    }
-                }
-                None => y.iter_mut().zip(&sums).for_each(|(y, &sum)| *y = T::round(sum)),
-            }
+            round(&sums, bias.map(|bias| &bias[columns]), y);
         });
     }
     // `[outputs, rows]`

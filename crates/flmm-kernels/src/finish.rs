@@ -50,16 +50,22 @@ impl<O: Float> WithSimd for Finish<'_, O> {
                 // SAFETY: no other task writes these rows and columns.
                 let y = unsafe { self.y.part(row, self.columns.clone()) };
                 let sums: &[f32] = bytemuck::cast_slice(sums);
-                match self.bias {
-                    Some(bias) => {
-                        for ((y, sum), bias) in y.iter_mut().zip(sums).zip(bias) {
-                            *y = O::round(sum + bias.widen());
-                        }
-                    }
-                    None => y.iter_mut().zip(sums).for_each(|(y, &sum)| *y = O::round(sum)),
-                }
+                round(sums, self.bias, y);
             }
         }
+    }
+}
+
+/// Adds `bias` to the sums of a row, and rounds.
+#[inline(always)]
+pub(crate) fn round<O: Float>(sums: &[f32], bias: Option<&[O]>, y: &mut [O]) {
+    match bias {
+        Some(bias) => {
+            for ((y, sum), bias) in y.iter_mut().zip(sums).zip(bias) {
+                *y = O::round(sum + bias.widen());
+            }
+        }
+        None => y.iter_mut().zip(sums).for_each(|(y, &sum)| *y = O::round(sum)),
     }
 }
 

@@ -264,8 +264,7 @@ impl Block {
         let half = [0; BLOCK / 2];
         let mut block = Self { high: [half; 2], low: [half; 2], corrections: [0; 4 * GROUPS], scale: 0.0 };
         let mut integers = [0; BLOCK];
-        // The largest number whose two bytes both have a sign.
-        let limit = f32::from(0x7f7f_i16);
+        let limit = f32::from(int8::LIMIT);
         (block.scale, _) = int8::integers(numbers, limit, &mut integers, |integer| integer as i16);
         for (group, numbers) in integers.as_chunks::<GROUP>().0.iter().enumerate() {
             for (side, numbers) in numbers.as_chunks::<GROUP_BYTES>().0.iter().enumerate() {

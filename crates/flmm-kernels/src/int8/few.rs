@@ -3,12 +3,9 @@
 use half::bf16;
 use pulp::{Arch, Simd, WithSimd};
 
-use super::{GROUP, Int8Weight, OFFSET, OfOutput, integers};
+use super::{GROUP, Int8Weight, LIMIT, OFFSET, OfOutput, integers};
 use crate::few::{Dots, in_chunks, sums_by};
 use crate::product::Sizes;
-
-/// The largest 16-bit integer whose two bytes both have a sign.
-const LIMIT: i16 = 0x7f7f;
 
 /// Products of eight-bit weights and 16-bit activations.
 pub(crate) trait Dot: Copy + Send + Sync {

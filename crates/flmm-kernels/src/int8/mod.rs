@@ -222,7 +222,10 @@ fn largest(numbers: &[bf16]) -> f32 {
     bf16::from_bits(bits).to_f32()
 }
 
-/// An integer up to 0x7f7f in size as two bytes with a sign, `256 · high + low`.
+/// The largest 16-bit integer whose two bytes both have a sign.
+pub(crate) const LIMIT: i16 = 0x7f7f;
+
+/// An integer up to [`LIMIT`] in size as two bytes with a sign, `256 · high + low`.
 #[inline(always)]
 pub(crate) fn halves(integer: i16) -> [i8; 2] {
     let low = integer as i8;

@@ -120,7 +120,7 @@ impl Grounder {
         if let Some(limit) = self.lmm.reads_at_most() {
             caption.cut(limit.saturating_sub(ids.len()))?;
         }
-        let mut capture = session.capture(image, ids.len(), &caption.phrases()?)?;
+        let mut capture = session.capture(image, ids.len(), caption)?;
         ids.extend_from_slice(&caption.token_ids);
         session.read(self.lmm(), &ids, Some(&mut capture))?;
         Ok(capture)

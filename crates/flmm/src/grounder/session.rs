@@ -5,6 +5,7 @@ use std::thread::JoinHandle;
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
+use super::Caption;
 use crate::capture::Capture;
 use crate::error::{Error, Result};
 use crate::layout::{ImageLayout, Merge};
@@ -225,13 +226,15 @@ impl Session {
         Ok(prepared.token_ids)
     }
 
-    /// Keeps what is needed to ground `phrases`, token numbers of the text behind `prompt`, in picture number `image`.
-    pub(super) fn capture(&self, image: usize, prompt: usize, phrases: &[Vec<usize>]) -> Result<Capture> {
-        if !self.once || phrases.is_empty() {
+    /// What is to be kept so that phrases of `caption`, which is read behind `prompt` tokens, can be grounded in picture
+    /// number `image`.
+    pub(super) fn capture(&self, image: usize, prompt: usize, caption: &Caption) -> Result<Capture> {
+        let phrases = if self.once { caption.phrases()? } else { Vec::new() };
+        if phrases.is_empty() {
             return Ok(Capture::from_position(prompt));
         }
         let image = self.input(image)?.layout.clone();
-        Ok(Capture::of_phrases(prompt, image, positions(phrases, prompt), Merge::Mean))
+        Ok(Capture::of_phrases(prompt, image, positions(&phrases, prompt), Merge::Mean))
     }
 
     /// Reads `ids`, keeping what of them is already in the cache, and returns the final-normed state of the last
