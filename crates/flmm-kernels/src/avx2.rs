@@ -7,8 +7,10 @@ use half::bf16;
 
 use crate::element::Float;
 use crate::int4::{self, Block, GROUP_BYTES, GROUPS};
-use crate::int8::{self, GROUP, OfOutput, Rows};
+use crate::int8::{self, Bytes, DEPTH, GROUP, LIMIT, OfOutput, Quantised, Rows};
+use crate::kernel::OUTPUTS;
 use crate::line::{AHEAD, LANES, Line, prefetch};
+use crate::peak::SUMS;
 
 /// Proof that the processor has AVX2 and FMA.
 #[derive(Debug, Clone, Copy)]
@@ -27,6 +29,12 @@ impl Avx2 {
     pub(crate) fn transpose(self, block: &mut [Line; LANES]) {
         // SAFETY: `self` proves that the processor has the instructions.
         unsafe { transpose(block) }
+    }
+
+    /// Multiplies and adds words in registers, [`SUMS`] times a turn.
+    pub(crate) fn spin(self, turns: usize) -> i32 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { spin(turns) }
     }
 }
 
@@ -222,6 +230,66 @@ fn add8<const R: usize>(sums: &mut [__m256i; R], bytes: __m256i, row: impl Fn(us
     }
 }
 
+impl int8::Tile for Avx2 {
+    type Activation = i16;
+    type Weight = u16;
+
+    const LIMIT: i16 = LIMIT;
+    const PANEL: usize = 1;
+
+    #[inline(always)]
+    fn narrow(integer: i32) -> i16 {
+        integer as i16
+    }
+
+    #[inline]
+    fn tile(self, x: Quantised, w: Bytes, c: &mut [Line], add: bool) {
+        assert!(int8::fit::<Self>(&x, &w, c));
+        // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
+        unsafe { tile(x, w, c.as_mut_ptr(), add) }
+    }
+}
+
+/// Units of a group of many rows.
+const GROUP_UNITS: usize = <Avx2 as int8::Tile>::UNITS;
+
+/// As [`int8::Tile::tile`], of one line. A lane sums 128 products of 255 · 32639 at most, with the correction: what 32 bits hold.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn tile(x: Quantised, w: Bytes, c: *mut Line, add: bool) {
+    for group in 0..w.groups {
+        // SAFETY: the caller checked all operands for `w.groups` groups and `c` for all outputs.
+        unsafe {
+            let vectors = |lines: &[Line], at: usize| -> *const f32 { lines.as_ptr().add(at).cast() };
+            let corrections = vectors(x.corrections, group);
+            let start =
+                [_mm256_load_si256(corrections.cast()), _mm256_load_si256(corrections.add(UNITS).cast())];
+            let mut sums = [start; OUTPUTS];
+            let weights = w.units.as_ptr().add(group * GROUP_UNITS);
+            for k in 0..GROUP_UNITS {
+                let rows = vectors(x.units, group * GROUP_UNITS + k);
+                let rows = [_mm256_load_si256(rows.cast()), _mm256_load_si256(rows.add(UNITS).cast())];
+                for (n, sums) in sums.iter_mut().enumerate() {
+                    let weight = _mm256_set1_epi32(*weights.add(n * DEPTH + k) as i32);
+                    for (sum, &row) in sums.iter_mut().zip(&rows) {
+                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(row, weight));
+                    }
+                }
+            }
+            let row_scales = vectors(x.scales, group);
+            for (n, sums) in sums.iter().enumerate() {
+                let scale = _mm256_set1_ps(*w.scales.as_ptr().add(n * w.groups + group));
+                for (v, &sum) in sums.iter().enumerate() {
+                    let to: *mut f32 = c.add(n).cast::<f32>().add(v * UNITS);
+                    let before = if add || group > 0 { _mm256_load_ps(to) } else { _mm256_setzero_ps() };
+                    let row_scale = _mm256_load_ps(row_scales.add(v * UNITS));
+                    let sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), row_scale);
+                    _mm256_store_ps(to, _mm256_fmadd_ps(sum, scale, before));
+                }
+            }
+        }
+    }
+}
+
 /// Units of a vector.
 const UNITS: usize = 8;
 
@@ -292,4 +360,19 @@ fn transposed(rows: [__m256; UNITS]) -> [__m256; UNITS] {
         columns[k + 4] = _mm256_permute2f128_ps::<0x31>(upper, lower);
     }
     columns
+}
+
+/// As [`Avx2::spin`].
+#[target_feature(enable = "avx2,fma")]
+fn spin(turns: usize) -> i32 {
+    // Sixteen sums and a factor do not fit sixteen registers.
+    let mut sums = [_mm256_setzero_si256(); SUMS * 3 / 4];
+    let ones = _mm256_set1_epi16(std::hint::black_box(1));
+    for _ in 0..turns * 4 / 3 {
+        for sum in &mut sums {
+            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(*sum, ones));
+        }
+    }
+    let total = sums.into_iter().fold(_mm256_setzero_si256(), |all, sum| _mm256_add_epi32(all, sum));
+    _mm_cvtsi128_si32(_mm256_castsi256_si128(total))
 }

@@ -42,7 +42,8 @@ pub fn multiply_add_bf16(turns: usize) -> Option<f64> {
     None
 }
 
-/// As [`multiply_add_f32`], with eight-bit factors and 32-bit integer sums; `None` on a processor that cannot.
+/// As [`multiply_add_f32`], with 32-bit integer sums and the factors that eight-bit weights are multiplied by in many rows: of
+/// eight bits, or with AVX2 of sixteen; `None` on a processor that multiplies them in f32.
 pub fn multiply_add_int8(turns: usize) -> Option<f64> {
     #[cfg(target_arch = "x86_64")]
     if let Some(vnni) = crate::vnni::Vnni::detect() {
@@ -50,6 +51,14 @@ pub fn multiply_add_int8(turns: usize) -> Option<f64> {
             std::hint::black_box(vnni.spin(turns));
             // Sixteen sums of four products each.
             operations(turns, 16 * 8)
+        }));
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(avx2) = crate::int8::in_words() {
+        return Some(on_every_thread(|| {
+            std::hint::black_box(avx2.spin(turns));
+            // Eight sums of two products each.
+            operations(turns, 8 * 4)
         }));
     }
     let _ = turns;

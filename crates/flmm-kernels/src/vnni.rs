@@ -6,39 +6,14 @@ use std::arch::x86_64::*;
 use crate::avx512::Avx512;
 use crate::element::Float;
 use crate::int4::{self, Block, GROUP_BYTES, GROUPS};
-use crate::int8::{self, GROUP, OfOutput, Rows};
+use crate::int8::{self, Bytes, DEPTH, GROUP, OfOutput, Quantised, Rows};
 use crate::kernel::OUTPUTS;
 use crate::line::{AHEAD, LANES, Line, prefetch};
 use crate::peak::SUMS;
 
-/// Units of four bytes that a group has.
-pub(crate) const GROUP_UNITS: usize = GROUP / 4;
-
 /// Proof that the processor has AVX-512 (F, BW, VL) and AVX512-VNNI.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Vnni(());
-
-/// Activations of a register block: for each group, `lines` lines of each operand.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Quantised<'a> {
-    /// `[groups, units of a group, lines]`: four signed bytes to a unit.
-    pub(crate) units: &'a [Line],
-    /// `[groups, lines]` in f32: what the integers are multiplied by.
-    pub(crate) scales: &'a [Line],
-    /// `[groups, lines]` in i32: what the weights' offset adds to the sums, with the sign changed.
-    pub(crate) corrections: &'a [Line],
-    pub(crate) lines: usize,
-}
-
-/// Weights of a register block.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Bytes<'a> {
-    /// `[OUTPUTS, groups, units of a group]`: four unsigned bytes to a unit.
-    pub(crate) units: &'a [u32],
-    /// `[OUTPUTS, groups]`
-    pub(crate) scales: &'a [f32],
-    pub(crate) groups: usize,
-}
 
 impl Vnni {
     /// The proof, on such a processor.
@@ -47,18 +22,31 @@ impl Vnni {
         (Avx512::detect().is_some() && is_x86_feature_detected!("avx512vnni")).then_some(Self(()))
     }
 
-    /// `c[n][row] (+)= Σ_group scale(row) · scale(n) · Σ_k x[k][row] · w[n][k]`, laid out as in
-    /// [`crate::kernel::Kernel::tile`]; at most four lines.
+    /// Multiplies and adds in registers, [`SUMS`] instructions a turn.
+    pub(crate) fn spin(self, turns: usize) -> i32 {
+        // SAFETY: `self` proves that the processor has the instructions.
+        unsafe { spin(turns) }
+    }
+}
+
+impl int8::Tile for Vnni {
+    type Activation = i8;
+    type Weight = u8;
+
+    const LIMIT: i16 = 127;
+    const PANEL: usize = 4;
+
+    #[inline(always)]
+    fn narrow(integer: i32) -> i8 {
+        integer as i8
+    }
+
     #[inline]
-    pub(crate) fn tile(self, x: Quantised, w: Bytes, c: &mut [Line], add: bool) {
-        let lines = x.lines;
-        assert!(x.units.len() >= w.groups * GROUP_UNITS * lines);
-        assert!(x.scales.len() >= w.groups * lines && x.corrections.len() >= w.groups * lines);
-        assert!(w.units.len() >= OUTPUTS * w.groups * GROUP_UNITS && w.scales.len() >= OUTPUTS * w.groups);
-        assert!((1..=4).contains(&lines) && c.len() >= OUTPUTS * lines);
+    fn tile(self, x: Quantised, w: Bytes, c: &mut [Line], add: bool) {
+        assert!(int8::fit::<Self>(&x, &w, c));
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
         unsafe {
-            match lines {
+            match x.lines {
                 1 => tile::<1>(x, w, c.as_mut_ptr(), add),
                 2 => tile::<2>(x, w, c.as_mut_ptr(), add),
                 3 => tile::<3>(x, w, c.as_mut_ptr(), add),
@@ -66,13 +54,10 @@ impl Vnni {
             }
         }
     }
-
-    /// Multiplies and adds in registers, [`SUMS`] instructions a turn.
-    pub(crate) fn spin(self, turns: usize) -> i32 {
-        // SAFETY: `self` proves that the processor has the instructions.
-        unsafe { spin(turns) }
-    }
 }
+
+/// Units of a group of many rows.
+const GROUP_UNITS: usize = <Vnni as int8::Tile>::UNITS;
 
 /// Activations of a group of eight-bit weights: high bytes of 16-bit integers, then low ones, all with a sign.
 type Words = [[i8; GROUP]; 2];
@@ -108,7 +93,7 @@ unsafe fn tile<const V: usize>(x: Quantised, w: Bytes, c: *mut Line, add: bool) 
                 let rows: [__m512i; V] =
                     std::array::from_fn(|v| _mm512_load_si512(units.add(k * V + v).cast()));
                 for (n, sums) in sums.iter_mut().enumerate() {
-                    let weight = _mm512_set1_epi32(*weights.add(n * w.groups * GROUP_UNITS + k) as i32);
+                    let weight = _mm512_set1_epi32(*weights.add(n * DEPTH + k) as i32);
                     for (sum, &row) in sums.iter_mut().zip(&rows) {
                         *sum = _mm512_dpbusd_epi32(*sum, weight, row);
                     }

@@ -1,7 +1,9 @@
-//! Many rows, in 8-bit integers.
+//! Many rows, in integers.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
+use bytemuck::Pod;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use pulp::{Arch, Simd, WithSimd};
@@ -11,14 +13,70 @@ use super::{GROUP, Int8Weight, OFFSET, integers};
 use crate::kernel::{Blocking, OUTPUTS};
 use crate::line::{Ahead, LANES, Line, transpose};
 use crate::product::{self, Sizes};
-use crate::vnni::{Bytes, GROUP_UNITS, Quantised, Vnni};
 
-/// Most lines of a register block.
-const PANEL: usize = 4;
-/// Groups that are worked on together: the block of rows has to fit the second-level cache.
-const GROUPS: usize = 8;
+/// Units of a row that are worked on together: the block of rows has to fit the second-level cache.
+pub(crate) const DEPTH: usize = 256;
+/// Most units of a group.
+const MOST: usize = GROUP * size_of::<i16>() / size_of::<u32>();
 
-/// Rows in 8-bit integers, packed in panels.
+/// Products of eight-bit weights and many rows of activations, both integers.
+pub(crate) trait Tile: Copy + Send + Sync {
+    /// An integer of a row, with a sign.
+    type Activation: Pod;
+    /// A byte of a weight, as wide as an activation.
+    type Weight: Pod + From<u8>;
+
+    /// Size of the largest activation of a group.
+    const LIMIT: i16;
+    /// Most lines of a register block.
+    const PANEL: usize;
+    /// Units of a group.
+    const UNITS: usize = GROUP * size_of::<Self::Activation>() / size_of::<u32>();
+
+    /// An integer up to [`Tile::LIMIT`] in size.
+    fn narrow(integer: i32) -> Self::Activation;
+
+    /// `c[n][row] (+)= Σ_group scale(row) · scale(n) · Σ_k x[k][row] · w[n][k]`, laid out as in
+    /// [`crate::kernel::Kernel::tile`]; at most [`Tile::PANEL`] lines.
+    fn tile(self, x: Quantised, w: Bytes, c: &mut [Line], add: bool);
+}
+
+/// Activations of a register block: for each group, `lines` lines of each operand.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Quantised<'a> {
+    /// `[groups, units of a group, lines]`
+    pub(crate) units: &'a [Line],
+    /// `[groups, lines]` in f32: what the integers are multiplied by.
+    pub(crate) scales: &'a [Line],
+    /// `[groups, lines]` in i32: what the weights' offset adds to the sums, with the sign changed.
+    pub(crate) corrections: &'a [Line],
+    pub(crate) lines: usize,
+}
+
+/// Weights of a register block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bytes<'a> {
+    /// `[OUTPUTS, DEPTH]`, of which `[groups, units of a group]` are taken.
+    pub(crate) units: &'a [u32],
+    /// `[OUTPUTS, groups]`
+    pub(crate) scales: &'a [f32],
+    pub(crate) groups: usize,
+}
+
+/// Whether `c` has room for a register block of `K`, and all operands are there.
+pub(crate) fn fit<K: Tile>(x: &Quantised, w: &Bytes, c: &[Line]) -> bool {
+    let (lines, groups) = (x.lines, w.groups);
+    (1..=K::PANEL).contains(&lines)
+        && x.units.len() >= groups * K::UNITS * lines
+        && x.scales.len() >= groups * lines
+        && x.corrections.len() >= groups * lines
+        && groups * K::UNITS <= DEPTH
+        && w.units.len() >= OUTPUTS * DEPTH
+        && w.scales.len() >= OUTPUTS * groups
+        && c.len() >= OUTPUTS * lines
+}
+
+/// Rows in integers, packed in panels.
 struct Panel {
     /// `[groups, units of a group, lines]`
     units: Vec<Line>,
@@ -30,26 +88,27 @@ struct Panel {
 }
 
 impl Panel {
-    /// Packs `x`, up to [`PANEL`] lines of rows.
-    fn new(x: &[bf16], inputs: usize) -> Self {
+    /// Packs `x`, up to [`Tile::PANEL`] lines of rows.
+    fn new<K: Tile>(x: &[bf16], inputs: usize) -> Self {
         let (groups, lines) = (inputs.div_ceil(GROUP), (x.len() / inputs).div_ceil(LANES));
         let mut panel = Self {
-            units: vec![Line::ZERO; groups * GROUP_UNITS * lines],
+            units: vec![Line::ZERO; groups * K::UNITS * lines],
             scales: vec![Line::ZERO; groups * lines],
             corrections: vec![Line::ZERO; groups * lines],
             lines,
         };
         for (line, rows) in x.chunks(LANES * inputs).enumerate() {
-            Arch::new().dispatch(Quantise { rows, inputs, line, panel: &mut panel });
+            let kernel = PhantomData::<K>;
+            Arch::new().dispatch(Quantise { rows, inputs, line, panel: &mut panel, kernel });
         }
         panel
     }
 
-    /// The operands of `groups`.
-    fn part(&self, groups: Range<usize>) -> Quantised<'_> {
+    /// The operands of `groups`, which have `units` units each.
+    fn part(&self, groups: Range<usize>, units: usize) -> Quantised<'_> {
         let scales = groups.start * self.lines..groups.end * self.lines;
         Quantised {
-            units: &self.units[scales.start * GROUP_UNITS..scales.end * GROUP_UNITS],
+            units: &self.units[scales.start * units..scales.end * units],
             scales: &self.scales[scales.clone()],
             corrections: &self.corrections[scales],
             lines: self.lines,
@@ -58,32 +117,32 @@ impl Panel {
 }
 
 /// Writes up to sixteen rows into a line of a panel.
-struct Quantise<'a> {
+struct Quantise<'a, K> {
     rows: &'a [bf16],
     inputs: usize,
     line: usize,
     panel: &'a mut Panel,
+    kernel: PhantomData<K>,
 }
 
-impl WithSimd for Quantise<'_> {
+impl<K: Tile> WithSimd for Quantise<'_, K> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let Self { rows, inputs, line, panel } = self;
+        let Self { rows, inputs, line, panel, .. } = self;
         let lines = panel.lines;
         for group in 0..inputs.div_ceil(GROUP) {
-            let mut units = [[0u32; GROUP_UNITS]; LANES];
+            let mut units = [[0u32; MOST]; LANES];
             let at = group * lines + line;
             for (lane, row) in rows.chunks_exact(inputs).enumerate() {
-                let mut bytes = [0i8; GROUP];
                 let numbers = &row[group * GROUP..inputs.min((group + 1) * GROUP)];
-                let (scale, sum) = integers(numbers, 127.0, &mut bytes, |integer| integer as i8);
-                units[lane] = bytemuck::cast(bytes);
+                let (to, _) = bytemuck::cast_slice_mut(&mut units[lane]).as_chunks_mut();
+                let (scale, sum) = integers(numbers, f32::from(K::LIMIT), &mut to[0], K::narrow);
                 panel.scales[at].0[lane] = scale.to_bits();
                 panel.corrections[at].0[lane] = sum.wrapping_mul(-OFFSET) as u32;
             }
-            let to = &mut panel.units[group * GROUP_UNITS * lines..][..GROUP_UNITS * lines];
+            let to = &mut panel.units[group * K::UNITS * lines..][..K::UNITS * lines];
             for (part, to) in to.chunks_exact_mut(LANES * lines).enumerate() {
                 let mut block = units.map(|units| Line(units.as_chunks().0[part]));
                 transpose(&mut block);
@@ -93,35 +152,39 @@ impl WithSimd for Quantise<'_> {
     }
 }
 
-/// Many rows, in 8-bit integers.
-pub(crate) fn many(
-    vnni: Vnni,
+/// Many rows, in integers.
+pub(crate) fn many<K: Tile>(
+    kernel: K,
     weight: &Int8Weight,
     x: &[bf16],
     bias: Option<&[bf16]>,
     sizes: Sizes,
     y: &mut [bf16],
 ) {
-    let Sizes { inputs, .. } = sizes;
-    let panels: Vec<Panel> = x.par_chunks(PANEL * LANES * inputs).map(|x| Panel::new(x, inputs)).collect();
-    let scratch = || (vec![0u32; OUTPUTS * GROUPS * GROUP_UNITS], vec![0f32; OUTPUTS * GROUPS]);
-    let blocking = Blocking { panel: PANEL, rows: 512, outputs: 96, depth: GROUPS * GROUP_UNITS };
+    let (inputs, most) = (sizes.inputs, DEPTH / K::UNITS);
+    let panels: Vec<Panel> =
+        x.par_chunks(K::PANEL * LANES * inputs).map(|x| Panel::new::<K>(x, inputs)).collect();
+    let scratch = || (vec![0u32; OUTPUTS * DEPTH], vec![0f32; OUTPUTS * most]);
+    let blocking = Blocking { panel: K::PANEL, rows: 512, outputs: 96, depth: DEPTH };
     product::in_blocks(sizes, blocking, bias, y, scratch, |(units, scales), sums, block| {
-        let panels = &panels[block.lines.start / PANEL..block.lines.end.div_ceil(PANEL)];
-        let columns = |from: usize| from * GROUP..inputs.min((from + GROUPS) * GROUP);
-        let parts = (0..weight.groups()).step_by(GROUPS);
+        let panels = &panels[block.lines.start / K::PANEL..block.lines.end.div_ceil(K::PANEL)];
+        let columns = |from: usize| from * GROUP..inputs.min((from + most) * GROUP);
+        let parts = (0..weight.groups()).step_by(most);
         let steps =
             parts.flat_map(|from| block.outputs.clone().step_by(OUTPUTS).map(move |first| (from, first)));
         let mut steps = steps.peekable();
         while let Some((from, first)) = steps.next() {
-            let groups = from..weight.groups().min(from + GROUPS);
-            let rows = units.chunks_exact_mut(groups.len() * GROUP_UNITS);
+            let groups = from..weight.groups().min(from + most);
+            let rows = units.chunks_exact_mut(DEPTH);
             for (n, (units, scales)) in
                 rows.zip(scales.chunks_exact_mut(groups.len())).take(OUTPUTS).enumerate()
             {
                 if first + n < block.outputs.end {
                     let (bytes, all) = weight.row(first + n);
-                    write_bytes(&bytes[columns(from)], units);
+                    write::<K::Weight>(
+                        &bytes[columns(from)],
+                        bytemuck::cast_slice_mut(&mut units[..groups.len() * K::UNITS]),
+                    );
                     all[groups.clone()].convert_to_f32_slice(scales);
                 } else {
                     scales.fill(0.0);
@@ -138,23 +201,17 @@ pub(crate) fn many(
             let weights = Bytes { units, scales, groups: groups.len() };
             for (at, panel) in panels.iter().enumerate() {
                 ahead.fetch(share);
-                let sums = &mut sums[at * PANEL * blocking.outputs..];
+                let sums = &mut sums[at * K::PANEL * blocking.outputs..];
                 let sums = &mut sums[(first - block.outputs.start) * panel.lines..];
-                vnni.tile(panel.part(groups.clone()), weights, sums, from > 0);
+                kernel.tile(panel.part(groups.clone(), K::UNITS), weights, sums, from > 0);
             }
         }
     });
 }
 
-/// Bytes as units; what is missing is filled with zeros.
-fn write_bytes(bytes: &[u8], units: &mut [u32]) {
-    let (fours, rest) = bytes.as_chunks::<4>();
-    let (full, padding) = units.split_at_mut(fours.len());
-    full.iter_mut().zip(fours).for_each(|(unit, four)| *unit = u32::from_le_bytes(*four));
-    padding.fill(0);
-    if let [unit, ..] = padding {
-        let mut four = [0; 4];
-        four[..rest.len()].copy_from_slice(rest);
-        *unit = u32::from_le_bytes(four);
-    }
+/// Writes `bytes`; what is missing is filled with zeros.
+fn write<W: Pod + From<u8>>(bytes: &[u8], to: &mut [W]) {
+    let (full, padding) = to.split_at_mut(bytes.len());
+    full.iter_mut().zip(bytes).for_each(|(to, &byte)| *to = W::from(byte));
+    padding.fill(W::from(0));
 }

@@ -1,8 +1,8 @@
 //! Weights of eight bits: groups of neighbouring inputs share a scale.
 //!
 //! Few rows: activations are turned into 16-bit integers, of which nothing is noticed, and weights are read as they are.
-//! Many rows: activations are turned into 8-bit integers too, group by group, and multiplied in integers; where there are
-//! AMX tiles, weights are turned into bf16 instead, a few rows at a time.
+//! Many rows: the same with AVX2; AVX512-VNNI takes activations of 8 bits, twice as many at a time; where there are AMX
+//! tiles, weights are turned into bf16 instead, a few rows at a time.
 
 #[cfg(target_arch = "x86_64")]
 mod few;
@@ -16,6 +16,8 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
+use crate::avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
 use crate::element::Pairs;
 use crate::element::{Float, Singles};
 use crate::few::FEW;
@@ -25,7 +27,7 @@ use crate::product::{self, Sizes, WeightRows};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use few::{Dot, Rows, few};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use many::many;
+pub(crate) use many::{Bytes, DEPTH, Quantised, Tile, fit, many};
 
 /// Inputs that share a scale.
 pub(crate) const GROUP: usize = 128;
@@ -135,8 +137,12 @@ impl Int8Weight {
             };
         }
         #[cfg(target_arch = "x86_64")]
-        if let Some(avx2) = crate::avx2::Avx2::detect().filter(|_| sizes.rows <= FEW) {
+        if let Some(avx2) = Avx2::detect().filter(|_| sizes.rows <= FEW) {
             return few(avx2, self, x, bias, sizes, y);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(avx2) = in_words() {
+            return many(avx2, self, x, bias, sizes, y);
         }
         self.widened(Wide::new(), x, bias, sizes, y);
     }
@@ -197,6 +203,12 @@ impl WithSimd for Widen<'_> {
             }
         }
     }
+}
+
+/// What multiplies many rows in 16-bit integers where nothing takes 8-bit ones: vectors of 512 bits are as fast in f32.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn in_words() -> Option<Avx2> {
+    Avx2::detect().filter(|_| crate::avx512::Avx512::detect().is_none())
 }
 
 /// The smallest bf16 that is not less than `x`, a number without sign.

@@ -64,12 +64,17 @@ fn check_int8(sizes: Sizes, biased: bool) -> Result<(), TestCaseError> {
         y.fill(bf16::NAN);
         crate::int8::few(avx2, &int8, &x, bias.as_deref(), sizes, &mut y);
         check(&y, 0.0)?;
+        y.fill(bf16::NAN);
+        crate::int8::many(avx2, &int8, &x, bias.as_deref(), sizes, &mut y);
+        check(&y, 0.0)?;
     }
     y.fill(bf16::NAN);
     int8.multiply(&x, bias.as_deref(), &mut y);
-    // Few rows are integers of 16 bits, and tiles take them as they are.
+    // Few rows are integers of 16 bits, as with AVX2 all are, and tiles take them as they are.
     #[cfg(target_arch = "x86_64")]
-    let exact = rows <= crate::few::FEW || crate::amx::Amx::detect().is_some();
+    let exact = rows <= crate::few::FEW
+        || crate::amx::Amx::detect().is_some()
+        || crate::vnni::Vnni::detect().is_none();
     #[cfg(not(target_arch = "x86_64"))]
     let exact = true;
     check(&y, if exact { 0.0 } else { eight_bits })
