@@ -6,6 +6,7 @@ use candle_core::{DType, Device};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use flmm::device::DeviceChoice;
 use flmm::lmm::converted_to;
+use flmm::sam::Numbers;
 use flmm::weights::WeightFormat;
 
 use crate::eval;
@@ -97,9 +98,9 @@ pub(crate) struct ModelArgs {
     /// quarter and in a seventh [default: f32, or what `flmm convert lmm` made of the folder].
     #[arg(long, value_name = "TYPE", value_enum)]
     pub(crate) dtype: Option<Precision>,
-    /// Numbers of SAM's image encoder; bf16 is faster.
+    /// Numbers of SAM's image encoder; bf16 is faster, int8 faster still and a quarter of the memory of f32.
     #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
-    pub(crate) sam_dtype: FloatType,
+    pub(crate) sam_dtype: SamPrecision,
     #[command(flatten)]
     pub(crate) device: DeviceArgs,
 }
@@ -173,19 +174,21 @@ impl ConvertedTo {
     }
 }
 
-/// Numbers with a point.
+/// Numbers of SAM's image encoder.
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
-pub(crate) enum FloatType {
+pub(crate) enum SamPrecision {
     #[default]
     F32,
     Bf16,
+    Int8,
 }
 
-impl From<FloatType> for DType {
-    fn from(float: FloatType) -> Self {
-        match float {
-            FloatType::F32 => Self::F32,
-            FloatType::Bf16 => Self::BF16,
+impl From<SamPrecision> for Numbers {
+    fn from(precision: SamPrecision) -> Self {
+        match precision {
+            SamPrecision::F32 => Self::F32,
+            SamPrecision::Bf16 => Self::Bf16,
+            SamPrecision::Int8 => Self::Int8,
         }
     }
 }

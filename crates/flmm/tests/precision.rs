@@ -13,6 +13,7 @@ use flmm::image_input::read_image;
 use flmm::lmm::{self, OpenOptions, Turn};
 use flmm::masks::Mask;
 use flmm::phrases::PhraseChoice;
+use flmm::sam::Numbers;
 use flmm::text::KvCache;
 use flmm::weights::WeightFormat;
 
@@ -66,13 +67,15 @@ fn fewer_bits_change_little() -> TestResult {
     assert!(expected.masks.iter().filter(|(mask, _)| mask.area() > 0).count() >= 3);
     // (name, settings, answers that may differ, pixels that must agree)
     for (name, options, answers, pixels) in [
-        ("SAM bf16", OpenOptions { sam_dtype: DType::BF16, ..f32.clone() }, 0, 0.995),
+        ("SAM bf16", OpenOptions { sam_dtype: Numbers::Bf16, ..f32.clone() }, 0, 0.995),
+        ("SAM int8", OpenOptions { sam_dtype: Numbers::Int8, ..f32.clone() }, 0, 0.995),
         ("LMM bf16", bf16.clone(), 1, 0.99),
         ("LMM int8", int8.clone(), 1, 0.985),
         ("LMM int4", int4.clone(), 3, 0.95),
-        ("all bf16", OpenOptions { sam_dtype: DType::BF16, ..bf16 }, 1, 0.99),
-        ("int8, SAM bf16", OpenOptions { sam_dtype: DType::BF16, ..int8 }, 1, 0.985),
-        ("int4, SAM bf16", OpenOptions { sam_dtype: DType::BF16, ..int4 }, 3, 0.95),
+        ("all bf16", OpenOptions { sam_dtype: Numbers::Bf16, ..bf16 }, 1, 0.99),
+        ("int8, SAM bf16", OpenOptions { sam_dtype: Numbers::Bf16, ..int8.clone() }, 1, 0.985),
+        ("all int8", OpenOptions { sam_dtype: Numbers::Int8, ..int8 }, 1, 0.985),
+        ("int4, SAM bf16", OpenOptions { sam_dtype: Numbers::Bf16, ..int4 }, 3, 0.95),
     ] {
         let found = outcome(&options)?;
         let differing = found.answers.iter().zip(&expected.answers).filter(|(a, b)| a != b).count();

@@ -25,7 +25,7 @@ pub struct Revision {
     pub dtype: String,
     /// How its matrices are kept.
     pub weights: WeightFormat,
-    /// Type of SAM's image encoder; none for a head without a refiner.
+    /// Numbers of SAM's image encoder; none for a head without a refiner.
     pub sam_dtype: Option<String>,
     /// Side of the picture the LMM sees, in pixels, where it was chosen.
     pub image_size: Option<usize>,
@@ -56,7 +56,7 @@ impl Revision {
                 .collect::<Result<_>>()?,
             dtype: name(options.dtype),
             weights: options.weights,
-            sam_dtype: needs_sam.then(|| name(options.sam_dtype)),
+            sam_dtype: needs_sam.then(|| options.sam_dtype.name().to_owned()),
             image_size: options.image_size,
         })
     }
@@ -76,6 +76,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::sam::Numbers;
 
     /// Every part of a model, and how it is opened, makes another revision.
     #[test]
@@ -113,7 +114,8 @@ mod tests {
         seen.push(of(&paths, &OpenOptions { image_size: Some(448), ..options.clone() }));
         seen.push(of(&paths, &OpenOptions::new(DType::BF16, &Device::Cpu)));
         seen.push(of(&paths, &OpenOptions { weights: WeightFormat::Int8, ..options.clone() }));
-        seen.push(of(&paths, &OpenOptions { sam_dtype: DType::BF16, ..options.clone() }));
+        seen.push(of(&paths, &OpenOptions { sam_dtype: Numbers::Bf16, ..options.clone() }));
+        seen.push(of(&paths, &OpenOptions { sam_dtype: Numbers::Int8, ..options.clone() }));
         // A head without a refiner needs no SAM.
         put("head.json", r#"{"refiner": "none"}"#);
         std::fs::remove_file(root.join("sam.pth")).unwrap();

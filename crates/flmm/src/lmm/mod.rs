@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 use crate::layout::ImageLayout;
+use crate::sam;
 use crate::text::Decoder;
 use crate::text::chat::ChatFormat;
 use crate::text::tokenizer::Tokenizer;
@@ -62,8 +63,8 @@ pub struct OpenOptions {
     pub dtype: DType,
     /// How the matrices of its linear layers are kept.
     pub weights: WeightFormat,
-    /// Type of the matrices of SAM's image encoder; what is added up in it, and the rest of SAM, stay f32.
-    pub sam_dtype: DType,
+    /// Numbers of the matrices of SAM's image encoder; what is added up in it, and the rest of SAM, stay f32.
+    pub sam_dtype: sam::Numbers,
     /// Where it computes.
     pub device: Device,
     /// Folder of the vision tower, for families that keep it in a repository of its own (MGM).
@@ -95,7 +96,7 @@ impl OpenOptions {
         Self {
             dtype,
             weights: WeightFormat::AsLoaded,
-            sam_dtype: DType::F32,
+            sam_dtype: sam::Numbers::F32,
             device: device.clone(),
             vision_tower: None,
             vision_tower_aux: None,

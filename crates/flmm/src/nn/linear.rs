@@ -4,8 +4,9 @@ use candle_core::{DType, Tensor};
 
 use super::affine::affine;
 use super::frozen_linear::{frozen_linear, packed_linear};
+use super::host::{Elements, frozen_bf16};
 use crate::error::Result;
-use crate::weights::{Matrix, Params};
+use crate::weights::{Matrix, Packed, Params, WeightFormat};
 
 /// `y = x · weightᵀ + bias`.
 #[derive(Debug, Clone)]
@@ -38,6 +39,20 @@ impl Linear {
             packed => packed.clone(),
         };
         Ok(Self { weight, bias })
+    }
+
+    /// The same map with its weight, if that is bf16 on the CPU, in `format`.
+    pub(crate) fn in_format(&self, format: WeightFormat) -> Result<Self> {
+        let weight = match &self.weight {
+            Matrix::AsLoaded(weight) if frozen_bf16(&[weight]) => {
+                let (_, inputs) = weight.dims2()?;
+                let weight = weight.contiguous()?;
+                let packed = Packed::quantise(format, Elements::of(&weight).get_as()?, inputs);
+                packed.map_or(Matrix::AsLoaded(weight), Matrix::Packed)
+            }
+            other => other.clone(),
+        };
+        Ok(Self { weight, bias: self.bias.clone() })
     }
 
     /// `x [.., in]` → `[.., out]`.
@@ -89,7 +104,6 @@ mod tests {
     use candle_core::{Device, Var};
 
     use super::*;
-    use crate::weights::{Packed, WeightFormat};
 
     fn bf16_ramp(shape: &[usize], seed: f64) -> Result<Tensor> {
         let values: Vec<f32> =

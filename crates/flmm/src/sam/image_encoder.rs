@@ -9,6 +9,7 @@ use flmm_kernels::Scores;
 use rayon::prelude::*;
 
 use super::config::SamConfig;
+use super::numbers::Numbers;
 use crate::error::{Error, Result};
 use crate::nn::host::Elements;
 use crate::nn::{Conv2d, LayerNorm, LayerNorm2d, Linear, fused_attention, gelu, softmax_last_dim};
@@ -52,10 +53,12 @@ impl ImageEncoder {
         })
     }
 
-    /// The same encoder with the matrices of its blocks, nearly all there is, in `dtype`. What the blocks add up stays in
+    /// The same encoder with the matrices of its blocks, nearly all there is, in `numbers`. What the blocks add up stays in
     /// f32, and so do norms, the softmax, and what stands before and behind the blocks.
-    pub fn with_blocks_in(mut self, dtype: DType) -> Result<Self> {
-        self.blocks = self.blocks.iter().map(|block| block.to_dtype(dtype)).collect::<Result<_>>()?;
+    pub fn with_blocks_in(mut self, numbers: Numbers) -> Result<Self> {
+        if numbers != Numbers::F32 {
+            self.blocks = self.blocks.iter().map(|block| block.frozen(numbers)).collect::<Result<_>>()?;
+        }
         Ok(self)
     }
 
@@ -171,18 +174,19 @@ impl Block {
         })
     }
 
-    fn to_dtype(&self, dtype: DType) -> Result<Self> {
+    /// For use alone, computed in bf16.
+    fn frozen(&self, numbers: Numbers) -> Result<Self> {
         Ok(Self {
-            attn: self.attn.to_dtype(dtype)?,
-            lin1: self.lin1.to_dtype(dtype)?,
-            lin2: self.lin2.to_dtype(dtype)?,
+            attn: self.attn.frozen(numbers)?,
+            lin1: numbers.of(&self.lin1)?,
+            lin2: numbers.of(&self.lin2)?,
             ..self.clone()
         })
     }
 
     /// The stream `x` keeps its type; the two branches are computed in that of the weights.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let dtype = self.attn.qkv_weight.dtype();
+        let dtype = self.attn.qkv.dtype();
         let attended = self.norm1.forward(x)?.to_dtype(dtype)?;
         let attended = match self.window {
             None => self.attn.forward(&attended)?,
@@ -217,13 +221,46 @@ fn join_windows(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     Ok(x.narrow(1, 0, h)?.narrow(2, 0, w)?.contiguous()?)
 }
 
+/// Queries, keys and values.
+#[derive(Debug, Clone)]
+enum Qkv {
+    /// As in files, `[3·D, D]` and `[3·D]`, rows in the order q, k, v: all in one can be trained.
+    Together { weight: Tensor, bias: Tensor },
+    /// One after the other, in bf16 or packed.
+    Apart([Linear; 3]),
+}
+
+impl Qkv {
+    /// What is computed in.
+    fn dtype(&self) -> DType {
+        match self {
+            Self::Together { weight, .. } => weight.dtype(),
+            Self::Apart(_) => DType::BF16,
+        }
+    }
+
+    /// The map to queries (0), keys (1) or values (2).
+    fn part(&self, part: usize) -> Result<Linear> {
+        match self {
+            Self::Together { weight, bias } => {
+                let width = weight.dim(1)?;
+                let bias = bias.narrow(0, part * width, width)?;
+                Ok(Linear::new(weight.narrow(0, part * width, width)?, Some(bias)))
+            }
+            Self::Apart(parts) => Ok(parts[part].clone()),
+        }
+    }
+
+    fn frozen(&self, numbers: Numbers) -> Result<Self> {
+        let part = |part| numbers.of(&self.part(part)?);
+        Ok(Self::Apart([part(0)?, part(1)?, part(2)?]))
+    }
+}
+
 /// Self-attention over a square of tokens with decomposed relative positions.
 #[derive(Debug, Clone)]
 struct Attention {
-    /// `[3·D, D]`, rows in the order q, k, v
-    qkv_weight: Tensor,
-    /// `[3·D]`
-    qkv_bias: Tensor,
+    qkv: Qkv,
     proj: Linear,
     /// `[2·side − 1, head dim]`
     rel_pos_h: Tensor,
@@ -240,8 +277,8 @@ struct Attention {
 impl Attention {
     fn load(width: usize, heads: usize, side: usize, params: &Params) -> Result<Self> {
         let table = [2 * side - 1, width / heads];
-        let qkv_weight = params.get(&[3 * width, width], "qkv.weight")?;
-        let device = qkv_weight.device();
+        let weight = params.get(&[3 * width, width], "qkv.weight")?;
+        let device = weight.device();
         let position = |i: usize| i % side;
         let offsets: Vec<u32> =
             (0..side * side).map(|i| (i / side + side - 1 - position(i)) as u32).collect();
@@ -253,24 +290,18 @@ impl Attention {
         Ok(Self {
             offsets: Tensor::from_vec(offsets, side * side, device)?,
             key_position: Tensor::from_vec(key_position, (1, side * side, 2 * side), device)?,
-            qkv_bias: params.get(&[3 * width], "qkv.bias")?,
             proj: Linear::load(width, width, true, &params.pp("proj"))?,
             rel_pos_h: params.get(&table, "rel_pos_h")?,
             rel_pos_w: params.get(&table, "rel_pos_w")?,
-            qkv_weight,
+            qkv: Qkv::Together { weight, bias: params.get(&[3 * width], "qkv.bias")? },
             heads,
             side,
         })
     }
 
     /// The tables of relative positions stay as they are: they are small, and read in f32.
-    fn to_dtype(&self, dtype: DType) -> Result<Self> {
-        Ok(Self {
-            qkv_weight: self.qkv_weight.to_dtype(dtype)?,
-            qkv_bias: self.qkv_bias.to_dtype(dtype)?,
-            proj: self.proj.to_dtype(dtype)?,
-            ..self.clone()
-        })
+    fn frozen(&self, numbers: Numbers) -> Result<Self> {
+        Ok(Self { qkv: self.qkv.frozen(numbers)?, proj: numbers.of(&self.proj)?, ..self.clone() })
     }
 
     /// `[G, side, side, D]` → same; each of the G squares attends to itself.
@@ -278,9 +309,7 @@ impl Attention {
         let (squares, side, _, width) = x.dims4()?;
         let (tokens, head_dim) = (side * side, width / self.heads);
         let split = |part: usize| {
-            let weight = self.qkv_weight.narrow(0, part * width, width)?;
-            let bias = self.qkv_bias.narrow(0, part * width, width)?;
-            let y = Linear::new(weight, Some(bias)).forward(x)?;
+            let y = self.qkv.part(part)?.forward(x)?;
             let y = y.reshape((squares, tokens, self.heads, head_dim))?.transpose(1, 2)?.contiguous()?;
             Ok::<_, Error>(y.reshape((squares * self.heads, tokens, head_dim))?)
         };

@@ -11,6 +11,7 @@ mod image_encoder;
 mod init;
 mod mask_decoder;
 mod names;
+mod numbers;
 mod prompt_encoder;
 mod refiner;
 mod work;
@@ -29,6 +30,7 @@ pub use config::SamConfig;
 pub use geometry::SamGeometry;
 pub use image_encoder::{ImageEncoder, Neck, pixel_values};
 pub use mask_decoder::{MaskDecoder, Transformed};
+pub use numbers::Numbers;
 pub use prompt_encoder::PromptEncoder;
 pub use refiner::{PromptOptions, Refiner};
 
@@ -84,9 +86,9 @@ impl Sam {
         Ok(Self { config: config.clone(), refiner: Refiner::load(config, params)?, image_encoder, device })
     }
 
-    /// The same SAM with the matrices of its image encoder in `dtype`; see [`ImageEncoder::with_blocks_in`].
-    pub fn with_image_encoder_in(mut self, dtype: DType) -> Result<Self> {
-        self.image_encoder = self.image_encoder.with_blocks_in(dtype)?;
+    /// The same SAM with the matrices of its image encoder in `numbers`; see [`ImageEncoder::with_blocks_in`].
+    pub fn with_image_encoder_in(mut self, numbers: Numbers) -> Result<Self> {
+        self.image_encoder = self.image_encoder.with_blocks_in(numbers)?;
         Ok(self)
     }
 

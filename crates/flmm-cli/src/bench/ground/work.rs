@@ -6,12 +6,14 @@ use half::bf16;
 use serde::Serialize;
 
 use super::pass::Pass;
-use crate::args::{FloatType, ModelArgs, Precision};
+use crate::args::{ModelArgs, Precision, SamPrecision};
 use crate::failure::Result;
 use crate::model::Model;
 
 /// Values of the matrix that is read to measure bandwidth: 90 MB, as a layer of a 7B model.
 const READ: usize = 4096 * 11008;
+/// Bytes of an eight-bit weight: 128 share a scale of two bytes.
+const INT8: f64 = 1.0 + 2.0 / 128.0;
 /// Turns of the loops that only compute, each some ten milliseconds.
 const TURNS: usize = 1 << 21;
 
@@ -93,8 +95,7 @@ pub(super) fn of(model: &Model, args: &ModelArgs, pass: &Pass) -> Result<([Optio
     let (unit, size) = match model.precision {
         Precision::F32 => (Unit::F32, 4.0),
         Precision::Bf16 => (Unit::Bf16, 2.0),
-        // 128 weights share a scale of two bytes.
-        Precision::Int8 => (Unit::Int8, 1.0 + 2.0 / 128.0),
+        Precision::Int8 => (Unit::Int8, INT8),
         // 32 do; for products of many rows they are widened.
         Precision::Int4 => (Unit::Bf16, 0.5 + 2.0 / 32.0),
     };
@@ -116,8 +117,9 @@ pub(super) fn of(model: &Model, args: &ModelArgs, pass: &Pass) -> Result<([Optio
     let phrases = pass.observation.phrases.len() as f64;
     let encoder = model.grounder.sam().map(|sam| {
         let (unit, size) = match args.sam_dtype {
-            FloatType::F32 => (Unit::F32, 4.0),
-            FloatType::Bf16 => (Unit::Bf16, 2.0),
+            SamPrecision::F32 => (Unit::F32, 4.0),
+            SamPrecision::Bf16 => (Unit::Bf16, 2.0),
+            SamPrecision::Int8 => (Unit::Int8, INT8),
         };
         let sam = sam.config();
         Work { flops: sam.encoder_flops(), bytes: size * sam.encoder_weights() as f64, unit }
