@@ -113,12 +113,14 @@ def weights_of(model, dtype, sam_dtype):
 def bytes_each(part, name, axes, dtype, sam_dtype):
     """Bytes of each number of a tensor in flmm's memory."""
     matrix = axes == 2 and name.endswith(".weight")
+    # Of eight-bit weights 128 share a scale of two bytes.
+    sizes = {"f32": 4, "bf16": 2, "int8": 1 + 2 / 128}
     if part == "lmm":
-        # Of eight-bit weights 128 share a scale of two bytes; tables stay bf16.
-        return 1 + 2 / 128 if dtype == "int8" and matrix and "embed" not in name else 2
+        # Tables stay bf16.
+        return sizes[dtype] if matrix and "embed" not in name else 2
     if part == "sam" and not name.startswith("image_encoder."):
         return 0  # the head's prompt encoder and mask decoder take their place
-    return 2 if part == "sam" and sam_dtype == "bf16" and matrix else 4
+    return sizes[sam_dtype] if part == "sam" and matrix else 4
 
 
 def beside(sizes):
@@ -147,7 +149,7 @@ def main():
     parser.add_argument("--text", default=TEXT)
     parser.add_argument("--phrase", action="append", help="part of the text, may be repeated")
     parser.add_argument("--dtype", nargs="+", choices=["bf16", "int8"], default=["bf16", "int8"], help="flmm's LMM")
-    parser.add_argument("--sam-dtype", choices=["f32", "bf16"], default="bf16", help="flmm's SAM")
+    parser.add_argument("--sam-dtype", choices=["f32", "bf16", "int8"], help="flmm's SAM [default: as its LMM]")
     parser.add_argument("--torch-dtype", choices=["bf16", "f32"], default="bf16", help="PyTorch's LMM")
     parser.add_argument("--sam-attention", choices=["eager", "sdpa"], default="eager", help="PyTorch's SAM")
     parser.add_argument("--rounds", type=int, default=5)
@@ -160,8 +162,9 @@ def main():
     os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
     ours = [args.flmm, "--threads", threads, "bench", "ground", args.picture, "--text", args.text, "--model", args.model]
     ours += [word for phrase in args.phrase or PHRASES for word in ("--phrase", phrase)]
-    ours += ["--sam-dtype", args.sam_dtype, "--decode", str(args.decode), "--json", "--pass-only"]
-    ours += ["--warmup", "0", "--rounds", "1", "--dtype"]
+    ours += ["--decode", str(args.decode), "--json", "--pass-only", "--warmup", "0", "--rounds", "1"]
+    sam = {side: args.sam_dtype or side for side in args.dtype}
+    ours = {side: [*ours, "--dtype", side, "--sam-dtype", sam[side]] for side in args.dtype}
     worker = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pytorch_ground.py")
     with tempfile.TemporaryDirectory() as folder:
         about, masks = os.path.join(folder, "about.json"), os.path.join(folder, "masks.npz")
@@ -169,13 +172,13 @@ def main():
         theirs += ["--decode", str(args.decode), "--dtype", args.torch_dtype, "--sam-attention", args.sam_attention]
         theirs = PyTorch(theirs, not args.cold)
         with open(about, "w") as file:
-            json.dump(flmm([*ours, args.dtype[0]]), file)
+            json.dump(flmm(ours[args.dtype[0]]), file)
         sides = ["PyTorch", *args.dtype]
         results = {side: [] for side in sides}
         for number in range(args.rounds):
             for turn in range(len(sides)):
                 side = sides[(number + turn) % len(sides)]
-                results[side].append(theirs.take() if side == "PyTorch" else flmm([*ours, side]))
+                results[side].append(theirs.take() if side == "PyTorch" else flmm(ours[side]))
                 if args.separate:
                     theirs.close()
             print(f"round {number + 1}: " + ", ".join(f"{s} {results[s][-1]['whole']['wall']:.2f} s" for s in sides), flush=True)
@@ -197,13 +200,13 @@ def main():
         for name in ("opening", "grounding"):
             most = [max(result["peak_memory"][name] for result in results[s]) for s in (side, "PyTorch")]
             print(f"peak memory, {name}: {beside(most)}")
-        held = [weights_of(args.model, side, args.sam_dtype), other["weights"]]
+        held = [weights_of(args.model, side, sam[side]), other["weights"]]
         above = [peak - weights for peak, weights in zip(most, held)]
         print(f"memory above the weights, grounding: {beside(above)} (weights: {beside(held)})")
         print(agreement(report, other, others, args.decode))
     print(
         f"\n{len(report['read']['token_ids'])} tokens, {len(report['masks'])} phrases, {threads} thread(s), SAM in flmm "
-        f"{args.sam_dtype}; PyTorch {other['torch']}: LMM {args.torch_dtype}, SAM f32 ({args.sam_attention}); "
+        f"{', '.join(sam.values())}; PyTorch {other['torch']}: LMM {args.torch_dtype}, SAM f32 ({args.sam_attention}); "
         f"{100 * others['refined'].mean():.0f} % of PyTorch's pixels are inside"
     )
 
