@@ -7,7 +7,7 @@ use half::bf16;
 
 use crate::element::Float;
 use crate::int4::{self, Block, GROUP_BYTES, GROUPS};
-use crate::int8::{self, Bytes, DEPTH, GROUP, LIMIT, OfOutput, Quantised, Rows};
+use crate::int8::{self, DEPTH, GROUP, Integers, LIMIT, OfOutput, Quantised, Rows};
 use crate::kernel::OUTPUTS;
 use crate::line::{AHEAD, LANES, Line, prefetch};
 use crate::peak::SUMS;
@@ -232,7 +232,7 @@ fn add8<const R: usize>(sums: &mut [__m256i; R], bytes: __m256i, row: impl Fn(us
 
 impl int8::Tile for Avx2 {
     type Activation = i16;
-    type Weight = u16;
+    type Weight = i16;
 
     const LIMIT: i16 = LIMIT;
     const PANEL: usize = 1;
@@ -242,8 +242,13 @@ impl int8::Tile for Avx2 {
         integer as i16
     }
 
+    #[inline(always)]
+    fn weight(integer: i8) -> i16 {
+        integer.into()
+    }
+
     #[inline]
-    fn tile(self, x: Quantised, w: Bytes, c: &mut [Line], add: bool) {
+    fn tile(self, x: Quantised, w: Integers, c: &mut [Line], add: bool) {
         assert!(int8::fit::<Self>(&x, &w, c));
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
         unsafe { tile(x, w, c.as_mut_ptr(), add) }
@@ -253,20 +258,19 @@ impl int8::Tile for Avx2 {
 /// Units of a group of many rows.
 const GROUP_UNITS: usize = <Avx2 as int8::Tile>::UNITS;
 
-/// As [`int8::Tile::tile`], of one line. A lane sums 128 products of 255 · 32639 at most, with the correction: what 32 bits hold.
+/// As [`int8::Tile::tile`], of one line. A lane sums 128 products of 128 · 32639 at most: what 32 bits hold.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile(x: Quantised, w: Bytes, c: *mut Line, add: bool) {
-    for group in 0..w.groups {
+unsafe fn tile(x: Quantised, w: Integers, c: *mut Line, add: bool) {
+    // What shares a scale.
+    let (parts, units) = (w.groups * w.scales_of_group, GROUP_UNITS / w.scales_of_group);
+    for part in 0..parts {
         // SAFETY: the caller checked all operands for `w.groups` groups and `c` for all outputs.
         unsafe {
             let vectors = |lines: &[Line], at: usize| -> *const f32 { lines.as_ptr().add(at).cast() };
-            let corrections = vectors(x.corrections, group);
-            let start =
-                [_mm256_load_si256(corrections.cast()), _mm256_load_si256(corrections.add(UNITS).cast())];
-            let mut sums = [start; OUTPUTS];
-            let weights = w.units.as_ptr().add(group * GROUP_UNITS);
-            for k in 0..GROUP_UNITS {
-                let rows = vectors(x.units, group * GROUP_UNITS + k);
+            let mut sums = [[_mm256_setzero_si256(); 2]; OUTPUTS];
+            let weights = w.units.as_ptr().add(part * units);
+            for k in 0..units {
+                let rows = vectors(x.units, part * units + k);
                 let rows = [_mm256_load_si256(rows.cast()), _mm256_load_si256(rows.add(UNITS).cast())];
                 for (n, sums) in sums.iter_mut().enumerate() {
                     let weight = _mm256_set1_epi32(*weights.add(n * DEPTH + k) as i32);
@@ -275,12 +279,12 @@ unsafe fn tile(x: Quantised, w: Bytes, c: *mut Line, add: bool) {
                     }
                 }
             }
-            let row_scales = vectors(x.scales, group);
+            let row_scales = vectors(x.scales, part / w.scales_of_group);
             for (n, sums) in sums.iter().enumerate() {
-                let scale = _mm256_set1_ps(*w.scales.as_ptr().add(n * w.groups + group));
+                let scale = _mm256_set1_ps(*w.scales.as_ptr().add(n * parts + part));
                 for (v, &sum) in sums.iter().enumerate() {
                     let to: *mut f32 = c.add(n).cast::<f32>().add(v * UNITS);
-                    let before = if add || group > 0 { _mm256_load_ps(to) } else { _mm256_setzero_ps() };
+                    let before = if add || part > 0 { _mm256_load_ps(to) } else { _mm256_setzero_ps() };
                     let row_scale = _mm256_load_ps(row_scales.add(v * UNITS));
                     let sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), row_scale);
                     _mm256_store_ps(to, _mm256_fmadd_ps(sum, scale, before));

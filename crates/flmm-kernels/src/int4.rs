@@ -1,7 +1,7 @@
 //! Weights of four bits: groups of 32 neighbouring inputs share a scale.
 //!
 //! Few rows: weights are read as they are packed, and multiplied as integers by activations of 16 bits. Many rows: weights
-//! are turned into bf16, a few rows at a time, and multiplied as bf16 is.
+//! are turned into bf16, a few rows at a time, and multiplied as bf16 is; with AVX2, as integers too.
 
 use std::ops::Range;
 
@@ -133,6 +133,10 @@ impl Int4Weight {
         if let Some(native) = crate::avx512::Avx512Bf16::detect() {
             return product::product::<_, Pairs, _>(native, x, self, bias, sizes, y);
         }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(avx2) = int8::in_words() {
+            return int8::many(avx2, self, x, bias, sizes, y);
+        }
         product::product::<_, Singles, _>(Wide::new(), x, self, bias, sizes, y);
     }
 
@@ -213,6 +217,36 @@ impl WeightRows<bf16> for Int4Weight {
             Arch::new().dispatch(Widen { nibbles, scales, to });
         }
         space
+    }
+}
+
+impl int8::Weights for Int4Weight {
+    const SCALES: usize = GROUPS;
+
+    fn all_groups(&self) -> Range<usize> {
+        0..self.inputs.div_ceil(BLOCK)
+    }
+
+    fn bytes_of(&self, n: usize, groups: Range<usize>) -> &[u8] {
+        let bytes = self.row(n).0;
+        &bytes[groups.start * BLOCK / 2..bytes.len().min(groups.end * BLOCK / 2)]
+    }
+
+    fn write<K: int8::Tile>(&self, n: usize, groups: Range<usize>, to: &mut [K::Weight], scales: &mut [f32]) {
+        let bytes = self.bytes_of(n, groups.clone());
+        let (full, padding) = to.split_at_mut(2 * bytes.len());
+        let numbers = full.as_chunks_mut::<GROUP>().0.iter_mut();
+        for (to, bytes) in numbers.zip(bytes.as_chunks::<GROUP_BYTES>().0) {
+            let (low, high) = to.split_at_mut(GROUP_BYTES);
+            for (byte, (low, high)) in bytes.iter().zip(low.iter_mut().zip(high)) {
+                (*low, *high) = (K::weight((byte & 15) as i8 - 8), K::weight((byte >> 4) as i8 - 8));
+            }
+        }
+        padding.fill(K::weight(0));
+        let from = &self.row(n).1[groups.start * GROUPS..];
+        let (full, padding) = scales.split_at_mut(from.len().min(scales.len()));
+        from[..full.len()].convert_to_f32_slice(full);
+        padding.fill(0.0);
     }
 }
 

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use crate::avx512::Avx512;
 use crate::element::Float;
 use crate::int4::{self, Block, GROUP_BYTES, GROUPS};
-use crate::int8::{self, Bytes, DEPTH, GROUP, OfOutput, Quantised, Rows};
+use crate::int8::{self, DEPTH, GROUP, Integers, OFFSET, OfOutput, Quantised, Rows};
 use crate::kernel::OUTPUTS;
 use crate::line::{AHEAD, LANES, Line, prefetch};
 use crate::peak::SUMS;
@@ -41,9 +41,15 @@ impl int8::Tile for Vnni {
         integer as i8
     }
 
+    #[inline(always)]
+    fn weight(integer: i8) -> u8 {
+        (i32::from(integer) + OFFSET) as u8
+    }
+
     #[inline]
-    fn tile(self, x: Quantised, w: Bytes, c: &mut [Line], add: bool) {
-        assert!(int8::fit::<Self>(&x, &w, c));
+    fn tile(self, x: Quantised, w: Integers, c: &mut [Line], add: bool) {
+        // A correction is that of a whole group.
+        assert!(int8::fit::<Self>(&x, &w, c) && w.scales_of_group == 1);
         // SAFETY: `self` proves that the processor has the instructions; the lengths were checked.
         unsafe {
             match x.lines {
@@ -80,7 +86,7 @@ impl int8::Dot for Vnni {
 }
 
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn tile<const V: usize>(x: Quantised, w: Bytes, c: *mut Line, add: bool) {
+unsafe fn tile<const V: usize>(x: Quantised, w: Integers, c: *mut Line, add: bool) {
     for group in 0..w.groups {
         // SAFETY: the caller checked all operands for `w.groups` groups and `c` for all outputs.
         unsafe {

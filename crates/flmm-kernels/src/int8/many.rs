@@ -19,12 +19,12 @@ pub(crate) const DEPTH: usize = 256;
 /// Most units of a group.
 const MOST: usize = GROUP * size_of::<i16>() / size_of::<u32>();
 
-/// Products of eight-bit weights and many rows of activations, both integers.
+/// Products of weights and many rows of activations, both integers.
 pub(crate) trait Tile: Copy + Send + Sync {
     /// An integer of a row, with a sign.
     type Activation: Pod;
-    /// A byte of a weight, as wide as an activation.
-    type Weight: Pod + From<u8>;
+    /// A weight, as wide as an activation; without a sign it is [`OFFSET`] too large.
+    type Weight: Pod;
 
     /// Size of the largest activation of a group.
     const LIMIT: i16;
@@ -36,9 +36,27 @@ pub(crate) trait Tile: Copy + Send + Sync {
     /// An integer up to [`Tile::LIMIT`] in size.
     fn narrow(integer: i32) -> Self::Activation;
 
+    /// A weight as an integer with a sign.
+    fn weight(integer: i8) -> Self::Weight;
+
     /// `c[n][row] (+)= Σ_group scale(row) · scale(n) · Σ_k x[k][row] · w[n][k]`, laid out as in
     /// [`crate::kernel::Kernel::tile`]; at most [`Tile::PANEL`] lines.
-    fn tile(self, x: Quantised, w: Bytes, c: &mut [Line], add: bool);
+    fn tile(self, x: Quantised, w: Integers, c: &mut [Line], add: bool);
+}
+
+/// Weights of few bits, `[outputs, inputs]`, as integers.
+pub(crate) trait Weights: Sync {
+    /// Scales that [`GROUP`] inputs of an output have.
+    const SCALES: usize;
+
+    /// All groups of [`GROUP`] inputs.
+    fn all_groups(&self) -> Range<usize>;
+
+    /// The bytes of output `n` for `groups`.
+    fn bytes_of(&self, n: usize, groups: Range<usize>) -> &[u8];
+
+    /// Writes output `n` for `groups`: integers, zeros behind the last, and scales, of which those behind the last are zero.
+    fn write<K: Tile>(&self, n: usize, groups: Range<usize>, to: &mut [K::Weight], scales: &mut [f32]);
 }
 
 /// Activations of a register block: for each group, `lines` lines of each operand.
@@ -48,23 +66,25 @@ pub(crate) struct Quantised<'a> {
     pub(crate) units: &'a [Line],
     /// `[groups, lines]` in f32: what the integers are multiplied by.
     pub(crate) scales: &'a [Line],
-    /// `[groups, lines]` in i32: what the weights' offset adds to the sums, with the sign changed.
+    /// `[groups, lines]` in i32: what [`OFFSET`] adds to the sums of weights without a sign, with the sign changed.
     pub(crate) corrections: &'a [Line],
     pub(crate) lines: usize,
 }
 
 /// Weights of a register block.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Bytes<'a> {
+pub(crate) struct Integers<'a> {
     /// `[OUTPUTS, DEPTH]`, of which `[groups, units of a group]` are taken.
     pub(crate) units: &'a [u32],
-    /// `[OUTPUTS, groups]`
+    /// `[OUTPUTS, groups, scales of a group]`
     pub(crate) scales: &'a [f32],
     pub(crate) groups: usize,
+    /// As [`Weights::SCALES`].
+    pub(crate) scales_of_group: usize,
 }
 
 /// Whether `c` has room for a register block of `K`, and all operands are there.
-pub(crate) fn fit<K: Tile>(x: &Quantised, w: &Bytes, c: &[Line]) -> bool {
+pub(crate) fn fit<K: Tile>(x: &Quantised, w: &Integers, c: &[Line]) -> bool {
     let (lines, groups) = (x.lines, w.groups);
     (1..=K::PANEL).contains(&lines)
         && x.units.len() >= groups * K::UNITS * lines
@@ -72,7 +92,7 @@ pub(crate) fn fit<K: Tile>(x: &Quantised, w: &Bytes, c: &[Line]) -> bool {
         && x.corrections.len() >= groups * lines
         && groups * K::UNITS <= DEPTH
         && w.units.len() >= OUTPUTS * DEPTH
-        && w.scales.len() >= OUTPUTS * groups
+        && w.scales.len() >= OUTPUTS * groups * w.scales_of_group
         && c.len() >= OUTPUTS * lines
 }
 
@@ -153,9 +173,9 @@ impl<K: Tile> WithSimd for Quantise<'_, K> {
 }
 
 /// Many rows, in integers.
-pub(crate) fn many<K: Tile>(
+pub(crate) fn many<K: Tile, W: Weights>(
     kernel: K,
-    weight: &Int8Weight,
+    weight: &W,
     x: &[bf16],
     bias: Option<&[bf16]>,
     sizes: Sizes,
@@ -164,54 +184,64 @@ pub(crate) fn many<K: Tile>(
     let (inputs, most) = (sizes.inputs, DEPTH / K::UNITS);
     let panels: Vec<Panel> =
         x.par_chunks(K::PANEL * LANES * inputs).map(|x| Panel::new::<K>(x, inputs)).collect();
-    let scratch = || (vec![0u32; OUTPUTS * DEPTH], vec![0f32; OUTPUTS * most]);
+    let scratch = || (vec![0u32; OUTPUTS * DEPTH], vec![0f32; OUTPUTS * most * W::SCALES]);
     let blocking = Blocking { panel: K::PANEL, rows: 512, outputs: 96, depth: DEPTH };
     product::in_blocks(sizes, blocking, bias, y, scratch, |(units, scales), sums, block| {
         let panels = &panels[block.lines.start / K::PANEL..block.lines.end.div_ceil(K::PANEL)];
-        let columns = |from: usize| from * GROUP..inputs.min((from + most) * GROUP);
-        let parts = (0..weight.groups()).step_by(most);
+        let groups = |from: usize| from..weight.all_groups().end.min(from + most);
+        let parts = weight.all_groups().step_by(most);
         let steps =
             parts.flat_map(|from| block.outputs.clone().step_by(OUTPUTS).map(move |first| (from, first)));
         let mut steps = steps.peekable();
         while let Some((from, first)) = steps.next() {
-            let groups = from..weight.groups().min(from + most);
+            let now = groups(from);
             let rows = units.chunks_exact_mut(DEPTH);
-            for (n, (units, scales)) in
-                rows.zip(scales.chunks_exact_mut(groups.len())).take(OUTPUTS).enumerate()
-            {
-                if first + n < block.outputs.end {
-                    let (bytes, all) = weight.row(first + n);
-                    write::<K::Weight>(
-                        &bytes[columns(from)],
-                        bytemuck::cast_slice_mut(&mut units[..groups.len() * K::UNITS]),
-                    );
-                    all[groups.clone()].convert_to_f32_slice(scales);
-                } else {
-                    scales.fill(0.0);
+            let parts = rows.zip(scales.chunks_exact_mut(now.len() * W::SCALES)).take(OUTPUTS);
+            for (n, (units, scales)) in parts.enumerate() {
+                match first + n < block.outputs.end {
+                    true => {
+                        let units = bytemuck::cast_slice_mut(&mut units[..now.len() * K::UNITS]);
+                        weight.write::<K>(first + n, now.clone(), units, scales);
+                    }
+                    false => scales.fill(0.0),
                 }
             }
             // The next weights are asked for while these are multiplied: a few at a time, so that none of them waits.
             let mut ahead = steps.peek().map_or(Ahead::NONE, |&(from, first)| {
-                let (bytes, _) = weight.row(first);
-                let columns = columns(from);
-                let rows = OUTPUTS.min(block.outputs.end - first);
-                Ahead::new(&raw const bytes[columns.start], inputs, rows, columns.len())
+                let bytes = weight.bytes_of(first, groups(from));
+                let width = weight.bytes_of(first, weight.all_groups()).len();
+                Ahead::new(bytes.as_ptr(), width, OUTPUTS.min(block.outputs.end - first), bytes.len())
             });
             let share = ahead.share(panels.len());
-            let weights = Bytes { units, scales, groups: groups.len() };
+            let weights = Integers { units, scales, groups: now.len(), scales_of_group: W::SCALES };
             for (at, panel) in panels.iter().enumerate() {
                 ahead.fetch(share);
                 let sums = &mut sums[at * K::PANEL * blocking.outputs..];
                 let sums = &mut sums[(first - block.outputs.start) * panel.lines..];
-                kernel.tile(panel.part(groups.clone(), K::UNITS), weights, sums, from > 0);
+                kernel.tile(panel.part(now.clone(), K::UNITS), weights, sums, from > 0);
             }
         }
     });
 }
 
-/// Writes `bytes`; what is missing is filled with zeros.
-fn write<W: Pod + From<u8>>(bytes: &[u8], to: &mut [W]) {
-    let (full, padding) = to.split_at_mut(bytes.len());
-    full.iter_mut().zip(bytes).for_each(|(to, &byte)| *to = W::from(byte));
-    padding.fill(W::from(0));
+impl Weights for Int8Weight {
+    const SCALES: usize = 1;
+
+    fn all_groups(&self) -> Range<usize> {
+        0..self.groups()
+    }
+
+    fn bytes_of(&self, n: usize, groups: Range<usize>) -> &[u8] {
+        &self.row(n).0[groups.start * GROUP..self.inputs.min(groups.end * GROUP)]
+    }
+
+    fn write<K: Tile>(&self, n: usize, groups: Range<usize>, to: &mut [K::Weight], scales: &mut [f32]) {
+        let bytes = self.bytes_of(n, groups.clone());
+        let (full, padding) = to.split_at_mut(bytes.len());
+        full.iter_mut()
+            .zip(bytes)
+            .for_each(|(to, byte)| *to = K::weight(byte.wrapping_sub(OFFSET as u8) as i8));
+        padding.fill(K::weight(0));
+        self.row(n).1[groups].convert_to_f32_slice(scales);
+    }
 }

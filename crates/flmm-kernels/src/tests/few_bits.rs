@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::{numbers, reference, wide_kernels};
 use crate::element::Singles;
 use crate::int4::{self, Int4Weight};
-use crate::int8::Int8Weight;
+use crate::int8::{self, Int8Weight};
 use crate::product::{Sizes, WeightRows, product};
 
 /// Products with eight-bit weights against the same with the weights written out.
@@ -55,17 +55,17 @@ fn check_int8(sizes: Sizes, biased: bool) -> Result<(), TestCaseError> {
     #[cfg(target_arch = "x86_64")]
     if let Some(vnni) = crate::vnni::Vnni::detect() {
         y.fill(bf16::NAN);
-        crate::int8::many(vnni, &int8, &x, bias.as_deref(), sizes, &mut y);
+        int8::many(vnni, &int8, &x, bias.as_deref(), sizes, &mut y);
         check(&y, eight_bits)?;
     }
     // What a processor with more would not choose.
     #[cfg(target_arch = "x86_64")]
     if let Some(avx2) = crate::avx2::Avx2::detect() {
         y.fill(bf16::NAN);
-        crate::int8::few(avx2, &int8, &x, bias.as_deref(), sizes, &mut y);
+        int8::few(avx2, &int8, &x, bias.as_deref(), sizes, &mut y);
         check(&y, 0.0)?;
         y.fill(bf16::NAN);
-        crate::int8::many(avx2, &int8, &x, bias.as_deref(), sizes, &mut y);
+        int8::many(avx2, &int8, &x, bias.as_deref(), sizes, &mut y);
         check(&y, 0.0)?;
     }
     y.fill(bf16::NAN);
@@ -156,6 +156,9 @@ fn check_int4(sizes: Sizes, biased: bool) -> Result<(), TestCaseError> {
         if let Some(avx2) = crate::avx2::Avx2::detect() {
             int4::few(avx2, &int4, &x, bias.as_deref(), sizes, &mut z);
             alike(&z, "AVX2")?;
+            z.fill(bf16::NAN);
+            int8::many(avx2, &int4, &x, bias.as_deref(), sizes, &mut z);
+            alike(&z, "AVX2, many rows")?;
         }
         z.fill(bf16::NAN);
         if let Some(vnni) = crate::vnni::Vnni::detect() {

@@ -55,7 +55,16 @@ impl ImageEncoder {
 
     /// The same encoder with the matrices of its blocks, nearly all there is, in `numbers`. What the blocks add up stays in
     /// f32, and so do norms, the softmax, and what stands before and behind the blocks.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for [`Numbers::Int8`] elsewhere than on the processor.
     pub fn with_blocks_in(mut self, numbers: Numbers) -> Result<Self> {
+        if numbers == Numbers::Int8 && !self.device().is_cpu() {
+            return Err(Error::request(
+                "int8 weights of SAM are for the processor only",
+                "compute in bf16 there (--sam-dtype bf16), or on the processor (--device cpu)",
+            ));
+        }
         if numbers != Numbers::F32 {
             self.blocks = self.blocks.iter().map(|block| block.frozen(numbers)).collect::<Result<_>>()?;
         }

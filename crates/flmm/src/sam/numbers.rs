@@ -14,7 +14,7 @@ pub enum Numbers {
     F32,
     /// The blocks compute in bf16.
     Bf16,
-    /// As [`Numbers::Bf16`], on the CPU with matrices as [`WeightFormat::Int8`] has them.
+    /// As [`Numbers::Bf16`], with matrices as [`WeightFormat::Int8`] has them; on the processor only.
     Int8,
 }
 
