@@ -220,7 +220,7 @@ impl WeightRows<bf16> for Int4Weight {
     }
 }
 
-impl int8::Weights for Int4Weight {
+impl int8::IntegerRows for Int4Weight {
     const SCALES: usize = GROUPS;
 
     fn all_groups(&self) -> Range<usize> {

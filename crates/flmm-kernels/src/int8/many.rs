@@ -45,7 +45,7 @@ pub(crate) trait Tile: Copy + Send + Sync {
 }
 
 /// Weights of few bits, `[outputs, inputs]`, as integers.
-pub(crate) trait Weights: Sync {
+pub(crate) trait IntegerRows: Sync {
     /// Scales that [`GROUP`] inputs of an output have.
     const SCALES: usize;
 
@@ -79,7 +79,7 @@ pub(crate) struct Integers<'a> {
     /// `[OUTPUTS, groups, scales of a group]`
     pub(crate) scales: &'a [f32],
     pub(crate) groups: usize,
-    /// As [`Weights::SCALES`].
+    /// As [`IntegerRows::SCALES`].
     pub(crate) scales_of_group: usize,
 }
 
@@ -173,7 +173,7 @@ impl<K: Tile> WithSimd for Quantise<'_, K> {
 }
 
 /// Many rows, in integers.
-pub(crate) fn many<K: Tile, W: Weights>(
+pub(crate) fn many<K: Tile, W: IntegerRows>(
     kernel: K,
     weight: &W,
     x: &[bf16],
@@ -224,7 +224,7 @@ pub(crate) fn many<K: Tile, W: Weights>(
     });
 }
 
-impl Weights for Int8Weight {
+impl IntegerRows for Int8Weight {
     const SCALES: usize = 1;
 
     fn all_groups(&self) -> Range<usize> {

@@ -27,7 +27,7 @@ use crate::product::{self, Sizes, WeightRows};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use few::{Dot, Rows, few};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use many::{DEPTH, Integers, Quantised, Tile, Weights, fit, many};
+pub(crate) use many::{DEPTH, IntegerRows, Integers, Quantised, Tile, fit, many};
 
 /// Inputs that share a scale.
 pub(crate) const GROUP: usize = 128;
