@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::text::DecoderConfig;
 
 /// Keys and values of every layer, kept in buffers that are allocated once and doubled when full.
@@ -42,12 +42,12 @@ impl KvCache {
     }
 
     /// A cache that stays empty: keys and values of a layer are let go when the next one begins. For a text that is read
-    /// once and in one piece; nothing can be read behind it.
+    /// once and in one piece: reading something behind it is an error.
     pub fn passing(config: &DecoderConfig) -> Self {
         Self { passing: true, ..Self::new(config, 1) }
     }
 
-    /// Number of tokens held.
+    /// Number of tokens read.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -77,7 +77,15 @@ impl KvCache {
         values: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
         if self.passing {
-            return Ok((keys.clone(), values.clone()));
+            return match self.len {
+                0 => Ok((keys.clone(), values.clone())),
+                read => Err(Error::request(
+                    format!(
+                        "{read} tokens were read without keeping their keys and values, and more are to follow"
+                    ),
+                    "read all in one piece, or with a cache made by `KvCache::new`",
+                )),
+            };
         }
         let len = self.len + keys.dim(1)?;
         if len > self.capacity {
@@ -99,9 +107,7 @@ impl KvCache {
 
     /// Counts `tokens` that every layer has appended.
     pub(crate) fn advance(&mut self, tokens: usize) {
-        if !self.passing {
-            self.len += tokens;
-        }
+        self.len += tokens;
     }
 
     /// The keys of `layer` at positions `start..start + len`: `[kv heads, len, head_dim]`.
@@ -109,8 +115,8 @@ impl KvCache {
         match self.layers.get(layer) {
             Some(Some(buffers)) if start + len <= self.len => Ok(buffers.keys.narrow(1, start, len)?),
             _ => {
-                let what =
-                    format!("keys {start}..{} of layer {layer}: {} tokens are held", start + len, self.len);
+                let held = if self.passing { 0 } else { self.len };
+                let what = format!("keys {start}..{} of layer {layer}: {held} tokens are held", start + len);
                 Err(candle_core::Error::Msg(what).into())
             }
         }
@@ -124,6 +130,34 @@ impl KvCache {
             buffers.values = buffers.values.pad_with_zeros(1, 0, extra)?.contiguous()?;
         }
         self.capacity = capacity;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use candle_core::{DType, Device};
+    use serde_json::json;
+
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn nothing_is_read_behind_a_text_that_was_not_kept() -> Result<()> {
+        let config = Config::new(Path::new("config.json"), json!({ "model_type": "llama" }))?;
+        let mut cache = KvCache::passing(&DecoderConfig::from_config(&config)?);
+        let keys = Tensor::zeros((1, 3, 4), DType::F32, &Device::Cpu)?;
+        for layer in 0..2 {
+            assert_eq!(cache.append(layer, &keys, &keys)?.0.dims(), keys.dims());
+        }
+        cache.advance(3);
+        assert_eq!((cache.len(), cache.bytes()), (3, 0));
+        assert!(cache.append(0, &keys, &keys).unwrap_err().to_string().contains("3 tokens"));
+        assert!(cache.keys(0, 0, 1).unwrap_err().to_string().contains("0 tokens are held"));
+        cache.truncate(0);
+        assert!(cache.append(0, &keys, &keys).is_ok());
         Ok(())
     }
 }

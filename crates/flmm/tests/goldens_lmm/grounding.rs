@@ -150,7 +150,8 @@ pub(crate) fn check_grounding(case: &mut Case, opened: &Opened) -> TestResult {
     let mut cache = KvCache::passing(lmm.decoder().config());
     let mut passing = Capture::of_phrases(start, layout.clone(), positions.clone(), Merge::Mean);
     let again = lmm.decoder().forward(&embeds, &mut cache, Some(&mut passing))?;
-    assert_eq!((max_abs_diff(&again, &hidden)?, cache.len(), cache.bytes()), (0.0, 0, 0));
+    assert_eq!((max_abs_diff(&again, &hidden)?, cache.len(), cache.bytes()), (0.0, embeds.dim(0)?, 0));
+    assert!(lmm.decoder().forward(&embeds, &mut cache, None).is_err());
     let made = passing.phrase_maps(&cache, layout, &positions, Merge::Mean)?;
     assert_eq!(max_abs_diff(&made, &maps)?, 0.0);
     assert_eq!(max_abs_diff(&passing.hidden_rows(&rows)?, &capture.hidden_rows(&rows)?)?, 0.0);
