@@ -5,6 +5,7 @@
 //! sizes follow [`SamConfig`], so the same code runs the public ViT-B/L/H and the small SAM of the shipped model.
 //! Everything is f32, and every tensor can be trained.
 
+mod attention;
 mod config;
 mod geometry;
 mod image_encoder;
