@@ -220,6 +220,7 @@ impl WeightRows<bf16> for Int4Weight {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
 impl int8::IntegerRows for Int4Weight {
     const SCALES: usize = GROUPS;
 
