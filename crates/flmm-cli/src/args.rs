@@ -98,7 +98,7 @@ pub(crate) struct ModelArgs {
     /// quarter and in a seventh [default: f32, or what `flmm convert lmm` made of the folder].
     #[arg(long, value_name = "TYPE", value_enum)]
     pub(crate) dtype: Option<Precision>,
-    /// Numbers of SAM's image encoder; bf16 is faster, int8 faster still.
+    /// Numbers of SAM's image encoder; bf16 is faster, int8 smaller still.
     #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
     pub(crate) sam_dtype: SamPrecision,
     #[command(flatten)]

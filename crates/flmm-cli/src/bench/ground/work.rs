@@ -82,7 +82,7 @@ impl Machine {
         let rate = match work.unit {
             Unit::F32 => self.f32,
             Unit::Bf16 => bf16,
-            // Eight-bit weights may be widened and multiplied as bf16.
+            // Weights of few bits may be widened and multiplied as bf16.
             Unit::Int8 => self.int8.unwrap_or(bf16).max(bf16),
         };
         (work.flops / rate).max(work.bytes / self.read) / 1e9
@@ -96,8 +96,8 @@ pub(super) fn of(model: &Model, args: &ModelArgs, pass: &Pass) -> Result<([Optio
         Precision::F32 => (Unit::F32, 4.0),
         Precision::Bf16 => (Unit::Bf16, 2.0),
         Precision::Int8 => (Unit::Int8, INT8),
-        // 32 do; for products of many rows they are widened.
-        Precision::Int4 => (Unit::Bf16, 0.5 + 2.0 / 32.0),
+        // 32 do.
+        Precision::Int4 => (Unit::Int8, 0.5 + 2.0 / 32.0),
     };
     let layers = decoder.layer_weights();
     // What is not the decoder's is the tower's and the projector's: nearly all of it matrices that multiply every row.
